@@ -1,0 +1,48 @@
+"""Continual fine-tuning for Hugging Face Transformers: train on task B without forgetting task A."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Loaded on first use (PEP 562): importing the package has no side effect and is cheap.
+_EXPORTS = {
+    "CLASSP": ".optim",
+    "ClasspTrainer": ".trainer",
+    "ContinualMemory": ".memory",
+    "ContinualTrainer": ".trainer",
+    "ContinualTrainingArguments": ".training_args",
+    "EWC": ".methods",
+    "EWCTrainer": ".trainer",
+    "L2SP": ".methods",
+    "METHODS": ".methods",
+    "Method": ".methods",
+    "Replay": ".methods",
+    "Task": ".tasks",
+    "label_names": ".tasks",
+    "load_task": ".tasks",
+    "register": ".registration",
+}
+
+__all__ = [*_EXPORTS, "__version__"]
+
+if TYPE_CHECKING:
+    from .memory import ContinualMemory
+    from .methods import EWC, L2SP, METHODS, Method, Replay
+    from .optim import CLASSP
+    from .registration import register
+    from .tasks import Task, label_names, load_task
+    from .trainer import ClasspTrainer, ContinualTrainer, EWCTrainer
+    from .training_args import ContinualTrainingArguments
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

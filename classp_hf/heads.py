@@ -1,0 +1,65 @@
+"""One output head a task (task-incremental learning), swapped in and out of the model's own parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .memory import bare_model, canonical_name, trainable_parameters
+
+
+class TaskHeads:
+    """Keeps one copy of the head's weights a task; the model's own parameters hold the active one.
+
+    Values are copied into the same `Parameter` objects, so optimizers and wrappers keep working. Every head starts
+    from the values the model came with.
+
+    Raises:
+        ValueError: the model has no parameters outside its base model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        bare = bare_model(model)
+        prefix = bare.base_model_prefix + "."
+        self.parameters = {n: p for n, p in trainable_parameters(model) if not n.startswith(prefix)}
+        if not self.parameters:
+            raise ValueError(
+                f"heads='per_task' needs trainable parameters outside of the base model {bare.base_model_prefix!r}; "
+                f"{type(bare).__name__} has none. Use heads='shared'."
+            )
+        self.names = frozenset(self.parameters)
+        self.initial = self._copy()
+        self.saved: dict[str, dict[str, Tensor]] = {}
+        self.active: str | None = None
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def activate(self, task: str) -> None:
+        """Put the head of `task` into the model (the initial one if the task is new), keeping the one that is in."""
+        self.keep()
+        for n, value in self.saved.get(task, self.initial).items():
+            self.parameters[n].copy_(value)
+        self.active = task
+
+    def keep(self) -> None:
+        """Remember the model's present head as that of the active task."""
+        if self.active is not None:
+            self.saved[self.active] = self._copy()
+
+    def forget_optimizer_state(self, optimizer: Any) -> None:
+        """A new head must not inherit what an optimizer remembers of another one."""
+        for p in self.parameters.values():
+            optimizer.state.pop(p, None)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        self.keep()
+        return dict(self.saved)
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.saved = {task: {canonical_name(n): t for n, t in head.items()} for task, head in state.items()}
+        self.active = None

@@ -1,0 +1,242 @@
+"""The continual memory as a file: what earlier tasks needed, keyed by parameter name, beside the model.
+
+`continual_memory.safetensors` holds tensors named `<kind>/<parameter name>`: `accumulator/…` (the CLASSP optimizer's
+state), `<method>.<part>/…` (such as `ewc.fisher/…` and `ewc.anchor/…`) and `head.<task>/…` (per-task heads). Its
+metadata carry a format version, the hyperparameters and a digest of everything else in the file.
+
+Names, not positions: `torch.optim.Optimizer.load_state_dict` maps state by order (pytorch#1489), which a new head or
+adapter shifts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+MEMORY_NAME = "continual_memory.safetensors"
+FORMAT = "classp_hf.continual_memory"
+FORMAT_VERSION = 1
+
+# Wrappers put these into parameter names: DDP, torch.compile, activation checkpointing, FSDP, PEFT.
+_WRAPPERS = re.compile(
+    r"^(?:module\.)+|\b_orig_mod\.|\b_checkpoint_wrapped_module\.|\b_fsdp_wrapped_module\.|^base_model\.model\."
+    r"|\bbase_layer\.|\bmodules_to_save\.[^.]+\."
+)
+
+
+def canonical_name(name: str) -> str:
+    """The parameter's name in the bare model: without the prefixes of DDP, FSDP, torch.compile and PEFT.
+
+    >>> canonical_name("module.base_model.model.bert.pooler.dense.base_layer.weight")
+    'bert.pooler.dense.weight'
+    """
+    previous = None
+    while name != previous:
+        previous, name = name, _WRAPPERS.sub("", name)
+    return name
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """`(canonical name, parameter)` of every parameter that requires a gradient."""
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            yield canonical_name(name), p
+
+
+def bare_model(model: nn.Module) -> Any:
+    """The Transformers model inside a PEFT model; any other model as it is."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@dataclass
+class ContinualMemory:
+    """Tensors keyed `<kind>/<parameter name>`, and JSON metadata.
+
+    Attributes:
+        tensors: any dtype, on the CPU; the shape of the parameter they belong to.
+        metadata: JSON-serialisable; by convention `tasks` (names seen so far), `optimizer` and `method`
+            (hyperparameters).
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def put(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
+        """Add `tensors` (parameter name -> tensor) under `kind`."""
+        for name, tensor in tensors.items():
+            self.tensors[f"{kind}/{name}"] = tensor.detach().cpu().contiguous()
+
+    def get(self, kind: str) -> dict[str, Tensor]:
+        """The tensors of `kind`, keyed by parameter name; empty if there are none."""
+        prefix = f"{kind}/"
+        return {key[len(prefix) :]: t for key, t in self.tensors.items() if key.startswith(prefix)}
+
+    def kinds(self) -> list[str]:
+        return sorted({key.split("/", 1)[0] for key in self.tensors})
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write `continual_memory.safetensors` into `folder` (created if missing), by atomic rename."""
+        path = Path(folder) / MEMORY_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "content": json.dumps(self.metadata, sort_keys=True),
+        }
+        header["sha256"] = _digest(self.tensors, header)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{MEMORY_NAME}.")
+        os.close(handle)
+        try:
+            # clone: safetensors refuses tensors that share storage (tied weights)
+            save_file({k: t.clone() for k, t in self.tensors.items()}, temporary, metadata=header)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would keep collaborators out
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path_or_repo: str | os.PathLike, revision: str | None = None) -> ContinualMemory:
+        """Read a memory from a file, from a folder that holds one, or from a model repository on the Hub.
+
+        Args:
+            path_or_repo: a file, a folder, or a Hub id such as `"me/my-model"`.
+            revision: branch, tag or commit of the Hub repository.
+
+        Raises:
+            FileNotFoundError: no memory there.
+            ValueError: not a memory, a truncated or altered one, or one of another format version.
+        """
+        path = _resolve(path_or_repo, revision)
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not a readable safetensors file ({error}): it is truncated or damaged. "
+                "Copy it again from where the run wrote it."
+            ) from error
+        if header.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} is not a continual memory (its `format` is {header.get('format')!r}, not {FORMAT!r}). "
+                f"Pass the {MEMORY_NAME} that a run of classp_hf wrote, or the folder that holds it."
+            )
+        if header.get("format_version") != str(FORMAT_VERSION):
+            raise ValueError(
+                f"{path} has format version {header.get('format_version')!r}; this version of classp_hf reads "
+                f"{FORMAT_VERSION}. Install the version of classp_hf that wrote it."
+            )
+        expected = header.pop("sha256", None)
+        if _digest(tensors, header) != expected:
+            raise ValueError(
+                f"The content of {path} does not match its own digest: it was altered or damaged after it was "
+                "written. Copy it again from where the run wrote it."
+            )
+        return cls(tensors, json.loads(header["content"]))
+
+    def check_fits(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise a ValueError that says which names or shapes differ, unless every kind fits the model.
+
+        Args:
+            shapes: canonical name -> shape of every parameter that will be trained.
+        """
+        problems = []
+        for kind in self.kinds():
+            if kind.startswith("head."):
+                continue
+            stored = {name: tuple(t.shape) for name, t in self.get(kind).items()}
+            for label, names in (
+                ("only in the memory", stored.keys() - shapes.keys()),
+                ("only in the model", shapes.keys() - stored.keys()),
+            ):
+                if names:
+                    problems.append(f"  {kind}: {len(names)} {label}: {_shorten(sorted(names))}")
+            differing = [
+                f"{name} {stored[name]} in the memory, {shapes[name]} in the model"
+                for name in sorted(stored.keys() & shapes.keys())
+                if stored[name] != tuple(shapes[name])
+            ]
+            if differing:
+                problems.append(f"  {kind}: {len(differing)} of another shape: {_shorten(differing)}")
+        if problems:
+            raise ValueError(
+                "The continual memory does not fit this model's trainable parameters:\n" + "\n".join(problems) + "\n"
+                "It belongs to another model, head or adapter. Load the model it was saved with, or start without a "
+                "memory."
+            )
+
+
+def memory_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> full (unsharded) shape of the trainable parameters."""
+    return {name: tuple(p.shape) for name, p in trainable_parameters(model)}
+
+
+def full_tensor(t: Tensor) -> Tensor:
+    """The whole tensor of a sharded one (a collective call on every rank), any other tensor as it is."""
+    from torch.distributed.tensor import DTensor
+
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def like_parameter(full: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
+    """`full` on the device of `p`, in `dtype`, sharded as `p` is."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    full = full.to(device=p.device, dtype=dtype, copy=True)
+    return distribute_tensor(full, p.device_mesh, p.placements) if isinstance(p, DTensor) else full
+
+
+def _resolve(path_or_repo: str | os.PathLike, revision: str | None) -> Path:
+    path = Path(path_or_repo)
+    if path.is_dir():
+        path = path / MEMORY_NAME
+    if path.is_file():
+        return path
+    looks_local = path.exists() or path.name == MEMORY_NAME or os.fspath(path_or_repo).startswith((".", "/", "~"))
+    if looks_local or len(path.parts) > 2:
+        raise FileNotFoundError(f"There is no continual memory at {path}. Pass the folder of a model saved with one.")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(path_or_repo), MEMORY_NAME, revision=revision))
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{path_or_repo!r} is neither a local folder with a {MEMORY_NAME} nor a Hub repository that holds one "
+            f"({type(error).__name__}: {error})."
+        ) from error
+
+
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(header):
+        digest.update(f"{key}={header[key]}\n".encode())
+    for key in sorted(tensors):
+        t = tensors[key].detach().contiguous()
+        digest.update(f"{key} {t.dtype} {tuple(t.shape)}\n".encode())
+        if math.prod(t.shape):
+            digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _shorten(items: list[str], limit: int = 5) -> str:
+    return ", ".join(items[:limit]) + (f", … ({len(items) - limit} more)" if len(items) > limit else "")

@@ -1,0 +1,122 @@
+"""The interface of a continual-learning method: hooks into the sequence loop, every one a no-op."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..memory import like_parameter, trainable_parameters
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..tasks import Task
+    from ..trainer import ContinualTrainer
+
+
+@dataclass
+class Method:
+    """One continual-learning method. Init fields are its hyperparameters, `field(init=False)` its state.
+
+    Order of the hooks, for each task: `before_task`, `extend_train_dataset`, then `penalty` in every forward pass and
+    `penalty_gradient` before every optimizer step, and `after_task`. The trainer saves `state_dict()` in the continual
+    memory and gives it back through `load_state_dict` when a run goes on from it.
+    """
+
+    name: ClassVar[str] = "none"
+
+    excluded: frozenset[str] = field(default=frozenset(), init=False, repr=False)
+    """Canonical names the method must leave alone: the parameters of per-task heads."""
+
+    def parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """`(canonical name, parameter)` of the trainable parameters that the tasks share."""
+        return ((n, p) for n, p in trainable_parameters(model) if n not in self.excluded)
+
+    def check_trainer(self, trainer: ContinualTrainer) -> None:
+        """Called before anything is trained: raise a ValueError if the method cannot run in this set-up."""
+
+    def before_task(self, model: nn.Module, task: Task) -> None:
+        """Called before training on `task`, with the weights the previous task left."""
+
+    def extend_train_dataset(self, dataset: Dataset, earlier: Sequence[Dataset]) -> Dataset:
+        """The dataset to train on, from the task's own and the earlier tasks' training datasets."""
+        return dataset
+
+    def penalty(self, model: nn.Module, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """A 0-dim term for the loss of one micro-batch (mean over its examples), with its autograd graph."""
+        return None
+
+    def penalty_gradient(self, model: nn.Module) -> None:
+        """Add the gradient of a penalty on the weights to `.grad`, without an autograd graph.
+
+        Called once an optimizer step, whatever the accumulation, on every rank, after the gradients were averaged over
+        ranks, unscaled and clipped.
+        """
+
+    def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
+        """Called on every rank when training on `task` has ended."""
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Part of the state -> canonical parameter name -> tensor of the parameter's shape."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take back what `state_dict` gave; tensors are on the CPU."""
+        if state:
+            raise ValueError(f"The method {self.name!r} has no state, got {sorted(state)}")
+
+    def hyperparameters(self) -> dict[str, Any]:
+        init = {f.name for f in fields(self) if f.init}
+        return {k: v for k, v in asdict(self).items() if k in init}
+
+
+@dataclass
+class AnchoredMethod(Method):
+    """A method that pulls every weight towards an anchor: gradient `strength * importance * (w - anchor)`.
+
+    State: float32 tensors by canonical name, on the parameter's device once training has begun. `importance` may lack a
+    name (then it counts as 1 there).
+    """
+
+    anchor: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    importance: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def strength(self) -> float:
+        raise NotImplementedError
+
+    def check_trainer(self, trainer: ContinualTrainer) -> None:
+        if trainer.is_deepspeed_enabled:
+            raise ValueError(
+                f"The method {self.name!r} adds to parameters' gradients, which DeepSpeed keeps in flattened buffers of "
+                "its own. Use DDP or FSDP2."
+            )
+
+    @torch.no_grad()
+    def penalty_gradient(self, model: nn.Module) -> None:
+        if not self.anchor or not self.strength():
+            return
+        for name, p in self.parameters(model):
+            if p.grad is None or name not in self.anchor:
+                continue
+            if self.anchor[name].device != p.device or type(self.anchor[name]) is not type(p.detach()):
+                self.anchor[name] = like_parameter(self.anchor[name], p.detach(), torch.float32)
+                if name in self.importance:
+                    self.importance[name] = like_parameter(self.importance[name], p.detach(), torch.float32)
+            pull = p.detach().float() - self.anchor[name]
+            if name in self.importance:
+                pull.mul_(self.importance[name])
+            p.grad.add_(pull.to(p.grad.dtype), alpha=self.strength())
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        parts = {"anchor": self.anchor, "importance": self.importance}
+        return {part: tensors for part, tensors in parts.items() if tensors}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if unknown := state.keys() - {"anchor", "importance"}:
+            raise ValueError(f"The method {self.name!r} keeps an anchor and an importance, got {sorted(unknown)}")
+        self.anchor = {n: t.float() for n, t in state.get("anchor", {}).items()}
+        self.importance = {n: t.float() for n, t in state.get("importance", {}).items()}

@@ -1,0 +1,40 @@
+"""L2-SP: every weight is pulled back to where the last task left it (Li, Grandvalet & Davoine 2018)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from .base import AnchoredMethod
+
+if TYPE_CHECKING:
+    from ..tasks import Task
+    from ..trainer import ContinualTrainer
+
+
+@dataclass
+class L2SP(AnchoredMethod):
+    """Penalty `(alpha / 2) * sum_i (w_i - a_i)^2`, a = the weights when the last task ended (arXiv 1802.01483, eq. 2).
+
+    The paper's anchor is the pre-trained model; in a sequence it is the model each task starts from. The first task
+    trains freely, as under EWC, so that methods differ only in how they hold on to it.
+    """
+
+    name: ClassVar[str] = "l2sp"
+
+    l2sp_alpha: float = field(
+        default=0.1, metadata={"help": "Strength of the pull, in units of the loss per squared weight."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.l2sp_alpha >= 0:
+            raise ValueError(f"l2sp_alpha must be >= 0, got {self.l2sp_alpha}")
+
+    def strength(self) -> float:
+        return self.l2sp_alpha
+
+    @torch.no_grad()
+    def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
+        self.anchor = {n: p.detach().float().clone() for n, p in self.parameters(trainer.model)}

@@ -1,0 +1,46 @@
+"""Replay: a share of every earlier task's training examples is mixed into the new task (Robins 1995)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from .base import Method
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass
+class Replay(Method):
+    """Experience replay with a fixed random buffer: `replay_fraction` of each earlier task's examples.
+
+    Which examples is decided once, by `replay_seed` and the task's position, so the buffer of a resumed run is the
+    same one. The buffer holds users' texts and is therefore never written into the continual memory: a run that starts
+    from a memory has to be given the earlier tasks' examples again. The mixed epoch is longer: its extra gradient
+    steps are part of the method's cost.
+    """
+
+    name: ClassVar[str] = "replay"
+
+    replay_fraction: float = field(
+        default=0.05, metadata={"help": "Share of each earlier task's training examples to keep, in (0, 1]."}
+    )
+    replay_seed: int = field(default=0, metadata={"help": "Seed of the choice of examples to keep."})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.replay_fraction <= 1:
+            raise ValueError(f"replay_fraction must be in (0, 1], got {self.replay_fraction}")
+
+    def extend_train_dataset(self, dataset: Dataset, earlier: Sequence[Dataset]) -> Dataset:
+        from datasets import concatenate_datasets
+
+        parts = [dataset]
+        for position, old in enumerate(earlier):
+            keep = max(1, round(self.replay_fraction * len(old)))
+            chosen = np.random.default_rng([self.replay_seed, position]).permutation(len(old))[:keep]
+            parts.append(old.select(sorted(chosen.tolist())))
+        return concatenate_datasets(parts)

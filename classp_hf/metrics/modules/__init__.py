@@ -1,0 +1,1 @@
+"""One file a metric, each loadable by its path with `evaluate.load`."""

@@ -1,0 +1,130 @@
+"""Makes `--optim classp` known to transformers. The only file that touches private names of transformers.
+
+Transformers has no public way to add an optimizer name: `OptimizerNames` is a closed enum and the table of handlers is
+private. Only processes that call `register` know the name.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from packaging import version
+
+from .optim import CLASSP
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+NAME = "classp"
+MINIMUM_TRANSFORMERS = "5.23.0"
+
+
+def _boolean(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise ValueError(text)
+    return values[text.lower()]
+
+
+OPTIM_ARGS: dict[str, Callable[[str], Any]] = {
+    "threshold": float,
+    "power": float,
+    "eps": float,
+    "apply_decay": _boolean,
+    "density": float,
+    "maximize": _boolean,
+    "foreach": _boolean,
+}
+"""What `--optim_args` may set, and how it is read. `lr` and `weight_decay` have flags of their own."""
+
+
+def parse_optim_args(optim_args: str | Mapping[str, str] | None) -> dict[str, Any]:
+    """Cast and check the value of `--optim_args`.
+
+    Args:
+        optim_args: `"key=value,key=value"`, or the mapping of strings that transformers makes of it.
+
+    Raises:
+        ValueError: an unknown key, a value that does not parse or is out of range, or text that is not `key=value`.
+    """
+    if not optim_args:
+        return {}
+    if isinstance(optim_args, str):
+        pairs = [part.partition("=") for part in optim_args.replace(" ", "").split(",") if part]
+        if malformed := [key for key, equals, _ in pairs if not equals]:
+            raise ValueError(f"--optim_args must be key=value pairs separated by commas, got {malformed[0]!r}.")
+        optim_args = {key: value for key, _, value in pairs}
+    result = {}
+    for key, text in optim_args.items():
+        if key not in OPTIM_ARGS:
+            hint = {"lr": " (use --learning_rate)", "weight_decay": " (use --weight_decay)"}.get(key, "")
+            raise ValueError(f"Unknown key {key!r} in --optim_args{hint}. CLASSP knows: {', '.join(OPTIM_ARGS)}.")
+        try:
+            result[key] = OPTIM_ARGS[key](text)
+        except ValueError:
+            kind = "true or false" if OPTIM_ARGS[key] is _boolean else "a number"
+            raise ValueError(f"{key}={text} in --optim_args does not parse: {key} must be {kind}.") from None
+    import torch
+
+    CLASSP([torch.zeros(1)], lr=0.0, **result)  # its own range checks, before any training time is lost
+    return result
+
+
+def refuse_deepspeed_offload(deepspeed_config: Mapping[str, Any] | None) -> None:
+    """Raise if DeepSpeed would train with another optimizer than the one asked for.
+
+    With CPU offload and its default `zero_force_ds_cpu_optimizer: true`, accelerate replaces any optimizer by
+    DeepSpeedCPUAdam without a word.
+    """
+    config = deepspeed_config or {}
+    device = ((config.get("zero_optimization") or {}).get("offload_optimizer") or {}).get("device", "none")
+    if device not in (None, "none") and config.get("zero_force_ds_cpu_optimizer", True):
+        raise ValueError(
+            f"DeepSpeed's optimizer offload (offload_optimizer.device={device!r}) would silently replace CLASSP by "
+            'DeepSpeedCPUAdam. Turn the offload off, or set "zero_force_ds_cpu_optimizer": false in the DeepSpeed config.'
+        )
+
+
+def deepspeed_config(args: TrainingArguments) -> dict[str, Any] | None:
+    """The DeepSpeed configuration in force, from `--deepspeed` or from `accelerate launch`; None without DeepSpeed."""
+    return args.deepspeed_plugin.deepspeed_config if args.deepspeed_plugin is not None else None
+
+
+def register() -> None:
+    """Add `classp` to the names `--optim` accepts, for this process. Calling it again changes nothing.
+
+    Raises:
+        ImportError: the installed transformers is older than the supported one, or its private names have moved.
+    """
+    from transformers.training_args import OptimizerNames
+
+    if NAME in OptimizerNames._value2member_map_:
+        return
+    found = importlib.metadata.version("transformers")
+    if version.parse(found) < version.parse(MINIMUM_TRANSFORMERS):
+        raise ImportError(
+            f"classp_hf needs transformers >= {MINIMUM_TRANSFORMERS}, found {found}. "
+            f'Run: pip install "transformers>={MINIMUM_TRANSFORMERS}"'
+        )
+    try:
+        from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext  # noqa: F401
+
+        member = str.__new__(OptimizerNames, NAME)
+        member._name_, member._value_ = NAME.upper(), NAME
+        OptimizerNames._member_map_[NAME.upper()] = member
+        OptimizerNames._member_names_.append(NAME.upper())
+        OptimizerNames._value2member_map_[NAME] = member
+        _OPTIMIZER_HANDLERS[member] = _handler
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ImportError(
+            f"transformers {found} keeps its optimizer names elsewhere than classp_hf knows ({error}), so `--optim "
+            f"{NAME}` cannot be added. Install transformers {MINIMUM_TRANSFORMERS}, or use classp_hf.ClasspTrainer, "
+            "which does not need it."
+        ) from error
+
+
+def _handler(context: Any) -> tuple[type[CLASSP], dict[str, Any]]:
+    refuse_deepspeed_offload(deepspeed_config(context.args))
+    return CLASSP, {**context.optimizer_kwargs, **parse_optim_args(context.optim_args)}

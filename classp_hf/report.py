@@ -1,0 +1,460 @@
+"""What a run leaves behind to be read: JSON, tables, figures and a model card; and what must never get into them.
+
+Everything here takes plain data. R is the accuracy matrix: T+1 rows of T floats in [0, 1], row 0 before any training,
+row t after task t. `results` is the content of `results.json`, as `ContinualTrainer.train_sequence` returns it.
+Files are written beside their target and renamed, so a reader sees the old file or the new one, never a part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+REDACTED = "REDACTED"
+
+Matrix = Sequence[Sequence[float]]
+
+# Metric -> (label, format of the value in points, meaning).
+_METRICS = {
+    "average_accuracy": ("average accuracy", ".1f", "mean over all tasks at the end"),
+    "learning_accuracy": ("learning accuracy", ".1f", "mean over tasks, each right after its own training"),
+    "backward_transfer": ("backward transfer", "+.1f", "points since each earlier task was learned; negative = forgetting"),
+    "forward_transfer": ("forward transfer", "+.1f", "points over the untrained model, each task before its own training"),
+    "forgetting": ("forgetting", ".1f", "points below each earlier task's best; positive = forgetting"),
+    "retained_accuracy": ("retained accuracy", ".1f", "% of each task's own learned accuracy left at the end"),
+}  # fmt: skip
+
+# Flags and arguments with a secret: `token` but not `tokenizer`.
+_SECRET_NAME = re.compile(r"token(?!i[sz])|password|secret|api[_-]?key", re.IGNORECASE)
+# Hub tokens wherever they stand, and the user:password of a URL.
+_SECRET_VALUE = re.compile(r"hf_(?:oauth_[\w.-]+|[A-Za-z0-9]{20,})|(?<=://)[^/\s@]+(?=@)")
+
+_HUB_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
+
+# Arguments that say where a run was written or shown, not how the model was trained.
+_PLACES = {
+    *("accelerator_config", "dataloader_pin_memory", "disable_tqdm", "logging_dir", "method", "output_dir"),
+    *("push_to_hub", "report_to", "resume_from_checkpoint", "run_name"),
+}
+
+
+# ---- JSON, environment, secrets ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _atomic(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a path beside `path` to write to; it replaces `path` when the block ends, and is gone when it raises."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, obj: Any) -> None:
+    """Write `obj` as indented JSON, atomically; the folder is created.
+
+    Raises:
+        ValueError: NaN or infinity, which JSON does not have (None is what an undefined metric is).
+        TypeError: an object that JSON does not know.
+    """
+    text = json.dumps(obj, indent=2, allow_nan=False)
+    with _atomic(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def environment(num_processes: int = 1) -> dict[str, Any]:
+    """What a number needs to be reproduced, beside the command.
+
+    Returns:
+        `versions` (package -> version, or "not installed"), `hardware` (`platform`, `cpu`, `cpu_count`,
+        `torch_threads` of this process, `gpus`: a name each, `num_processes`), and `commit` of the checkout that
+        classp_hf runs from, with "-dirty" for uncommitted changes; None for an installed package.
+    """
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "accelerate", "datasets", "peft", "classp_hf"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    hardware = {
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in gpus],
+        "num_processes": num_processes,
+    }
+    return {"versions": versions, "hardware": hardware, "commit": _commit(Path(__file__).resolve().parents[1])}
+
+
+def _cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:  # not Linux
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _commit(folder: Path) -> str | None:
+    """HEAD of the checkout whose top is `folder`: a virtual environment inside another project's has none."""
+
+    def git(*command: str) -> str:
+        # No optional locks: several ranks ask at the same time.
+        command = ("git", "-C", str(folder), "--no-optional-locks", *command)
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder.resolve():
+            return None
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):  # no git, no checkout, no commit yet, one git does not trust
+        return None
+
+
+def public_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`arguments` without those named token, password, secret or api_key, at any depth, and without Hub tokens."""
+    return {k: _public_value(v) for k, v in arguments.items() if not _SECRET_NAME.search(k)}
+
+
+def _public_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return public_arguments(value)
+    if isinstance(value, (list, tuple)):
+        return [_public_value(v) for v in value]
+    return _SECRET_VALUE.sub(REDACTED, value) if isinstance(value, str) else value
+
+
+def public_command(argv: Sequence[str]) -> str:
+    """The command line as one would type it, with secrets replaced.
+
+    >>> public_command(["train.py", "--hub_token", "abc", "--api-key=def", "--text", "two words"])
+    "train.py --hub_token REDACTED --api-key=REDACTED --text 'two words'"
+    """
+    words = []
+    secret_follows = False
+    for word in argv:
+        name, equals, _ = word.partition("=")
+        named_secret = re.fullmatch(r"-{0,2}[\w.-]+", name) is not None and _SECRET_NAME.search(name) is not None
+        if secret_follows and not re.fullmatch(r"--.+|-[A-Za-z]", word):
+            word = REDACTED
+        elif named_secret and equals:
+            word = f"{name}={REDACTED}"
+        secret_follows = named_secret and not equals and word.startswith("-")
+        words.append(_SECRET_VALUE.sub(REDACTED, word))
+    return shlex.join(words)
+
+
+# ---- Tables -----------------------------------------------------------------------------------------------------------
+
+
+def format_sequence(tasks: Sequence[str], accuracy_matrix: Matrix, metrics: Mapping[str, Any], title: str) -> str:
+    """A table for the terminal: a row a stage, a column a task, in %; then the metrics and how to read them.
+
+    Args:
+        tasks: T names.
+        accuracy_matrix: R, (T+1) x T.
+        metrics: of `metrics.summarize`; None is written "n/a".
+        title: the first line.
+    """
+    _check_matrix(tasks, accuracy_matrix)
+    rows = [[stage, *map(_points, row)] for stage, row in zip(_stages(tasks), accuracy_matrix)]
+    table = _pad([["", *tasks], *rows], "<" + ">" * len(tasks))
+    readings = [f"{label:<17}  {value:>5}  ({meaning})" for label, value, meaning in _metric_rows(metrics)]
+    return "\n".join([title, *("  ".join(cells) for cells in table), "", *readings])
+
+
+def format_comparison(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    """A Markdown table: a row an arm, with what each task's accuracy was when learned and is at the end.
+
+    Args:
+        arms: name -> results, all of the same tasks.
+
+    Raises:
+        ValueError: no arms, or arms of different tasks.
+    """
+    tasks = _common_tasks(arms)
+    header = ["arm", *tasks, "ACC", "LA", "BWT", "forgetting", "seconds"]
+    rows = []
+    for arm, results in arms.items():
+        R, metrics = results["accuracy_matrix"], results["metrics"]
+        kept = [f"{_points(R[j + 1][j])} -> {_points(R[-1][j])}" for j in range(len(tasks) - 1)]
+        keys = ("average_accuracy", "learning_accuracy", "backward_transfer", "forgetting")
+        values = [_points(metrics[key], _METRICS[key][1]) for key in keys]
+        rows.append([arm, *kept, _points(R[-1][-1]), *values, f"{results['seconds']:.0f}"])
+    note = "Accuracy in %: right after the task's own training -> after the last task."
+    return _markdown([header, *rows], "<" + ">" * (len(header) - 1)) + "\n\n" + note
+
+
+def _points(value: float | None, spec: str = ".1f") -> str:
+    """A share in percent (points); adding 0.0 makes -0.0 a plain zero."""
+    return "n/a" if value is None else format(round(100 * value, 1) + 0.0, spec)
+
+
+def _metric_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    def text(value: Any, spec: str) -> str:
+        return ", ".join(_points(v, spec) for v in value) if isinstance(value, list) else _points(value, spec)
+
+    return [[label, text(metrics[key], spec), meaning] for key, (label, spec, meaning) in _METRICS.items()]
+
+
+def _stages(tasks: Sequence[str]) -> list[str]:
+    return ["untrained", *(f"after {task}" for task in tasks)]
+
+
+def _check_matrix(tasks: Sequence[str], R: Matrix) -> None:
+    if len(R) != len(tasks) + 1 or any(len(row) != len(tasks) for row in R):
+        shape = f"{len(R)} rows of {sorted({len(row) for row in R})} columns"
+        raise ValueError(f"{len(tasks)} tasks need {len(tasks) + 1} rows of {len(tasks)} columns, got {shape}.")
+
+
+def _common_tasks(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    sequences = {tuple(results["tasks"]) for results in arms.values()}
+    if len(sequences) != 1:
+        raise ValueError(f"Only arms of the same tasks can be compared, got {sorted(sequences)}.")
+    tasks = list(sequences.pop())
+    for results in arms.values():
+        _check_matrix(tasks, results["accuracy_matrix"])
+    return tasks
+
+
+def _pad(rows: Sequence[Sequence[str]], aligned: str) -> list[list[str]]:
+    """Pad cells to their column's width; `aligned` is `<` or `>` a column."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [[f"{cell:{side}{width}}" for cell, side, width in zip(row, aligned, widths)] for row in rows]
+
+
+def _markdown(rows: Sequence[Sequence[str]], aligned: str) -> str:
+    """A pipe table that is also aligned as text; the first row is the header."""
+    first, *others = _pad([[cell.replace("|", r"\|") for cell in row] for row in rows], aligned)
+    ruler = ["-" * len(cell) if side == "<" else "-" * (len(cell) - 1) + ":" for cell, side in zip(first, aligned)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (first, ruler, *others))
+
+
+# ---- Figures ----------------------------------------------------------------------------------------------------------
+
+_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito
+_MARKERS = "osD^vPX"
+
+
+def plot_accuracy_matrix(tasks: Sequence[str], R: Matrix, path: str | os.PathLike, title: str) -> None:
+    """Write R as a PNG heat map with the percentages in its cells; frames mark each task's own training.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    _check_matrix(tasks, R)
+    T = len(tasks)
+    stages = _stages(tasks)
+    longest = max(map(len, stages))
+    width = max(2.0 + 0.085 * longest + 0.75 * T, 4.8, 0.1 * len(title))
+    figure = _figure(width, 1.3 + 0.06 * longest + 0.42 * T)
+    from matplotlib.patches import Rectangle
+
+    axes = figure.add_subplot(frame_on=False)
+    # Pale to dark blue; its luminance falls evenly, so it reads in grey and with any colour vision.
+    axes.imshow([[100 * v for v in row] for row in R], cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    for t, row in enumerate(R):
+        for j, value in enumerate(row):
+            colour = "white" if value > 0.65 else "black"
+            axes.text(j, t, _points(value), ha="center", va="center", color=colour)
+    for j in range(T):
+        axes.add_patch(Rectangle((j - 0.5, j + 0.5), 1, 1, fill=False, edgecolor="#D55E00", lw=2, clip_on=False))
+    axes.set_xticks(range(T), tasks, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(T + 1), stages)
+    axes.set_title(f"{title}\naccuracy in %, framed: the task just trained", fontsize=10)
+    _save(figure, path)
+
+
+def plot_retention(arms: Mapping[str, Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """Write a PNG with a panel a task and a line an arm: the task's accuracy at every stage of the sequence.
+
+    Args:
+        arms: name -> results, all of the same tasks.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: no arms, or arms of different tasks.
+    """
+    tasks = _common_tasks(arms)
+    T = len(tasks)
+    columns = min(T, 3)
+    lines = -(-T // columns)
+    figure = _figure(max(1.0 + columns * max(2.6, 0.45 * (T + 1)), 5.0), 1.0 + 2.3 * lines)
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    lowest = min(0.0, *(100 * v for results in arms.values() for row in results["accuracy_matrix"] for v in row))
+    for j, axes in enumerate(panels):
+        if j >= T:
+            axes.set_axis_off()
+            continue
+        axes.axvline(j + 1, color="0.6", linestyle="--", label="the task's own training" if j == 0 else None)
+        for a, (arm, results) in enumerate(arms.items()):
+            style = {"color": _PALETTE[a % 7], "marker": _MARKERS[a % 7], "linestyle": ("-", ":", "-.")[a // 7 % 3]}
+            values = [100 * row[j] for row in results["accuracy_matrix"]]
+            style["markersize"] = max(8 - 2 * a, 4)  # earlier arms larger: seen under later ones of the same value
+            # Not clipped: markers at 0 and 100 stay whole.
+            axes.plot(values, **style, linewidth=1.6, clip_on=False, label=arm if j == 0 else None)
+        axes.set_title(f"{j + 1}. {tasks[j]}", fontsize=10)
+        axes.set_ylim(lowest, 100)
+        axes.set_xticks(range(T + 1), ["untrained", *(str(t) for t in range(1, T + 1))])
+        axes.tick_params(labelbottom=True, labelsize=8)
+        axes.grid(axis="y", color="0.9")
+    figure.supxlabel("after task", fontsize=10)
+    figure.supylabel("accuracy in %", fontsize=10)
+    figure.legend(loc="outside upper center", ncols=min(len(arms) + 1, 4), frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def write_figures(folder: str | os.PathLike, results: Mapping[str, Any]) -> None:
+    """Write `accuracy_matrix.png` and `retention.png` of one run into `folder`; without matplotlib, say so and go on."""
+    method = results["method"]["name"]
+    name = results["optimizer"]["name"] + ("" if method == "none" else f" + {method}")
+    try:
+        plot_accuracy_matrix(results["tasks"], results["accuracy_matrix"], Path(folder) / "accuracy_matrix.png", name)
+        plot_retention({name: results}, Path(folder) / "retention.png")
+    except ImportError as error:
+        logger.warning(f"No figures: {error}")
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty figure in inches, off pyplot: the caller's backend and open figures stay as they are."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Figures need matplotlib: pip install "classp_hf[demo]"') from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: str | os.PathLike) -> None:
+    with _atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+# ---- Model card -------------------------------------------------------------------------------------------------------
+
+
+def write_model_card(
+    path: str | os.PathLike,
+    *,
+    results: Mapping[str, Any],
+    base_model: str | None = None,
+    datasets: Sequence[str] = (),
+) -> None:
+    """Write the model card, with the metadata that the Hub reads, to `path` (the model folder's README.md).
+
+    How to continue is told where the folder holds a continual memory.
+
+    Args:
+        path: the name of its folder is the model's, unless the arguments have a `hub_model_id`.
+        results: content of `results.json`; arguments and command are stripped of secrets once more.
+        base_model: Hub id, or a local folder, of which only the last part is told. None: unknown.
+        datasets: Hub ids for the metadata.
+
+    Raises:
+        ValueError: R and the tasks do not fit together.
+    """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    from .memory import MEMORY_NAME
+
+    path = Path(path)
+    tasks, R = results["tasks"], results["accuracy_matrix"]
+    _check_matrix(tasks, R)
+    arguments = public_arguments(results["arguments"])
+    method, optimizer = results["method"], results["optimizer"]
+    repo = arguments.get("hub_model_id") or path.resolve().parent.name
+    metric = arguments.get("sequence_metric", "accuracy")
+    on_hub = base_model is not None and bool(_HUB_ID.fullmatch(base_model)) and not Path(base_model).exists()
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["continual-learning", optimizer["name"].lower(), *({method["name"]} - {"none"})],
+        base_model=base_model if on_hub else None,
+        datasets=list(datasets) or None,
+        model_name=repo.split("/")[-1],
+        eval_results=[
+            EvalResult(
+                task_type="text-classification",
+                dataset_type=task,
+                dataset_name=task,
+                metric_type=metric,
+                metric_name=f"{metric} after the last task",
+                metric_value=round(value, 4),
+            )
+            for task, value in zip(tasks, R[-1])
+        ],
+    )
+    rows = [
+        [stage, *(f"**{_points(v)}**" if t == j + 1 else _points(v) for j, v in enumerate(row))]
+        for t, (stage, row) in enumerate(zip(_stages(tasks), R))
+    ]
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        repo=repo,
+        metric=metric,
+        results=results,
+        base=base_model if on_hub or base_model is None else Path(base_model).name,
+        optimizer_text=_call_text(optimizer),
+        method_text=_call_text(method),
+        matrix_table=_markdown([["", *tasks], *rows], "<" + ">" * len(tasks)),
+        metrics_table=_markdown([["metric", "value", "meaning"], *_metric_rows(results["metrics"])], "<><"),
+        command=public_command(shlex.split(results["command"])),
+        changed=_changed_arguments(arguments),
+        has_memory=(path.parent / MEMORY_NAME).is_file(),
+        memory_name=MEMORY_NAME,
+        trainer="ClasspTrainer" if optimizer["name"] == "CLASSP" else "ContinualTrainer",
+        method_call=f'METHODS["{method["name"]}"]({_keywords(method)})' if method["name"] != "none" else None,
+        argument_calls=[
+            f"{k}={arguments[k]!r}"
+            for k, default in (("learning_rate", None), ("optim", "classp"), ("optim_args", None), ("heads", "shared"))
+            if arguments.get(k, default) != default
+        ],
+    )
+    with _atomic(path) as temporary:
+        temporary.write_text(str(card), encoding="utf-8")
+
+
+def _keywords(described: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k}={v!r}" for k, v in described.items() if k != "name" and v is not None)
+
+
+def _call_text(described: Mapping[str, Any]) -> str:
+    keywords = _keywords(described)
+    return described["name"] + (f" ({keywords})" if keywords else "")
+
+
+def _changed_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that are not at their defaults, sorted; None, "" and empty containers count as the same."""
+    from .training_args import ContinualTrainingArguments
+
+    defaults = {f.name: f.default for f in dataclasses.fields(ContinualTrainingArguments)}
+    return {
+        k: v
+        for k, v in sorted(arguments.items())
+        if k not in _PLACES and v != defaults.get(k) and (v or isinstance(defaults.get(k), (bool, int, float, str)))
+    }

@@ -1,0 +1,525 @@
+"""The trainers: `ContinualTrainer` and its sequence loop; `ClasspTrainer` and `EWCTrainer` are named shells on it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.utils import logging
+
+from . import report
+from .heads import TaskHeads
+from .memory import (
+    MEMORY_NAME,
+    ContinualMemory,
+    bare_model,
+    full_tensor,
+    like_parameter,
+    memory_shapes,
+    trainable_parameters,
+)
+from .methods import METHODS, Method
+from .metrics import summarize
+from .optim import CLASSP
+from .registration import NAME, deepspeed_config, parse_optim_args, refuse_deepspeed_offload
+from .tasks import Task, prepare_tasks
+from .training_args import ContinualTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+STATE_NAME = "sequence_state.json"
+
+
+class ContinualTrainer(Trainer):
+    """A [`transformers.Trainer`] that also fine-tunes over a sequence of tasks.
+
+    `train()` alone behaves as Trainer's. `train_sequence(tasks)` trains on one task after another and fills the
+    accuracy matrix R. The optimizer (`args.optim`) and the continual-learning method are independent choices.
+
+    Args:
+        model: as in Trainer.
+        args: [`ContinualTrainingArguments`], or plain `TrainingArguments`.
+        method: a [`~classp_hf.methods.Method`], its name (`"ewc"`, `"l2sp"`, `"replay"`), or None.
+        memory: go on from this continual memory: a file, the folder of a model saved with one, or a Hub id. The same as
+            `args.memory`.
+        kwargs: every other argument of Trainer. `compute_metrics` defaults to the accuracy, and the loss of
+            single-label classifiers to the cross-entropy averaged over the whole accumulated batch (see
+            `docs/architecture.md`).
+
+    Raises:
+        ValueError: an unknown method, bad `optim_args`, a memory that does not fit the model, DeepSpeed's optimizer
+            offload.
+    """
+
+    default_optim: ClassVar[str | None] = None
+    default_method: ClassVar[str | None] = None
+
+    args: ContinualTrainingArguments
+    model: Any
+    optimizer: Any
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        method: Method | str | None = None,
+        memory: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            args = ContinualTrainingArguments(output_dir="tmp_trainer")
+        elif not isinstance(args, ContinualTrainingArguments):
+            args = ContinualTrainingArguments.from_training_arguments(args)
+        args = copy.copy(args)  # the sequence loop changes output_dir, and the caller may share args between trainers
+        if self.default_optim is not None:
+            args.optim = self.default_optim
+        if args.learning_rate is None:
+            args.learning_rate = args.default_learning_rate
+        if memory is not None:
+            args.memory = str(memory)
+        self.method = _make_method(method if method is not None else self.default_method)
+
+        optimizer_given = kwargs.get("optimizers", (None, None))[0] or kwargs.get("optimizer_cls_and_kwargs")
+        if args.optim == NAME and not optimizer_given:
+            refuse_deepspeed_offload(deepspeed_config(args))
+            hyperparameters = {"lr": args.learning_rate, **parse_optim_args(args.optim_args)}
+            kwargs["optimizer_cls_and_kwargs"] = (CLASSP, hyperparameters)
+        if args.eval_strategy != "no" and eval_dataset is None:
+            eval_dataset = {}  # the tasks bring their own; Trainer refuses None here
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+
+        if (
+            self.compute_loss_func is None
+            and _is_single_label_classifier(self.model)
+            and not args.label_smoothing_factor
+        ):
+            self.compute_loss_func = classification_loss
+        if self.compute_metrics is None:
+            self.compute_metrics = _accuracy
+        self.active_label_ids: list[int] | None = None
+        if self.preprocess_logits_for_metrics is None:
+            self.preprocess_logits_for_metrics = self._mask_other_tasks_labels
+
+        self.task_heads = TaskHeads(self.model) if args.heads == "per_task" else None
+        if self.task_heads is not None:
+            self.method.excluded = self.task_heads.names
+        self.seen_tasks: list[str] = []
+        self._pending_memory: ContinualMemory | None = None
+        self._pending_optimizer: Path | None = None
+        if args.memory is not None:
+            self.load_memory(ContinualMemory.load(args.memory, revision=args.memory_revision))
+        self.add_callback(_MethodCallback(self))
+
+    # ---- The method -------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        given = dict(inputs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            penalty = self.method.penalty(model, outputs, given)
+            if penalty is not None:
+                # A loss already averaged over the whole accumulated batch is not divided again by Trainer.
+                scaled = self.compute_loss_func is not None or (
+                    self.model_accepts_loss_kwargs and num_items_in_batch is not None
+                )
+                loss = loss + penalty / (self.current_gradient_accumulation_steps if scaled else 1)
+        return (loss, outputs) if return_outputs else loss
+
+    # ---- The memory -------------------------------------------------------------------------------------------------
+
+    def continual_memory(self) -> ContinualMemory:
+        """The memory as it stands: accumulators, the method's state, per-task heads. Call it on every rank."""
+        memory = ContinualMemory()
+        optimizer = _unwrap(self.optimizer)
+        if isinstance(optimizer, CLASSP):
+            memory.put(
+                "accumulator",
+                {
+                    n: full_tensor(optimizer.state[p]["accumulator"])
+                    for n, p in trainable_parameters(self.model)
+                    if p in optimizer.state
+                },
+            )
+        elif self._pending_memory is not None:  # saved before any training: pass on what was loaded
+            memory.put("accumulator", self._pending_memory.get("accumulator"))
+        for part, tensors in self.method.state_dict().items():
+            memory.put(f"{self.method.name}.{part}", {n: full_tensor(t) for n, t in tensors.items()})
+        if self.task_heads is not None:
+            for task, head in self.task_heads.state_dict().items():
+                memory.put(f"head.{task.replace('/', '%2F')}", head)
+        memory.metadata = {
+            "tasks": self.seen_tasks,
+            "optimizer": _describe_optimizer(optimizer, self.args),
+            "method": {"name": self.method.name, **self.method.hyperparameters()},
+        }
+        return memory
+
+    def load_memory(self, memory: ContinualMemory) -> None:
+        """Continue from `memory`: the method's state at once, accumulators when training begins.
+
+        Raises:
+            ValueError: names or shapes differ from the model's trainable parameters.
+        """
+        shapes = memory_shapes(self.model)
+        shared = {n: s for n, s in shapes.items() if n not in self.method.excluded}
+        accumulators = ContinualMemory({k: t for k, t in memory.tensors.items() if k.startswith("accumulator/")})
+        accumulators.check_fits(shapes)
+        prefix = f"{self.method.name}."
+        parts = {kind.removeprefix(prefix): memory.get(kind) for kind in memory.kinds() if kind.startswith(prefix)}
+        for part, tensors in parts.items():
+            ContinualMemory({f"{prefix}{part}/{n}": t for n, t in tensors.items()}).check_fits(shared)
+        if parts:
+            self.method.load_state_dict(parts)
+        if self.task_heads is not None:
+            heads = {k.removeprefix("head."): memory.get(k) for k in memory.kinds() if k.startswith("head.")}
+            self.task_heads.load_state_dict({task.replace("%2F", "/"): head for task, head in heads.items()})
+        others = [k for k in memory.kinds() if k != "accumulator" and not k.startswith((prefix, "head."))] + (
+            ["accumulator"] if accumulators.tensors and self.args.optim != NAME else []
+        )
+        if others:
+            logger.warning(
+                f"The continual memory also holds {', '.join(others)}, which optimizer {self.args.optim!s} with method "
+                f"{self.method.name!r} does not use."
+            )
+        self.seen_tasks = list(memory.metadata.get("tasks", []))
+        self._pending_memory = memory
+
+    def restore_pending(self) -> None:
+        """Put what `load_memory` read into the optimizer, now that every wrapper (DDP, FSDP2, PEFT) is on."""
+        optimizer = _unwrap(self.optimizer)
+        if self._pending_memory is not None and isinstance(optimizer, CLASSP):
+            stored = self._pending_memory.get("accumulator")
+            for n, p in trainable_parameters(self.model):
+                if n in stored and n not in self.method.excluded:
+                    optimizer.state[p]["accumulator"] = like_parameter(stored[n], p.detach(), torch.float32)
+        if self._pending_optimizer is not None:
+            state = torch.load(self._pending_optimizer, map_location="cpu", weights_only=True)
+            state["param_groups"] = self.optimizer.state_dict()["param_groups"]  # this task's schedule has set them
+            self.optimizer.load_state_dict(state)
+        self._pending_memory = self._pending_optimizer = None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model and, beside it, the continual memory."""
+        memory = self.continual_memory()
+        if self.args.should_save and memory.tensors:
+            memory.save(output_dir or str(self.args.output_dir))
+        super().save_model(output_dir, _internal_call)
+
+    # ---- One task ---------------------------------------------------------------------------------------------------
+
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """As Trainer's; a checkpoint that holds a continual memory gives back the method's state too."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        if isinstance(resume_from_checkpoint, str) and (Path(resume_from_checkpoint) / MEMORY_NAME).is_file():
+            self.load_memory(ContinualMemory.load(resume_from_checkpoint))
+            self._pending_optimizer = None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # ---- The sequence -----------------------------------------------------------------------------------------------
+
+    def train_sequence(self, tasks: list[Task], resume_from_checkpoint: str | bool | None = None) -> dict[str, Any]:
+        """Train on `tasks`, one after another, and evaluate all of them before the first and after each.
+
+        Texts are tokenised with `processing_class` and labels aligned by name with `model.config.label2id`; datasets
+        that already hold `input_ids` and `labels` are used as they are. Writes into `args.output_dir`:
+        `sequence_state.json` (what is done), `00-<task>/` and so on (Trainer's checkpoints, the model and the memory
+        after the task), and at the end the final model with its memory, `results.json`, plots and a model card.
+
+        Args:
+            tasks: at least one, with distinct names.
+            resume_from_checkpoint: True goes on from what `args.output_dir` holds; a run killed at any point ends with
+                the same R. Default: `args.resume_from_checkpoint`.
+
+        Returns:
+            The content of `results.json`: `tasks`, `accuracy_matrix` (T+1 rows x T columns, row 0 = untrained, values
+            in the metric's own unit), `metrics`, `seconds` and what describes the run.
+
+        Raises:
+            ValueError: bad tasks (see `prepare_tasks`), or an output directory that holds another run.
+        """
+        label2id = {} if self.model is None else dict(self.model.config.label2id)
+        tasks = prepare_tasks(tasks, self.processing_class, label2id, self.args.max_length)
+        self.method.check_trainer(self)
+        base = Path(str(self.args.output_dir))
+        state = self._open_state(base, tasks, resume_from_checkpoint)
+        rows: list[list[float]] = state["accuracy_matrix"]
+        folders = [base / f"{t:02d}-{task.slug}" for t, task in enumerate(tasks)]
+        done = max(len(rows) - 1, 0)
+        if done:
+            self._restore_boundary(folders[done - 1], tasks[done - 1])
+        try:
+            started = time.monotonic()
+            if not rows:
+                rows.append(self._evaluate_tasks(tasks))
+            for t in range(done, len(tasks)):
+                state["seconds"] = state.get("seconds", 0.0) + time.monotonic() - started
+                self._write_state(base, state)
+                started = time.monotonic()
+                logger.info(f"***** Task {t + 1} of {len(tasks)}: {tasks[t].name} *****")
+                self._train_task(t, tasks, folders[t], resume=bool(state.pop("resumed", False)))
+                self._save_boundary(folders[t])
+                rows.append(self._evaluate_tasks(tasks))
+            state["seconds"] = state.get("seconds", 0.0) + time.monotonic() - started
+            self._write_state(base, state)
+        finally:
+            self.args.output_dir = str(base)
+        return self._finish(base, tasks, state)
+
+    def _open_state(self, base: Path, tasks: list[Task], resume: str | bool | None) -> dict[str, Any]:
+        resume = self.args.resume_from_checkpoint if resume is None else resume
+        if isinstance(resume, str):
+            if resume.lower() not in ("true", "false") and Path(resume).resolve() != base.resolve():
+                raise ValueError(
+                    f"A sequence resumes from its own output_dir ({base}), not from {resume!r}. Pass "
+                    "resume_from_checkpoint=True; to start from a model and its memory, pass them as model and memory."
+                )
+            resume = resume.lower() != "false"
+        config = self._sequence_config(tasks)
+        path = base / STATE_NAME
+        state: dict[str, Any] = {"config": config, "accuracy_matrix": [], "seconds": 0.0}
+        if path.is_file():
+            state = json.loads(path.read_text())
+            differing = [k for k in config if state["config"].get(k) != config[k]]
+            if differing:
+                what = "; ".join(f"{k}: {state['config'].get(k)} there, {config[k]} here" for k in differing[:3])
+                raise ValueError(f"{base} holds another sequence's run ({what}). Choose another output_dir.")
+            if not resume:
+                raise ValueError(
+                    f"{base} already holds this sequence's run ({max(len(state['accuracy_matrix']) - 1, 0)} of "
+                    f"{len(tasks)} tasks done). Pass --resume_from_checkpoint True to go on from it, or choose another "
+                    "--output_dir."
+                )
+            state["resumed"] = True
+        elif resume:
+            logger.warning(f"Nothing to resume in {base}: the sequence starts at its first task.")
+        self.accelerator.wait_for_everyone()  # nobody writes before everybody has read
+        return state
+
+    def _sequence_config(self, tasks: list[Task]) -> dict[str, Any]:
+        """What must be the same for two runs to be the same one."""
+        keys = ["optim_args", "learning_rate", "weight_decay", "lr_scheduler_type", "num_train_epochs", "max_steps", "max_grad_norm", "heads", "reset_optimizer", "sequence_metric", "max_length", "memory", "seed"]  # fmt: skip
+        args = self.args.to_dict()
+        config = {
+            "tasks": [[t.name, len(t.train_dataset), len(t.measured_dataset)] for t in tasks],
+            "model": getattr(self.model.config, "_name_or_path", None),
+            "method": {"name": self.method.name, **self.method.hyperparameters()},
+            "optim": str(getattr(args["optim"], "value", args["optim"])),
+            "global_batch_size": self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size,
+            **{k: args[k] for k in keys},
+        }
+        return json.loads(json.dumps(config))
+
+    def _write_state(self, base: Path, state: dict[str, Any]) -> None:
+        if self.is_world_process_zero():
+            report.write_json(base / STATE_NAME, {k: v for k, v in state.items() if k != "resumed"})
+
+    def _train_task(self, t: int, tasks: list[Task], folder: Path, resume: bool) -> None:
+        task = tasks[t]
+        # The same start whether or not the run was interrupted before, and whatever earlier tasks drew.
+        set_seed(self.args.seed + t)
+        if self.args.reset_optimizer:
+            self.optimizer = None
+        if self.task_heads is not None:
+            self.task_heads.activate(task.name)
+            self.active_label_ids = task.label_ids
+            if self.optimizer is not None:
+                self.task_heads.forget_optimizer_state(self.optimizer)
+        self.method.before_task(self.model, task)
+        earlier = [previous.train_dataset for previous in tasks[:t]]
+        self.train_dataset = self.method.extend_train_dataset(task.train_dataset, earlier)
+        self.eval_dataset = task.eval_dataset
+        self.args.output_dir = str(folder)
+        checkpoint = _last_complete_checkpoint(folder) if resume else None
+        self.train(resume_from_checkpoint=checkpoint)
+        self.method.after_task(self, task)
+        if task.name not in self.seen_tasks:
+            self.seen_tasks.append(task.name)
+
+    def _save_boundary(self, folder: Path) -> None:
+        self.save_model(str(folder))
+        persists = not self.args.reset_optimizer and not isinstance(_unwrap(self.optimizer), CLASSP)
+        if persists and self.args.should_save and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            temporary = folder / "optimizer.pt.tmp"
+            torch.save(self.optimizer.state_dict(), temporary)
+            temporary.replace(folder / "optimizer.pt")
+        self.accelerator.wait_for_everyone()
+
+    def _restore_boundary(self, folder: Path, task: Task) -> None:
+        """Weights, memory and optimizer as the finished `task` left them."""
+        if self.task_heads is not None:
+            self.task_heads.active = None
+        _load_weights(self.model, folder)
+        if (folder / MEMORY_NAME).is_file():
+            self.load_memory(ContinualMemory.load(folder))
+        if self.task_heads is not None:
+            self.task_heads.active = task.name
+        if (folder / "optimizer.pt").is_file():
+            self._pending_optimizer = folder / "optimizer.pt"
+
+    def _evaluate_tasks(self, tasks: list[Task]) -> list[float]:
+        """One row of R: the metric of every task on its test split."""
+        key = f"eval_{self.args.sequence_metric}"
+        active = self.task_heads.active if self.task_heads is not None else None
+        row = []
+        for task in tasks:
+            if self.task_heads is not None:
+                self.task_heads.activate(task.name)
+                self.active_label_ids = task.label_ids
+            metrics = self.evaluate(task.measured_dataset)
+            if key not in metrics:
+                raise ValueError(
+                    f"sequence_metric={self.args.sequence_metric!r} is not among what compute_metrics returned: "
+                    f"{sorted(k.removeprefix('eval_') for k in metrics)}"
+                )
+            row.append(float(metrics[key]))
+        if self.task_heads is not None and active is not None:
+            self.task_heads.activate(active)
+        logger.info("Evaluation: " + ", ".join(f"{task.name} {value:.4f}" for task, value in zip(tasks, row)))
+        return row
+
+    def _finish(self, base: Path, tasks: list[Task], state: dict[str, Any]) -> dict[str, Any]:
+        self.save_model(str(base))
+        names = [task.name for task in tasks]
+        id2label = self.model.config.id2label
+        results = {
+            "tasks": names,
+            "accuracy_matrix": state["accuracy_matrix"],
+            "metrics": summarize(state["accuracy_matrix"]),
+            "label_names": [id2label[i] for i in sorted(id2label)],
+            "method": state["config"]["method"],
+            "optimizer": _describe_optimizer(_unwrap(self.optimizer), self.args),
+            "arguments": report.public_arguments(json.loads(self.args.to_json_string())),
+            "command": report.public_command(sys.orig_argv),
+            **report.environment(num_processes=self.args.world_size),
+            "seconds": state["seconds"],
+        }
+        if self.is_world_process_zero():
+            report.write_json(base / "results.json", results)
+            report.write_figures(base, results)
+            report.write_model_card(
+                base / "README.md",
+                results=results,
+                base_model=state["config"]["model"],
+                datasets=[],
+            )
+        self.accelerator.wait_for_everyone()
+        return results
+
+    def _mask_other_tasks_labels(self, logits: Any, labels: Tensor) -> Any:
+        """With a head a task, the task is known: labels of other tasks are no candidates."""
+        if self.task_heads is None or self.active_label_ids is None or not isinstance(logits, Tensor):
+            return logits
+        mask = torch.full_like(logits, float("-inf"))
+        mask[..., self.active_label_ids] = 0
+        return logits + mask
+
+
+class ClasspTrainer(ContinualTrainer):
+    """[`ContinualTrainer`] with the CLASSP optimizer (arXiv 2405.09637), whatever `args.optim` says."""
+
+    default_optim = NAME
+
+
+class EWCTrainer(ContinualTrainer):
+    """[`ContinualTrainer`] with Elastic Weight Consolidation (arXiv 1612.00796) and the optimizer of `args.optim`."""
+
+    default_method = "ewc"
+
+
+class _MethodCallback(TrainerCallback):
+    """Runs the trainer's method at the points Trainer has events for."""
+
+    def __init__(self, trainer: ContinualTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.restore_pending()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.method.penalty_gradient(self.trainer.model)
+
+
+def classification_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy summed over the batch and divided by `num_items_in_batch` (its mean when that is None).
+
+    Many encoders of Transformers average over the micro-batch whatever `num_items_in_batch` says, while Trainer takes
+    every model whose `forward` has `**kwargs` to honour it: their gradients grow with the accumulation steps and with
+    the number of ranks.
+    """
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    loss = nn.functional.cross_entropy(
+        logits.float(), labels.to(logits.device), reduction="mean" if num_items_in_batch is None else "sum"
+    )
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+def _is_single_label_classifier(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    architecture = type(bare_model(model)).__name__
+    return (
+        architecture.endswith("ForSequenceClassification")
+        and config is not None
+        and config.num_labels > 1
+        and config.problem_type in (None, "single_label_classification")
+    )
+
+
+def _accuracy(prediction: Any) -> dict[str, float]:
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == prediction.label_ids))}
+
+
+def _make_method(method: Method | str | None) -> Method:
+    if isinstance(method, Method):
+        return method
+    if (method or Method.name) not in METHODS:
+        raise ValueError(f"Unknown method {method!r}. Known: {', '.join(METHODS)}.")
+    return METHODS[method or Method.name]()
+
+
+def _unwrap(optimizer: Any) -> Any:
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def _describe_optimizer(optimizer: Any, args: TrainingArguments) -> dict[str, Any]:
+    if optimizer is None:
+        return {"name": str(getattr(args.optim, "value", args.optim)), "lr": args.learning_rate}
+    values = {k: v for k, v in optimizer.defaults.items() if isinstance(v, (int, float, str, bool, tuple, type(None)))}
+    return {"name": type(optimizer).__name__, **values, "lr": args.learning_rate}
+
+
+def _last_complete_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint whose `trainer_state.json`, which Trainer writes last, is there."""
+    found = [c for c in folder.glob("checkpoint-*") if (c / "trainer_state.json").is_file()]
+    return str(max(found, key=lambda c: int(c.name.rpartition("-")[2]))) if found else None
+
+
+def _load_weights(model: Any, folder: Path) -> None:
+    """Read back what `save_model` wrote into `folder`, adapters or whole models, sharded files or one."""
+    if bare_model(model) is not model:
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    else:
+        saved = type(model).from_pretrained(folder, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())

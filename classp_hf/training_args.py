@@ -1,0 +1,71 @@
+"""`ContinualTrainingArguments`: every TrainingArguments field, and the few that a sequence of tasks needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from transformers import TrainingArguments
+
+from .registration import NAME, register
+
+DEFAULT_LEARNING_RATES = {NAME: 1e-3}
+"""By optimizer; every other optimizer keeps Transformers' default of 5e-5."""
+
+
+@dataclass
+class ContinualTrainingArguments(TrainingArguments):
+    """Arguments of a [`ContinualTrainer`]. Defaults that differ from `TrainingArguments`: `learning_rate` (by
+    optimizer, see its help).
+    """
+
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": f"The initial learning rate. Default: {DEFAULT_LEARNING_RATES[NAME]} for CLASSP, else 5e-5."
+        },
+    )
+
+    # Over the sequence
+    heads: Literal["shared", "per_task"] = field(
+        default="shared",
+        metadata={
+            "help": "One output head for all tasks (domain-incremental), or one a task, chosen by the task's name when "
+            "it is evaluated (task-incremental)."
+        },
+    )
+    reset_optimizer: bool = field(
+        default=False,
+        metadata={"help": "Start every task with a fresh optimizer, as running one script after another does."},
+    )
+    sequence_metric: str = field(
+        default="accuracy", metadata={"help": "Name of the metric, from `compute_metrics`, that fills the matrix R."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Texts are cut to this many tokens. Default: what the tokenizer allows."}
+    )
+
+    # The memory
+    memory: str | None = field(
+        default=None,
+        metadata={"help": "Go on from this continual memory: a file, the folder of a model, or a Hub id."},
+    )
+    memory_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the Hub repository given as `memory`."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.optim == NAME:
+            register()
+        if self.heads not in ("shared", "per_task"):
+            raise ValueError(f"heads must be 'shared' or 'per_task', got {self.heads!r}")
+        super().__post_init__()
+
+    @classmethod
+    def from_training_arguments(cls, args: TrainingArguments) -> ContinualTrainingArguments:
+        """The same arguments, with the continual ones at their defaults."""
+        return cls(**{f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init})
+
+    @property
+    def default_learning_rate(self) -> float:
+        return DEFAULT_LEARNING_RATES.get(str(getattr(self.optim, "value", self.optim)), 5e-5)

@@ -1,0 +1,185 @@
+"""Fine-tune one classifier over a sequence of text tasks, and show what it kept.
+
+    accelerate launch recipes/sentiment_sequence.py
+    accelerate launch recipes/sentiment_sequence.py --tasks fpb imdb --model_name_or_path google-bert/bert-base-uncased
+    accelerate launch recipes/sentiment_sequence.py --trainer ewc --ewc_lambda 3 --compare naive classp
+    accelerate launch recipes/sentiment_sequence.py --use_peft --lora_r 16 --compare
+
+Every arm (`--trainer` and those of `--compare`) gets its own defaults (`ARMS` below); a flag you give applies to all
+arms. Every flag of transformers' TrainingArguments is accepted.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, set_seed
+
+import classp_hf
+from classp_hf import METHODS, ClasspTrainer, ContinualTrainer, ContinualTrainingArguments, embedded, report
+
+# What each arm is, and the flags it starts from. Learning rates: docs/log.md says how they were chosen.
+ARMS: dict[str, tuple[type[ContinualTrainer], str, list[str]]] = {
+    "classp": (ClasspTrainer, "none", ["--optim", "classp"]),
+    "ewc": (ContinualTrainer, "ewc", ["--learning_rate", "1e-4"]),
+    "l2sp": (ContinualTrainer, "l2sp", ["--learning_rate", "1e-4"]),
+    "replay": (ContinualTrainer, "replay", ["--learning_rate", "1e-4", "--reset_optimizer"]),
+    "naive": (ContinualTrainer, "none", ["--learning_rate", "1e-4", "--reset_optimizer"]),
+}
+DEFAULTS = [
+    "--output_dir",
+    "outputs/sentiment_sequence",
+    "--num_train_epochs",
+    "2",
+    "--per_device_train_batch_size",
+    "32",
+    "--per_device_eval_batch_size",
+    "128",
+    "--max_length",
+    "64",
+    "--logging_steps",
+    "10",
+    "--save_strategy",
+    "no",
+]
+
+
+@dataclass
+class RecipeArguments:
+    tasks: list[str] = field(
+        default_factory=lambda: ["icwsm14/nyt", "icwsm14/movie"],
+        metadata={
+            "help": "Tasks in order: icwsm14/nyt|movie|amazon|tweets, fpb, imdb, or "
+            "name:path_or_hub_id[:config][,text=COLUMN,label=COLUMN,names=a|b|c,map=x>y|z>w]."
+        },
+    )
+    trainer: str = field(default="classp", metadata={"help": f"The arm to run: {', '.join(ARMS)}."})
+    compare: list[str] = field(
+        default_factory=lambda: ["naive"],
+        metadata={"help": "Arms to run beside it. Give the flag without a value for none.", "nargs": "*"},
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Local folder or Hub id. Default: the embedded all-MiniLM-L6-v2."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
+    max_train_samples: int | None = field(
+        default=1600, metadata={"help": "Training examples a task (0 or less: all of them)."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Validation and test examples a task. Default: all."}
+    )
+    dropout: float | None = field(
+        default=0.0,
+        metadata={"help": "Dropout while training. 0 gives the same result on any number of processes; none: as in "
+                  "the model's config."},
+    )  # fmt: skip
+    use_peft: bool = field(
+        default=False, metadata={"help": "Train LoRA adapters and the head instead of all weights."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA adapters."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in the LoRA adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to adapt. Default: all linear layers.", "nargs": "+"}
+    )
+
+    def __post_init__(self) -> None:
+        for arm in [self.trainer, *self.compare]:
+            if arm not in ARMS:
+                raise ValueError(f"Unknown arm {arm!r} in --trainer or --compare. Known: {', '.join(ARMS)}.")
+        if self.max_train_samples is not None and self.max_train_samples <= 0:
+            self.max_train_samples = None
+
+
+def build_model(recipe: RecipeArguments, labels: list[str], max_length: int | None):
+    name = recipe.model_name_or_path or embedded.model_path()
+    changes = {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+    config = AutoConfig.from_pretrained(name, revision=recipe.model_revision)
+    if recipe.dropout is not None:
+        for key, value in config.to_dict().items():
+            if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+                changes[key] = recipe.dropout
+    model = AutoModelForSequenceClassification.from_pretrained(
+        name, revision=recipe.model_revision, ignore_mismatched_sizes=True, **changes
+    )
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=recipe.model_revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if recipe.use_peft:
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        lora = LoraConfig(
+            task_type=TaskType.SEQ_CLS,
+            r=recipe.lora_r,
+            lora_alpha=recipe.lora_alpha,
+            lora_dropout=recipe.lora_dropout,
+            target_modules=recipe.lora_target_modules or "all-linear",
+        )
+        model = get_peft_model(model, lora)
+    return model, tokenizer
+
+
+def main() -> None:
+    classp_hf.register()
+    methods = [m for m in METHODS.values() if any(f.init for f in fields(m))]
+    parser = HfArgumentParser((RecipeArguments, ContinualTrainingArguments, *methods), description=__doc__)
+    given = sys.argv[1:]
+
+    def parse(arm_flags: list[str]):
+        return parser.parse_args_into_dataclasses(args=[*DEFAULTS, *arm_flags, *given])
+
+    recipe, args, *_ = parse([])
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("classp_hf").setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
+
+    with args.main_process_first(desc="loading the tasks"):
+        tasks = [
+            classp_hf.load_task(
+                spec,
+                seed=args.seed,
+                max_train_samples=recipe.max_train_samples,
+                max_eval_samples=recipe.max_eval_samples,
+            )
+            for spec in recipe.tasks
+        ]
+    labels = classp_hf.label_names(tasks)
+
+    arms = list(dict.fromkeys([recipe.trainer, *recipe.compare]))
+    results = {}
+    for arm in arms:
+        trainer_class, method_name, flags = ARMS[arm]
+        _, args, *configured = parse(flags)
+        base = Path(args.output_dir)
+        args.output_dir = str(base / arm)
+        method = next((m for m in configured if m.name == method_name), None)
+        set_seed(args.seed)
+        model, tokenizer = build_model(recipe, labels, args.max_length)
+        trainer = trainer_class(model=model, args=args, processing_class=tokenizer, method=method)
+        if trainer.is_world_process_zero():
+            print(f"\n=== {arm}: {' -> '.join(t.name for t in tasks)} ===", flush=True)
+        results[arm] = trainer.train_sequence(tasks)
+        if args.push_to_hub:
+            trainer.push_to_hub()
+
+    if args.process_index == 0:
+        for arm, result in results.items():
+            print("\n" + report.format_sequence(result["tasks"], result["accuracy_matrix"], result["metrics"], arm))
+        if len(results) > 1:
+            print("\n" + report.format_comparison(results))
+        try:
+            report.plot_retention(results, base / "retention.png")
+        except ImportError as error:
+            print(error)
+        print(f"\nResults, figures, models and cards: {base}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""A loopback stand-in for the Hub: enough of its HTTP interface for `datasets.load_dataset(repo_id)` to read Parquet.
+
+    with FakeHub({("owner/name", "main"): {"README.md": b"...", "data/train.parquet": b"..."}}) as hub:
+        subprocess.run(..., env=hub.env(tmp_path))
+
+`HF_ENDPOINT` is read when huggingface_hub is imported, so the client has to be another process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+
+class FakeHub:
+    """Serves dataset repositories, given as {(repo id, revision): {path: content}}, on a free port of 127.0.0.1.
+
+    `requests` lists what was asked, as "METHOD path". Entering starts the server, leaving stops it.
+    """
+
+    def __init__(self, repos: dict[tuple[str, str], dict[str, bytes]]):
+        # Clients resolve a revision to its commit and go on with that; both must find the same files.
+        self.repos = {}
+        for (repo, revision), files in repos.items():
+            commit = hashlib.sha1(f"{repo}@{revision}".encode()).hexdigest()
+            self.repos[repo, revision] = self.repos[repo, commit] = (commit, files)
+        self.requests: list[str] = []
+
+    def __enter__(self) -> FakeHub:
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def env(self, folder: Path) -> dict[str, str]:
+        """An environment in which this is the Hub and `folder` the cache, without proxies or offline switches."""
+        dropped = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+        env = {key: value for key, value in os.environ.items() if not key.upper().startswith(dropped)}
+        endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        return env | {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        url = urlsplit(self.path)
+        self.hub.requests.append(f"{self.command} {unquote(url.path)}")
+        parts = url.path.strip("/").split("/")
+        if parts[0] == "api":
+            # /api/datasets/OWNER/NAME[/revision/REV | /tree/REV[/FOLDER]]
+            repo, (action, revision, *rest) = "/".join(parts[2:4]), (parts[4:] or ["revision", "main"])
+        elif parts[3:4] == ["resolve"]:
+            # /datasets/OWNER/NAME/resolve/REV/PATH
+            repo, (action, revision, *rest) = "/".join(parts[1:3]), parts[3:]
+        else:
+            return self.error(404, "RepoNotFound")
+        if (repo, unquote(revision)) not in self.hub.repos:
+            known = any(repo == other for other, _ in self.hub.repos)
+            return self.error(404, "RevisionNotFound" if known else "RepoNotFound")
+        commit, files = self.hub.repos[repo, unquote(revision)]
+        path = unquote("/".join(rest))
+        if action == "resolve":
+            return self.file(commit, files[path]) if path in files else self.error(404, "EntryNotFound")
+        if action == "revision":
+            siblings = [{"rfilename": name} for name in files]
+            return self.json({"id": repo, "sha": commit, "private": False, "tags": [], "siblings": siblings})
+        entries = {name: _entry("file", name, files[name]) for name in files}
+        folders = {str(parent) for name in files for parent in Path(name).parents} - {"."}
+        entries |= {name: _entry("directory", name, b"") for name in folders}
+        recursive = parse_qs(url.query).get("recursive", ["false"])[0].lower() == "true"
+        inside = [e for name, e in entries.items() if not path or name.startswith(path + "/")]
+        if not inside:
+            return self.error(404, "EntryNotFound")
+        return self.json([e for e in inside if recursive or str(Path(e["path"]).parent) == (path or ".")])
+
+    do_HEAD = do_GET
+
+    def json(self, value) -> None:
+        self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def file(self, commit: str, content: bytes) -> None:
+        etag = f'"{hashlib.sha1(content).hexdigest()}"'
+        self.reply(200, content, {"ETag": etag, "X-Repo-Commit": commit, "Content-Type": "application/octet-stream"})
+
+    def error(self, status: int, code: str) -> None:
+        self.reply(status, b"", {"X-Error-Code": code, "X-Error-Message": code})
+
+    def reply(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+def _entry(kind: str, path: str, content: bytes) -> dict:
+    oid = hashlib.sha1(content or path.encode()).hexdigest()
+    return {"type": kind, "path": path, "size": len(content), "oid": oid}

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from classp_hf import ClasspTrainer, ContinualMemory
+from classp_hf.memory import FORMAT, MEMORY_NAME, canonical_name, memory_shapes
+
+
+@pytest.fixture
+def saved(tmp_path):
+    memory = ContinualMemory(metadata={"tasks": ["a", "b"], "optimizer": {"lr": 0.1}})
+    memory.put("accumulator", {"layer.weight": torch.rand(4, 3), "layer.bias": torch.rand(4)})
+    memory.put("ewc.importance", {"layer.weight": torch.rand(4, 3, dtype=torch.bfloat16)})
+    return memory, memory.save(tmp_path / "model")
+
+
+def test_round_trip_by_file_and_by_folder(saved):
+    memory, path = saved
+    assert path.name == MEMORY_NAME
+    for source in (path, path.parent, str(path.parent)):
+        loaded = ContinualMemory.load(source)
+        assert loaded.metadata == memory.metadata
+        assert loaded.kinds() == ["accumulator", "ewc.importance"]
+        assert loaded.tensors.keys() == memory.tensors.keys()
+        assert all(
+            torch.equal(loaded.tensors[k], t) and loaded.tensors[k].dtype is t.dtype for k, t in memory.tensors.items()
+        )
+
+
+def test_saving_is_atomic(saved, monkeypatch):
+    memory, path = saved
+    before = path.read_bytes()
+    monkeypatch.setattr("classp_hf.memory.os.replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    memory.tensors["accumulator/layer.bias"] += 1
+    with pytest.raises(OSError, match="disk full"):
+        memory.save(path.parent)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [MEMORY_NAME]
+
+
+def test_saved_file_is_readable_by_others_as_any_new_file(saved, tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert saved[1].stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("keep", [0, 7, 60, -5])
+def test_truncated(saved, keep):
+    _, path = saved
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(
+        ValueError, match=r"continual_memory.safetensors is not a readable safetensors file .* truncated or damaged"
+    ):
+        ContinualMemory.load(path)
+
+
+def test_one_flipped_bit_in_the_tensors_or_the_metadata(saved):
+    _, path = saved
+    good = path.read_bytes()
+    for position in (len(good) - 3, good.index(b'\\"lr\\": 0.1') + 9):
+        path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
+        with pytest.raises(ValueError, match="does not match its own digest"):
+            ContinualMemory.load(path)
+
+
+def test_other_files_and_versions(saved, tmp_path):
+    _, path = saved
+    save_file({"x": torch.ones(1)}, tmp_path / "weights.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"is not a continual memory \(its `format` is 'pt'"):
+        ContinualMemory.load(tmp_path / "weights.safetensors")
+    save_file(load_file(path), path, metadata={"format": FORMAT, "format_version": "99"})
+    with pytest.raises(ValueError, match="has format version '99'; this version of classp_hf reads 1"):
+        ContinualMemory.load(path)
+
+
+def test_no_memory_there(tmp_path):
+    for missing in (tmp_path, tmp_path / "nowhere", "./nowhere"):
+        with pytest.raises(FileNotFoundError, match="no continual memory at"):
+            ContinualMemory.load(missing)
+    with pytest.raises(
+        FileNotFoundError, match=r"'someone/nothing' is neither a local folder .* nor a Hub repository"
+    ):
+        ContinualMemory.load("someone/nothing")  # the Hub is out of reach here
+
+
+def test_a_memory_of_another_model_says_what_differs(saved):
+    memory, _ = saved
+    fits = {"layer.weight": (4, 3), "layer.bias": (4,)}
+    accumulators = ContinualMemory({k: t for k, t in memory.tensors.items() if k.startswith("accumulator")})
+    accumulators.check_fits(fits)
+    with pytest.raises(
+        ValueError,
+        match=r"accumulator: 1 of another shape: layer.weight \(4, 3\) in the memory, \(5, 3\) in the model",
+    ):
+        accumulators.check_fits({**fits, "layer.weight": (5, 3)})
+    with pytest.raises(
+        ValueError, match=r"1 only in the memory: layer.bias(.|\n)*2 only in the model: head.bias, head.weight"
+    ):
+        accumulators.check_fits({"layer.weight": (4, 3), "head.weight": (1,), "head.bias": (1,)})
+
+
+def test_the_trainer_refuses_it_before_training(make_model, make_tasks, make_args, collator, tmp_path):
+    ClasspTrainer(model=make_model(), args=make_args(), data_collator=collator).train_sequence(make_tasks(1))
+    with pytest.raises(
+        ValueError, match=r"does not fit(.|\n)*classifier.weight \(3, 32\) in the memory, \(2, 32\) in the model"
+    ):
+        ClasspTrainer(model=make_model(num_labels=2), args=make_args(), memory=tmp_path / "run")
+
+
+def test_names_survive_every_wrapper(make_model):
+    from peft import LoraConfig, get_peft_model
+
+    bare = make_model()
+    names = set(memory_shapes(bare))
+    assert "bert.encoder.layer.0.attention.self.query.weight" in names
+    assert set(memory_shapes(torch.compile(bare))) == names
+    assert {canonical_name(f"module.{n}") for n in names} == names
+    adapted = get_peft_model(make_model(), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
+    shapes = memory_shapes(adapted)
+    assert "classifier.weight" in shapes  # modules_to_save.default
+    assert "bert.encoder.layer.0.attention.self.query.lora_A.default.weight" in shapes
+    assert len(shapes) == len([p for p in adapted.parameters() if p.requires_grad])  # no two share a name
+    frozen = {canonical_name(n) for n, _ in adapted.named_parameters()}
+    assert "bert.encoder.layer.0.attention.self.query.weight" in frozen  # base_layer
+
+
+def test_metadata_is_json_and_tied_weights_do_not_stop_saving(tmp_path):
+    shared = torch.rand(3)
+    memory = ContinualMemory({"accumulator/a": shared, "accumulator/b": shared}, {"x": [1, None, "é"]})
+    assert ContinualMemory.load(memory.save(tmp_path)).metadata == json.loads(json.dumps(memory.metadata))
+
+
+def test_empty_parameters(tmp_path):
+    memory = ContinualMemory({"accumulator/none": nn.Parameter(torch.ones(0, 4)).detach()})
+    assert ContinualMemory.load(memory.save(tmp_path)).tensors["accumulator/none"].shape == (0, 4)

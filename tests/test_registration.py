@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+
+from classp_hf import registration
+
+# A Trainer script of the kind people have: it knows nothing of classp_hf.
+SCRIPT = """
+import sys
+from datasets import Dataset
+from transformers import BertConfig, BertForSequenceClassification, HfArgumentParser, Trainer, TrainingArguments
+
+if __name__ == "__main__":
+    (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+    config = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    data = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 8, "labels": [0, 1] * 4})
+    trainer = Trainer(model=BertForSequenceClassification(config), args=args, train_dataset=data)
+    trainer.train()
+    trainer.save_model()
+    optimizer = trainer.optimizer.optimizer
+    print("INSIDE", type(optimizer).__module__, type(optimizer).__name__, __name__, sys.argv[0])
+    print("GROUP", {k: optimizer.param_groups[0][k] for k in ("lr", "power", "density", "apply_decay")})
+    print("STATE", sum(float(s["accumulator"].sum()) > 0 for s in optimizer.state.values()) > 0)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "unedited.py"
+    path.write_text(textwrap.dedent(SCRIPT))
+    return path
+
+
+def launch(launcher, script, tmp_path, *flags):
+    command = [*launcher, str(script), "--output_dir", str(tmp_path / "out"), "--num_train_epochs", "1", "--use_cpu"]
+    return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        [sys.executable, "-m", "classp_hf"],
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "classp_hf"],
+    ],
+    ids=["python -m", "accelerate launch -m"],
+)
+def test_an_unedited_script_trains_with_classp(launcher, script, tmp_path):
+    flags = ["--optim", "classp", "--optim_args", "power=2, density=0.5,apply_decay=true", "--learning_rate", "0.01"]
+    run = launch(launcher, script, tmp_path, *flags)
+    assert run.returncode == 0, run.stderr
+    assert f"INSIDE classp_hf.optim.classp CLASSP __main__ {script}" in run.stdout
+    assert "'power': 2.0, 'density': 0.5, 'apply_decay': True" in run.stdout
+    assert "STATE True" in run.stdout
+
+
+def test_other_optimizers_and_modules_still_run(script, tmp_path):
+    run = launch([sys.executable, "-m", "classp_hf"], script, tmp_path, "--optim", "sgd")
+    assert "INSIDE torch.optim.sgd SGD" in run.stdout, run.stderr
+    run = subprocess.run(
+        [sys.executable, "-m", "classp_hf", "-m", "json.tool", "--help"], capture_output=True, text=True
+    )
+    assert "usage: " in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "usage: python -m classp_hf (SCRIPT | -m MODULE)"),
+        (["--help"], 0, "usage: python -m classp_hf (SCRIPT | -m MODULE)"),
+        (["nowhere.py"], 1, "error: there is no script 'nowhere.py'"),
+        (["-m"], 1, "error: -m needs the name of a module"),
+    ],
+)
+def test_usage(arguments, code, message):
+    run = subprocess.run([sys.executable, "-m", "classp_hf", *arguments], capture_output=True, text=True)
+    assert run.returncode == code
+    assert message in run.stdout + run.stderr
+
+
+def test_without_register_the_name_is_unknown_and_with_it_argparse_lists_it():
+    code = """
+        from transformers import HfArgumentParser, TrainingArguments
+        try:
+            TrainingArguments(output_dir="x", optim="classp")
+        except ValueError as error:
+            assert "classp" in str(error)
+        else:
+            raise AssertionError("transformers knows classp by itself: registration can go")
+        import classp_hf
+        classp_hf.register()
+        classp_hf.register()
+        args = TrainingArguments(output_dir="x", optim="classp")
+        assert args.optim == "classp" and args.to_dict()["optim"] == "classp"
+        help = HfArgumentParser(TrainingArguments).format_help()
+        assert help.count(",classp}") >= 1, help
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("powr=2", r"Unknown key 'powr' in --optim_args. CLASSP knows: threshold, power, eps, apply_decay, density"),
+        ("lr=1", r"Unknown key 'lr' in --optim_args \(use --learning_rate\)"),
+        ("power=two", "power=two in --optim_args does not parse: power must be a number"),
+        ("apply_decay=maybe", "apply_decay=maybe in --optim_args does not parse: apply_decay must be true or false"),
+        ("power", "--optim_args must be key=value pairs separated by commas, got 'power'"),
+        ("power=-1", "power must be finite and > 0, got -1.0"),
+        ("threshold=1e-6,density=0.1", "threshold=1e-06 and density=0.1 exclude each other"),
+    ],
+)
+def test_bad_optim_args(text, match):
+    with pytest.raises(ValueError, match=match):
+        registration.parse_optim_args(text)
+
+
+def test_bad_optim_args_stop_an_unedited_script(script, tmp_path):
+    run = launch([sys.executable, "-m", "classp_hf"], script, tmp_path, "--optim", "classp", "--optim_args", "powr=2")
+    assert run.returncode != 0
+    assert "Unknown key 'powr' in --optim_args" in run.stderr
+    assert "INSIDE" not in run.stdout
+
+
+def test_good_optim_args():
+    assert registration.parse_optim_args(None) == {}
+    assert registration.parse_optim_args("power=2, eps=1e-4,foreach=false") == {
+        "power": 2.0,
+        "eps": 1e-4,
+        "foreach": False,
+    }
+    assert registration.parse_optim_args({"apply_decay": "False"}) == {"apply_decay": False}
+
+
+def test_optim_args_cover_the_optimizers_hyperparameters():
+    import inspect
+
+    from classp_hf import CLASSP
+
+    known = set(inspect.signature(CLASSP).parameters) - {"params", "lr", "weight_decay"}
+    assert set(registration.OPTIM_ARGS) == known
+
+
+def test_deepspeed_offload_is_refused():
+    """accelerate decides by these keys (`Accelerator._prepare_deepspeed`); DeepSpeed itself cannot be installed here."""
+    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    plugin = SimpleNamespace(deepspeed_config=offload)
+    context = SimpleNamespace(args=SimpleNamespace(deepspeed_plugin=plugin), optimizer_kwargs={"lr": 1}, optim_args={})
+    with pytest.raises(ValueError, match="would silently replace CLASSP by DeepSpeedCPUAdam"):
+        registration._handler(context)
+    for fine in (
+        None,
+        {"zero_optimization": {"stage": 2}},
+        {"zero_optimization": {"offload_optimizer": {"device": "none"}}},
+        {**offload, "zero_force_ds_cpu_optimizer": False},
+    ):
+        registration.refuse_deepspeed_offload(fine)
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "message"),
+    [
+        (
+            "import importlib.metadata as m; m.version = lambda name: '4.57.1'",
+            "classp_hf needs transformers >= 5.23.0, found 4.57.1",
+        ),
+        (
+            "import transformers.trainer_optimizer as t; del t._OPTIMIZER_HANDLERS",
+            "keeps its optimizer names elsewhere than classp_hf knows",
+        ),
+    ],
+)
+def test_unsupported_transformers(sabotage, message):
+    code = f"import transformers\nfrom transformers import Trainer\n{sabotage}\nimport classp_hf\nclassp_hf.register()"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode != 0
+    assert message in run.stderr
+    # nothing is left half registered
+    code = code.replace(
+        "classp_hf.register()",
+        "try:\n    classp_hf.register()\nexcept ImportError: pass\n"
+        "from transformers.training_args import OptimizerNames; assert 'classp' not in OptimizerNames._value2member_map_",
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
