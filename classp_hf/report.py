@@ -49,7 +49,7 @@ _HUB_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
 # Arguments that say where a run was written or shown, not how the model was trained.
 _PLACES = {
     *("accelerator_config", "dataloader_pin_memory", "disable_tqdm", "logging_dir", "method", "output_dir"),
-    *("push_to_hub", "report_to", "resume_from_checkpoint", "run_name"),
+    *("hub_model_id", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name"),
 }
 
 
@@ -312,9 +312,9 @@ def plot_retention(arms: Mapping[str, Mapping[str, Any]], path: str | os.PathLik
         for a, (arm, results) in enumerate(arms.items()):
             style = {"color": _PALETTE[a % 7], "marker": _MARKERS[a % 7], "linestyle": ("-", ":", "-.")[a // 7 % 3]}
             values = [100 * row[j] for row in results["accuracy_matrix"]]
-            style["markersize"] = max(8 - 2 * a, 4)  # earlier arms larger: seen under later ones of the same value
+            size = max(8 - 2 * a, 4)  # earlier arms larger: seen under later ones of the same value
             # Not clipped: markers at 0 and 100 stay whole.
-            axes.plot(values, **style, linewidth=1.6, clip_on=False, label=arm if j == 0 else None)
+            axes.plot(values, **style, markersize=size, clip_on=False, label=arm if j == 0 else None)
         axes.set_title(f"{j + 1}. {tasks[j]}", fontsize=10)
         axes.set_ylim(lowest, 100)
         axes.set_xticks(range(T + 1), ["untrained", *(str(t) for t in range(1, T + 1))])
@@ -430,17 +430,22 @@ def write_model_card(
         trainer="ClasspTrainer" if optimizer["name"] == "CLASSP" else "ContinualTrainer",
         method_call=f'METHODS["{method["name"]}"]({_keywords(method)})' if method["name"] != "none" else None,
         argument_calls=[
-            f"{k}={arguments[k]!r}"
+            _keyword(k, arguments[k])
             for k, default in (("learning_rate", None), ("optim", "classp"), ("optim_args", None), ("heads", "shared"))
             if arguments.get(k, default) != default
         ],
     )
     with _atomic(path) as temporary:
-        temporary.write_text(str(card), encoding="utf-8")
+        temporary.write_text(str(card).rstrip() + "\n", encoding="utf-8")
 
 
 def _keywords(described: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k}={v!r}" for k, v in described.items() if k != "name" and v is not None)
+    return ", ".join(_keyword(k, v) for k, v in described.items() if k != "name" and v is not None)
+
+
+def _keyword(name: str, value: Any) -> str:
+    """Python source, strings in double quotes as formatters want them."""
+    return f"{name}={json.dumps(value) if isinstance(value, str) else repr(value)}"
 
 
 def _call_text(described: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -92,6 +93,11 @@ class ContinualTrainer(Trainer):
             args.learning_rate = args.default_learning_rate
         if memory is not None:
             args.memory = str(memory)
+        if args.world_size == 1 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(
+                f"{os.environ['WORLD_SIZE']} processes were started, but each of them would train alone. On CPUs pass "
+                "--use_cpu, or start them with `accelerate launch --cpu`."
+            )
         self.method = _make_method(method if method is not None else self.default_method)
 
         optimizer_given = kwargs.get("optimizers", (None, None))[0] or kwargs.get("optimizer_cls_and_kwargs")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from accelerate.utils import str_to_bool
 from transformers import TrainingArguments
 
 from .registration import NAME, register
@@ -59,6 +61,8 @@ class ContinualTrainingArguments(TrainingArguments):
             register()
         if self.heads not in ("shared", "per_task"):
             raise ValueError(f"heads must be 'shared' or 'per_task', got {self.heads!r}")
+        if str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false")):
+            self.use_cpu = True  # `accelerate launch --cpu`; several processes would not find each other without it
         super().__post_init__()
 
     @classmethod

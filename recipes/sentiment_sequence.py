@@ -3,7 +3,7 @@
     accelerate launch recipes/sentiment_sequence.py
     accelerate launch recipes/sentiment_sequence.py --tasks fpb imdb --model_name_or_path google-bert/bert-base-uncased
     accelerate launch recipes/sentiment_sequence.py --trainer ewc --ewc_lambda 3 --compare naive classp
-    accelerate launch recipes/sentiment_sequence.py --use_peft --lora_r 16 --compare
+    accelerate launch recipes/sentiment_sequence.py --use_peft --lora_r 16 --compare none
 
 Every arm (`--trainer` and those of `--compare`) gets its own defaults (`ARMS` below); a flag you give applies to all
 arms. Every flag of transformers' TrainingArguments is accepted.
@@ -16,10 +16,12 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, set_seed
 
 import classp_hf
 from classp_hf import METHODS, ClasspTrainer, ContinualTrainer, ContinualTrainingArguments, embedded, report
+from classp_hf.launch import start_cpu_processes
 
 # What each arm is, and the flags it starts from. Learning rates: docs/log.md says how they were chosen.
 ARMS: dict[str, tuple[type[ContinualTrainer], str, list[str]]] = {
@@ -59,7 +61,7 @@ class RecipeArguments:
     trainer: str = field(default="classp", metadata={"help": f"The arm to run: {', '.join(ARMS)}."})
     compare: list[str] = field(
         default_factory=lambda: ["naive"],
-        metadata={"help": "Arms to run beside it. Give the flag without a value for none.", "nargs": "*"},
+        metadata={"help": f"Arms to run beside it, of {', '.join(ARMS)}; `--compare none` for no other."},
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Local folder or Hub id. Default: the embedded all-MiniLM-L6-v2."}
@@ -83,10 +85,12 @@ class RecipeArguments:
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA adapters."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in the LoRA adapters."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules to adapt. Default: all linear layers.", "nargs": "+"}
+        default=None, metadata={"help": "Modules to adapt. Default: all linear layers."}
     )
 
     def __post_init__(self) -> None:
+        if self.compare == ["none"]:
+            self.compare = []
         for arm in [self.trainer, *self.compare]:
             if arm not in ARMS:
                 raise ValueError(f"Unknown arm {arm!r} in --trainer or --compare. Known: {', '.join(ARMS)}.")
@@ -128,6 +132,7 @@ def build_model(recipe: RecipeArguments, labels: list[str], max_length: int | No
 
 
 def main() -> None:
+    start_cpu_processes()
     classp_hf.register()
     methods = [m for m in METHODS.values() if any(f.init for f in fields(m))]
     parser = HfArgumentParser((RecipeArguments, ContinualTrainingArguments, *methods), description=__doc__)

@@ -75,6 +75,16 @@ def test_json_is_indented_and_creates_its_folder(tmp_path):
     assert path.read_text() == '{\n  "a": [\n    1,\n    null\n  ]\n}\n'
 
 
+def test_json_is_replaced_as_a_whole(tmp_path):
+    """Who reads while it is written sees the old file, not a part of the new one."""
+    path = tmp_path / "a.json"
+    report.write_json(path, {"old": 1})
+    with open(path) as reader:
+        report.write_json(path, {"new": 1})
+        assert json.load(reader) == {"old": 1}
+    assert json.loads(path.read_text()) == {"new": 1}
+
+
 @pytest.mark.parametrize("bad", [float("nan"), object()])
 def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path, bad):
     path = tmp_path / "a.json"
@@ -391,17 +401,17 @@ def test_model_card_never_holds_a_secret(write_card):
     assert "plain-secret" not in text
 
 
-def test_model_card_of_a_run_without_memory_method_or_hub(write_card, tmp_path):
-    local = tmp_path / "private" / "my-base"
-    local.mkdir(parents=True)
+def test_model_card_of_a_run_without_memory_method_or_hub(write_card, tmp_path, monkeypatch):
+    (tmp_path / "private" / "my-base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     results = make_results(method={"name": "none"}, optimizer={"name": "AdamW", "lr": 1e-4}, commit=None)
     del results["arguments"]["hub_model_id"]
     results["hardware"] = {**results["hardware"], "gpus": [], "num_processes": 1}
-    path = write_card(results, memory=False, base_model=str(local))
+    path = write_card(results, memory=False, base_model="private/my-base")  # a folder that looks like a Hub id
     text = path.read_text()
     data = ModelCard.load(path).data
     assert data.base_model is None and data.tags == ["continual-learning", "adamw"] and data.datasets is None
-    assert "`my-base`" in text and str(tmp_path) not in text
+    assert "`my-base`" in text and "private" not in text
     assert 'repo = "kept"' in text
     assert MEMORY_NAME not in text and "kirkpatrick" not in text and "ludwig2024classp" in text
     assert "no GPU" in text and "1 process;" in text and "Commit" not in text
@@ -412,7 +422,7 @@ def test_model_card_of_a_run_without_memory_method_or_hub(write_card, tmp_path):
     [
         ({"name": "ewc", "ewc_lambda": 3.0}, "CLASSP", ['METHODS["ewc"](ewc_lambda=3.0)', "trainer = ClasspTrainer("]),
         ({"name": "none"}, "CLASSP", ["trainer = ClasspTrainer("]),
-        ({"name": "l2sp"}, "AdamW", ['METHODS["l2sp"]()', "trainer = ContinualTrainer(", "optim='adamw_torch'"]),
+        ({"name": "l2sp"}, "AdamW", ['METHODS["l2sp"]()', "trainer = ContinualTrainer(", 'optim="adamw_torch"']),
     ],
 )
 def test_model_card_code_is_python_with_names_that_exist(write_card, method, optimizer, expected):
@@ -422,7 +432,7 @@ def test_model_card_code_is_python_with_names_that_exist(write_card, method, opt
     compile(code, "card", "exec")
     names = re.search(r"from classp_hf import (.*)", code)[1].split(", ")
     assert all(name in classp_hf.__all__ for name in names)
-    assert all(re.search(rf"\b{name}\b", code.split("import")[-1].split("\n", 1)[1]) for name in names)
+    assert all(code.count(name) > 1 for name in names)  # and that are used
     for text in expected:
         assert text in code
 

@@ -1,0 +1,184 @@
+"""The recipe as users run it: real processes, the real model, real data (small subsets)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment_sequence.py"
+SMALL = "--max_train_samples 48 --max_eval_samples 40 --num_train_epochs 1 --max_length 32 --report_to none".split()
+
+
+def command(output_dir, processes, *flags):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    batch = ["--per_device_train_batch_size", str(16 // processes)]
+    return [*launch, str(RECIPE), *SMALL, *batch, "--output_dir", str(output_dir), *flags]
+
+
+def run(*args):
+    finished = subprocess.run(command(*args), capture_output=True, text=True, timeout=500)
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-5000:]
+    return finished.stdout
+
+
+ARMS = ["--trainer", "classp", "--compare", "ewc", "--fisher_samples", "7"]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return folder, run(folder, 1, *ARMS)
+
+
+def results(folder, arm):
+    return json.loads((folder / arm / "results.json").read_text())
+
+
+def test_one_process_shows_and_writes_everything(one_process):
+    folder, stdout = one_process
+    assert "| classp |" in stdout
+    assert "| ewc    |" in stdout
+    for arm, method in (("classp", "none"), ("ewc", "ewc")):
+        r = results(folder, arm)
+        assert r["tasks"] == ["icwsm14/nyt", "icwsm14/movie"]
+        assert r["label_names"] == ["negative", "neutral", "positive"]
+        assert [len(row) for row in r["accuracy_matrix"]] == [2, 2, 2]
+        names = "average_accuracy learning_accuracy backward_transfer forward_transfer forgetting retained_accuracy"
+        assert set(r["metrics"]) == set(names.split())
+        assert r["method"]["name"] == method
+        assert r["seconds"] > 0
+        for key in ("arguments", "versions", "hardware", "command", "commit"):
+            assert key in r
+        for name in (
+            "accuracy_matrix.png",
+            "retention.png",
+            "README.md",
+            "model.safetensors",
+            "continual_memory.safetensors",
+        ):
+            assert (folder / arm / name).stat().st_size > 1000, name
+    assert results(folder, "classp")["optimizer"]["name"] == "CLASSP"
+    assert results(folder, "ewc")["optimizer"]["name"] == "AdamW"
+    # both arms start from the same weights and see the same test examples
+    assert results(folder, "classp")["accuracy_matrix"][0] == results(folder, "ewc")["accuracy_matrix"][0]
+
+
+def test_two_processes_with_the_same_global_batch_give_the_same_result(one_process, tmp_path):
+    run(tmp_path, 2, *ARMS)
+    for arm in ("classp", "ewc"):
+        one, two = results(one_process[0], arm), results(tmp_path, arm)
+        assert two["hardware"]["num_processes"] == 2
+        for row, other in zip(one["accuracy_matrix"], two["accuracy_matrix"]):
+            assert row == pytest.approx(other, abs=1 / 40 + 1e-9)  # one example on the edge may fall either way
+        for file in ("model.safetensors", "continual_memory.safetensors"):
+            a, b = (load_file(folder / arm / file) for folder in (one_process[0], tmp_path))
+            assert a.keys() == b.keys()
+            difference = sum(float((a[k].float() - b[k].float()).abs().sum()) for k in a)
+            assert difference < 1e-3 * sum(float(t.float().abs().sum()) for t in a.values()), (arm, file)
+
+
+def test_a_killed_run_resumes_to_the_same_result(one_process, tmp_path):
+    """SIGKILL while the first arm trains its second task; the same command with the resume flag."""
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command(tmp_path, 1, *ARMS), stdout=log, stderr=log, start_new_session=True)
+    state = tmp_path / "classp" / "sequence_state.json"
+    deadline = time.monotonic() + 300
+    while not (state.is_file() and len(json.loads(state.read_text())["accuracy_matrix"]) == 2):
+        assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "classp" / "results.json").exists()
+    run(tmp_path, 1, *ARMS, "--resume_from_checkpoint", "True")
+    for arm in ("classp", "ewc"):
+        assert results(tmp_path, arm)["accuracy_matrix"] == results(one_process[0], arm)["accuracy_matrix"]
+        for file in ("model.safetensors", "continual_memory.safetensors"):
+            a, b = (load_file(folder / arm / file) for folder in (one_process[0], tmp_path))
+            assert all(torch.equal(a[k], b[k]) for k in a), (arm, file)
+
+
+# ---- In this process, where a new interpreter would add nothing ----
+
+
+@pytest.fixture
+def main(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("sentiment_sequence", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "sentiment_sequence", module)
+    spec.loader.exec_module(module)
+
+    def call(*flags):
+        argv = [str(RECIPE), *SMALL, "--use_cpu", "--output_dir", str(tmp_path / "out"), *flags]
+        monkeypatch.setattr(sys, "argv", argv)
+        module.main()
+        return tmp_path / "out"
+
+    return call
+
+
+def test_fpb_then_imdb_with_lora_from_original_files(main, tmp_path):
+    sentences = [f"Profit {w} in quarter {i} .@{l}" for i in range(40) for w, l in
+                 (("rose", "positive"), ("fell", "negative"), ("was flat", "neutral"))]  # fmt: skip
+    (tmp_path / "Sentences_50Agree.txt").write_text("\n".join(sentences), encoding="iso-8859-1")
+    for split in ("train", "test"):
+        for label in ("neg", "pos"):
+            folder = tmp_path / "aclImdb" / split / label
+            folder.mkdir(parents=True)
+            for i in range(25):
+                (folder / f"{i}_1.txt").write_text(
+                    f"{'Awful' if label == 'neg' else 'Lovely'} film number {i}, {split}"
+                )
+    tasks = [f"fpb:{tmp_path / 'Sentences_50Agree.txt'}", f"imdb:{tmp_path / 'aclImdb'}"]
+    out = main("--tasks", *tasks, "--use_peft", "--lora_r", "4", "--compare", "none")
+    r = results(out, "classp")
+    assert r["tasks"] == ["fpb", "imdb"]
+    assert r["label_names"] == ["negative", "neutral", "positive"]  # one class for IMDB's pos and FPB's positive
+    assert not (out / "naive").exists()
+    memory = load_file(out / "classp" / "continual_memory.safetensors")
+    assert any("lora_A" in k for k in memory)
+    assert "accumulator/classifier.weight" in memory
+    assert sum(t.numel() for t in memory.values()) < 1_000_000  # adapters and the head, not the 22.7M weights
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["--trainer", "sgd"], "Unknown arm 'sgd' in --trainer or --compare. Known: classp, ewc"),
+        (["--tasks", "icwsm14/nyt", "icwsm14/nyt"], "share a folder name"),
+        (["--tasks", "imbd"], "Cannot read task 'imbd'. Built in: icwsm14/nyt"),
+        (["--optim_args", "density=0.1,threshold=1e-6"], "exclude each other"),
+        (["--ewc_lambda", "-1"], "ewc_lambda must be >= 0"),
+    ],
+)
+def test_bad_flags_stop_before_training(main, tmp_path, flags, match):
+    with pytest.raises(ValueError, match=match):
+        main(*flags)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_every_training_argument_is_a_flag(main, capsys):
+    with pytest.raises(SystemExit):
+        main("--help")
+    text = capsys.readouterr().out
+    for flag in (
+        "--learning_rate",
+        "--push_to_hub",
+        "--optim",
+        "--heads",
+        "--ewc_lambda",
+        "--replay_fraction",
+        "--lora_r",
+    ):
+        assert flag in text
