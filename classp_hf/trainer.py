@@ -125,6 +125,7 @@ class ContinualTrainer(Trainer):
         if self.task_heads is not None:
             self.method.excluded = self.task_heads.names
         self.seen_tasks: list[str] = []
+        self.sequence_results: dict[str, Any] | None = None
         self._pending_memory: ContinualMemory | None = None
         self._pending_optimizer: Path | None = None
         if args.memory is not None:
@@ -225,6 +226,17 @@ class ContinualTrainer(Trainer):
         if self.args.should_save and memory.tensors:
             memory.save(output_dir or str(self.args.output_dir))
         super().save_model(output_dir, _internal_call)
+
+    # ---- Workarounds ----
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any):
+        # Evaluating a model that was never trained marks it as prepared without wrapping it (`prepare_model` with
+        # evaluation_mode=True), so under DDP a later `train()` would not wrap it either and every rank would silently
+        # train alone. Wrap it first; `train()` takes over what it finds in `model_wrapped`.
+        distributed = self.accelerator.use_distributed and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if distributed and self.model_wrapped is self.model:
+            self.model_wrapped = self.accelerator.prepare_model(self.model)
+        return super().evaluation_loop(*args, **kwargs)
 
     # ---- One task ---------------------------------------------------------------------------------------------------
 
@@ -422,14 +434,19 @@ class ContinualTrainer(Trainer):
         if self.is_world_process_zero():
             report.write_json(base / "results.json", results)
             report.write_figures(base, results)
-            report.write_model_card(
-                base / "README.md",
-                results=results,
-                base_model=state["config"]["model"],
-                datasets=[],
-            )
+        self.sequence_results = results
+        self.create_model_card()
         self.accelerator.wait_for_everyone()
         return results
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """After `train_sequence` the card that shows R; Trainer's own otherwise. `push_to_hub` calls this too."""
+        if self.sequence_results is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            path = Path(str(self.args.output_dir)) / "README.md"
+            base_model = getattr(self.model.config, "_name_or_path", None)
+            report.write_model_card(path, results=self.sequence_results, base_model=base_model)
 
     def _mask_other_tasks_labels(self, logits: Any, labels: Tensor) -> Any:
         """With a head a task, the task is known: labels of other tasks are no candidates."""

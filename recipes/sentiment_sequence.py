@@ -16,7 +16,6 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, set_seed
 
 import classp_hf

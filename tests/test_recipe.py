@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment_sequence.py"
-SMALL = "--max_train_samples 48 --max_eval_samples 40 --num_train_epochs 1 --max_length 32 --report_to none".split()
+SMALL = ["--max_train_samples", "48", "--max_eval_samples", "40", "--num_train_epochs", "1", "--max_length", "32", "--report_to", "none"]
 
 
 def command(output_dir, processes, *flags):
