@@ -26,10 +26,10 @@ def main() -> None:
     if not as_module and not os.path.isfile(arguments[0]):
         sys.exit(f"{USAGE}\nclassp_hf: error: there is no script {arguments[0]!r}")
 
-    from .launch import start_cpu_processes
+    from .launch import prepare_cpu_launch
     from .registration import register
 
-    start_cpu_processes()
+    prepare_cpu_launch()
     register()
     if as_module:
         sys.argv = arguments[1:]

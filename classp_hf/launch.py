@@ -1,41 +1,54 @@
-"""What `accelerate launch` leaves undone on CPUs."""
+"""What `accelerate launch` leaves undone on CPUs: starting every process, and using every core."""
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from accelerate.utils import str_to_bool
 
 
-def start_cpu_processes() -> None:
-    """Make `accelerate launch --cpu --num_processes N` run N processes. Call it first thing in a script.
+def prepare_cpu_launch() -> None:
+    """Make `accelerate launch [--cpu] [--num_processes N]` do on CPUs what it says. Call it first thing in a script.
 
-    Without mpirun, accelerate starts one process on CPUs whatever N is, silently, with an N times smaller global batch
-    (accelerate#2741). If that is how this process was started, it replaces itself by torch's launcher with N processes
-    (gloo); otherwise nothing happens.
+    - Without mpirun, accelerate starts one process on CPUs whatever N is, silently, with an N times smaller global
+      batch (accelerate#2741). If this process was started so, it replaces itself by torch's launcher with N processes.
+    - A single process is limited to one thread, unless OMP_NUM_THREADS is set: it gets all physical cores.
+
+    Where a GPU is used, or the script was not started by `accelerate launch`, nothing happens.
     """
-    if not str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false")) or "WORLD_SIZE" in os.environ:
+    import torch
+
+    if torch.cuda.is_available() and not str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false")):
         return
-    count = _processes_asked_for()
-    if count > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.execv(sys.executable, [*launcher, *sys.orig_argv[1:]])
-
-
-def _processes_asked_for() -> int:
-    """`--num_processes` of the `accelerate launch` that started this process; it is nowhere in the environment."""
+    launcher = _accelerate_launch()
+    if launcher is None or "WORLD_SIZE" in os.environ:
+        return
     import psutil
     from accelerate.commands.launch import launch_command_parser
+
+    process, flags = launcher
+    arguments, _ = launch_command_parser().parse_known_args(flags)
+    several_hosts = arguments.mpirun_hostfile is not None or (arguments.num_machines or 1) > 1
+    count = arguments.num_processes or 1
+    if count > 1 and not several_hosts:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        os.execv(sys.executable, [*command, *sys.orig_argv[1:]])
+    if count == 1 and arguments.num_cpu_threads_per_process is None and "OMP_NUM_THREADS" not in process.environ():
+        torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
+
+
+def _accelerate_launch() -> tuple[Any, list[str]] | None:
+    """The `accelerate launch` that started this process, and its flags; they are nowhere in the environment."""
+    import psutil
 
     parent = psutil.Process().parent()
     command = parent.cmdline() if parent is not None else []
     for i, word in enumerate(command):
         if word in ("launch", "accelerate.commands.launch") or word.endswith("accelerate-launch"):
-            arguments, _ = launch_command_parser().parse_known_args(command[i + 1 :])
-            # a machine's own launcher (mpirun, several hosts) is accelerate's business
-            alone = arguments.mpirun_hostfile is None and (arguments.num_machines or 1) == 1
-            return (arguments.num_processes or 1) if alone else 1
-    return 1
+            return parent, command[i + 1 :]
+    return None

@@ -153,15 +153,12 @@ class ContinualTrainer(Trainer):
         """The memory as it stands: accumulators, the method's state, per-task heads. Call it on every rank."""
         memory = ContinualMemory()
         optimizer = _unwrap(self.optimizer)
-        if isinstance(optimizer, CLASSP):
-            memory.put(
-                "accumulator",
-                {
-                    n: full_tensor(optimizer.state[p]["accumulator"])
-                    for n, p in trainable_parameters(self.model)
-                    if p in optimizer.state
-                },
-            )
+        if isinstance(optimizer, CLASSP) and optimizer.state:
+            accumulators = {}
+            for n, p in trainable_parameters(self.model):
+                state = optimizer.state.get(p)  # none for a parameter that never had a gradient
+                accumulators[n] = full_tensor(state["accumulator"]) if state else torch.zeros(p.shape)
+            memory.put("accumulator", accumulators)
         elif self._pending_memory is not None:  # saved before any training: pass on what was loaded
             memory.put("accumulator", self._pending_memory.get("accumulator"))
         for part, tensors in self.method.state_dict().items():
@@ -195,13 +192,16 @@ class ContinualTrainer(Trainer):
         if self.task_heads is not None:
             heads = {k.removeprefix("head."): memory.get(k) for k in memory.kinds() if k.startswith("head.")}
             self.task_heads.load_state_dict({task.replace("%2F", "/"): head for task, head in heads.items()})
-        others = [k for k in memory.kinds() if k != "accumulator" and not k.startswith((prefix, "head."))] + (
-            ["accumulator"] if accumulators.tensors and self.args.optim != NAME else []
+        used = (
+            prefix,
+            "head." if self.task_heads is not None else prefix,
+            "accumulator" if self.args.optim == NAME else prefix,
         )
+        others = [kind for kind in memory.kinds() if not kind.startswith(used)]
         if others:
             logger.warning(
-                f"The continual memory also holds {', '.join(others)}, which optimizer {self.args.optim!s} with method "
-                f"{self.method.name!r} does not use."
+                f"The continual memory also holds {', '.join(others)}, which optimizer {self.args.optim_name!r} with method "
+                f"{self.method.name!r} and heads={self.args.heads!r} does not use."
             )
         self.seen_tasks = list(memory.metadata.get("tasks", []))
         self._pending_memory = memory
@@ -273,7 +273,12 @@ class ContinualTrainer(Trainer):
         Raises:
             ValueError: bad tasks (see `prepare_tasks`), or an output directory that holds another run.
         """
-        label2id = {} if self.model is None else dict(self.model.config.label2id)
+        if self.model_init is not None:
+            raise ValueError(
+                "train_sequence needs a model, got model_init: Trainer would build a new model for every task. Pass "
+                "model=model_init()."
+            )
+        label2id = dict(self.model.config.label2id)
         tasks = prepare_tasks(tasks, self.processing_class, label2id, self.args.max_length)
         self.method.check_trainer(self)
         base = Path(str(self.args.output_dir))
@@ -339,7 +344,7 @@ class ContinualTrainer(Trainer):
             "tasks": [[t.name, len(t.train_dataset), len(t.measured_dataset)] for t in tasks],
             "model": getattr(self.model.config, "_name_or_path", None),
             "method": {"name": self.method.name, **self.method.hyperparameters()},
-            "optim": str(getattr(args["optim"], "value", args["optim"])),
+            "optim": self.args.optim_name,
             "global_batch_size": self.args.train_batch_size
             * self.args.gradient_accumulation_steps
             * self.args.world_size,
@@ -524,9 +529,9 @@ def _unwrap(optimizer: Any) -> Any:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def _describe_optimizer(optimizer: Any, args: TrainingArguments) -> dict[str, Any]:
+def _describe_optimizer(optimizer: Any, args: ContinualTrainingArguments) -> dict[str, Any]:
     if optimizer is None:
-        return {"name": str(getattr(args.optim, "value", args.optim)), "lr": args.learning_rate}
+        return {"name": args.optim_name, "lr": args.learning_rate}
     values = {k: v for k, v in optimizer.defaults.items() if isinstance(v, (int, float, str, bool, tuple, type(None)))}
     return {"name": type(optimizer).__name__, **values, "lr": args.learning_rate}
 

@@ -71,5 +71,10 @@ class ContinualTrainingArguments(TrainingArguments):
         return cls(**{f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init})
 
     @property
+    def optim_name(self) -> str:
+        """`optim` as a plain string: it may be a member of `OptimizerNames`."""
+        return str(getattr(self.optim, "value", self.optim))
+
+    @property
     def default_learning_rate(self) -> float:
-        return DEFAULT_LEARNING_RATES.get(str(getattr(self.optim, "value", self.optim)), 5e-5)
+        return DEFAULT_LEARNING_RATES.get(self.optim_name, 5e-5)

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 import classp_hf
 from classp_hf import METHODS, ClasspTrainer, ContinualTrainer, ContinualTrainingArguments, embedded, report
-from classp_hf.launch import start_cpu_processes
+from classp_hf.launch import prepare_cpu_launch
 
 # What each arm is, and the flags it starts from. Learning rates: docs/log.md says how they were chosen.
 ARMS: dict[str, tuple[type[ContinualTrainer], str, list[str]]] = {
@@ -131,7 +131,7 @@ def build_model(recipe: RecipeArguments, labels: list[str], max_length: int | No
 
 
 def main() -> None:
-    start_cpu_processes()
+    prepare_cpu_launch()
     classp_hf.register()
     methods = [m for m in METHODS.values() if any(f.init for f in fields(m))]
     parser = HfArgumentParser((RecipeArguments, ContinualTrainingArguments, *methods), description=__doc__)

@@ -11,7 +11,7 @@ class ReferenceCLASSP:
     `threshold` may be a float or a function of the flat gradient (how `density` is checked).
     """
 
-    def __init__(self, w, lr, threshold=0.0, power=1.0, eps=1e-8, apply_decay=True, weight_decay=0.0, maximize=False):
+    def __init__(self, w, lr, threshold=0.0, power=2.0, eps=1e-6, apply_decay=True, weight_decay=0.0, maximize=False):
         self.w = np.array(w, dtype=np.float64)
         self.s = np.zeros_like(self.w)
         self.lr, self.threshold, self.power, self.eps = lr, threshold, power, eps

@@ -17,7 +17,7 @@ from classp_hf import CLASSP
 # One table drives every path: (kwargs, desc).
 TABLE = [
     ({}, "default"),
-    ({"power": 2.0}, "p=2"),
+    ({"power": 1.0, "eps": 1e-8}, "p=1"),
     ({"power": 1.5, "eps": 1e-3}, "fractional power"),
     ({"power": 4.0, "eps": 1e-3}, "high power"),
     ({"threshold": 0.5}, "threshold"),

@@ -16,7 +16,18 @@ import torch
 from safetensors.torch import load_file
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment_sequence.py"
-SMALL = ["--max_train_samples", "48", "--max_eval_samples", "40", "--num_train_epochs", "1", "--max_length", "32", "--report_to", "none"]
+SMALL = [
+    "--max_train_samples",
+    "48",
+    "--max_eval_samples",
+    "40",
+    "--num_train_epochs",
+    "1",
+    "--max_length",
+    "32",
+    "--report_to",
+    "none",
+]
 
 
 def command(output_dir, processes, *flags):
@@ -129,7 +140,7 @@ def main(monkeypatch, tmp_path):
 
 
 def test_fpb_then_imdb_with_lora_from_original_files(main, tmp_path):
-    sentences = [f"Profit {w} in quarter {i} .@{l}" for i in range(40) for w, l in
+    sentences = [f"Profit {w} in quarter {i} .@{name}" for i in range(40) for w, name in
                  (("rose", "positive"), ("fell", "negative"), ("was flat", "neutral"))]  # fmt: skip
     (tmp_path / "Sentences_50Agree.txt").write_text("\n".join(sentences), encoding="iso-8859-1")
     for split in ("train", "test"):

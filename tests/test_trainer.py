@@ -264,6 +264,25 @@ def test_a_second_run_goes_on_from_the_first_ones_memory(make_model, make_tasks,
     assert continued.continual_memory().metadata["tasks"] == ["first", "second"]
 
 
+def test_a_memory_covers_parameters_that_never_had_a_gradient(make_model, make_tasks, make_args, collator, tmp_path):
+    """An unused layer must not make a run refuse its own memory."""
+
+    def model():
+        m = make_model()
+        m.unused = torch.nn.Linear(2, 2)
+        return m
+
+    ClasspTrainer(model=model(), args=make_args(), data_collator=collator).train_sequence(make_tasks(1))
+    ClasspTrainer(model=model(), args=make_args(), memory=tmp_path / "run")
+
+
+def test_a_memory_that_is_not_used_is_said_so(make_model, make_tasks, make_args, collator, tmp_path, caplog):
+    trainer = ClasspTrainer(model=make_model(), args=make_args(), data_collator=collator, method="l2sp")
+    trainer.train_sequence(make_tasks(1))
+    ContinualTrainer(model=make_model(), args=make_args(optim="sgd"), memory=tmp_path / "run")
+    assert "also holds accumulator, l2sp.anchor, which optimizer 'sgd' with method 'none'" in caplog.text
+
+
 def test_checkpoints_of_train_alone_carry_the_methods_state(make_model, make_tasks, make_args, collator, tmp_path):
     tasks = make_tasks(2)
     first = ContinualTrainer(
@@ -326,6 +345,9 @@ def test_bad_choices(make_model, make_tasks, make_args, collator):
         trainer.train_sequence(make_tasks(1))
     with pytest.raises(ValueError, match="give at least one Task"):
         trainer.train_sequence([])
+    fresh_model_a_task = ClasspTrainer(model_init=lambda: make_model(), args=make_args(), data_collator=collator)
+    with pytest.raises(ValueError, match=r"got model_init: .* Pass model=model_init\(\)"):
+        fresh_model_a_task.train_sequence(make_tasks(1))
 
 
 def test_eval_strategy_uses_the_tasks_validation_split(make_model, make_tasks, make_args, collator):
