@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+MODEL_ID = "sentence-transformers/all-MiniLM-L6-v2"
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 SDIST = "vaderSentiment-2.5.tar.gz"
 SDIST_SHA256 = "b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84"

@@ -141,7 +141,8 @@ def prepare_tasks(tasks: list[Task], tokenizer, label2id: dict[str, int], max_le
         max_length: In tokens; default None: `tokenizer.model_max_length` where the tokenizer has one.
 
     Returns:
-        New tasks whose datasets hold the tokenizer's columns and integer `labels`, with `label_ids` filled.
+        New tasks whose datasets hold the tokenizer's columns and integer `labels`, with `label_ids` filled; validation
+        and test rows are sorted by length.
 
     Raises `ValueError` for whatever `validate_tasks` and `label_names` refuse, for texts that are not strings, and
     for labels that are not in `label2id`.
@@ -272,7 +273,10 @@ def _prepare(task: Task, tokenizer, label2id: dict[str, int], max_length: int | 
         rows = [(task.label_map or {}).get(row, row) for row in _row_names(task, split, dataset)]
         tokens = dataset.map(tokenise, batched=True, remove_columns=dataset.column_names, desc=f"Tokenise {name}")
         # Not inside map, where a column that was already called "labels" would impose its old ClassLabel.
-        prepared[split] = tokens.add_column("labels", np.array([label2id[row] for row in rows], dtype=np.int64))
+        tokens = tokens.add_column("labels", np.array([label2id[row] for row in rows], dtype=np.int64))
+        if split != "train_dataset":  # an evaluation batch of like lengths holds little padding
+            tokens = tokens.select(np.argsort([len(ids) for ids in tokens["input_ids"]], kind="stable"))
+        prepared[split] = tokens
     return dataclasses.replace(task, **prepared, label_ids=sorted(label2id[n] for n in _task_names(task)))
 
 

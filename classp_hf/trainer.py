@@ -342,7 +342,7 @@ class ContinualTrainer(Trainer):
         args = self.args.to_dict()
         config = {
             "tasks": [[t.name, len(t.train_dataset), len(t.measured_dataset)] for t in tasks],
-            "model": getattr(self.model.config, "_name_or_path", None),
+            "model": self.model.config.name_or_path or None,
             "method": {"name": self.method.name, **self.method.hyperparameters()},
             "optim": self.args.optim_name,
             "global_batch_size": self.args.train_batch_size
@@ -450,7 +450,7 @@ class ContinualTrainer(Trainer):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             path = Path(str(self.args.output_dir)) / "README.md"
-            base_model = getattr(self.model.config, "_name_or_path", None)
+            base_model = self.model.config.name_or_path or None
             report.write_model_card(path, results=self.sequence_results, base_model=base_model)
 
     def _mask_other_tasks_labels(self, logits: Any, labels: Tensor) -> Any:

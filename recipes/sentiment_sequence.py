@@ -112,6 +112,8 @@ def build_model(recipe: RecipeArguments, labels: list[str], max_length: int | No
     model = AutoModelForSequenceClassification.from_pretrained(
         name, revision=recipe.model_revision, ignore_mismatched_sizes=True, **changes
     )
+    if recipe.model_name_or_path is None:
+        model.config.name_or_path = embedded.MODEL_ID  # the same weights, by their digest
     tokenizer = AutoTokenizer.from_pretrained(name, revision=recipe.model_revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -466,3 +466,16 @@ def test_errors_show_the_value_and_the_remedy(case, tmp_path):
 def test_prepare_validates_first(tokenizer):
     with pytest.raises(ValueError, match="rename"):
         prepare_tasks([make("a"), make("a")], tokenizer, {})
+
+
+def test_evaluation_rows_are_sorted_by_length_and_keep_their_labels():
+    class Words:
+        model_max_length = 512
+
+        def __call__(self, texts, truncation, max_length):
+            return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
+
+    rows = Dataset.from_dict({"text": ["3 3 3", "1", "2 2"], "label": ["c", "a", "b"]})
+    task = prepare_tasks([Task("t", rows, rows, rows)], Words(), {"a": 0, "b": 1, "c": 2})[0]
+    assert [(row["input_ids"][0] - 1, row["labels"]) for row in task.test_dataset] == [(0, 0), (1, 1), (2, 2)]
+    assert task.train_dataset["labels"] == [2, 0, 1]  # training order is the sampler's business
