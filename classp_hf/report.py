@@ -461,5 +461,5 @@ def _changed_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {
         k: v
         for k, v in sorted(arguments.items())
-        if k not in _PLACES and v != defaults.get(k) and (v or isinstance(defaults.get(k), (bool, int, float, str)))
+        if k not in _PLACES and v != defaults.get(k) and (v or isinstance(defaults.get(k), (bool, int, float)))
     }

@@ -432,7 +432,7 @@ class ContinualTrainer(Trainer):
             "method": state["config"]["method"],
             "optimizer": _describe_optimizer(_unwrap(self.optimizer), self.args),
             "arguments": report.public_arguments(json.loads(self.args.to_json_string())),
-            "command": report.public_command(sys.orig_argv),
+            "command": report.public_command([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
             **report.environment(num_processes=self.args.world_size),
             "seconds": state["seconds"],
         }

@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, set_seed
 
 import classp_hf
@@ -30,22 +31,11 @@ ARMS: dict[str, tuple[type[ContinualTrainer], str, list[str]]] = {
     "replay": (ContinualTrainer, "replay", ["--learning_rate", "1e-4", "--reset_optimizer"]),
     "naive": (ContinualTrainer, "none", ["--learning_rate", "1e-4", "--reset_optimizer"]),
 }
-DEFAULTS = [
-    "--output_dir",
-    "outputs/sentiment_sequence",
-    "--num_train_epochs",
-    "2",
-    "--per_device_train_batch_size",
-    "32",
-    "--per_device_eval_batch_size",
-    "128",
-    "--max_length",
-    "64",
-    "--logging_steps",
-    "10",
-    "--save_strategy",
-    "no",
-]
+DEFAULTS = (
+    "--output_dir outputs/sentiment_sequence --num_train_epochs 2 --per_device_train_batch_size 32 "
+    "--per_device_eval_batch_size 128 --max_length 64 --logging_steps 10 --save_strategy no "
+    f"--dataloader_pin_memory {torch.cuda.is_available()}"
+).split()
 
 
 @dataclass
