@@ -61,5 +61,5 @@ class TaskHeads:
         return dict(self.saved)
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take back what `state_dict` gave. The head in the model, and which task's it is, stay as they are."""
         self.saved = {task: {canonical_name(n): t for n, t in head.items()} for task, head in state.items()}
-        self.active = None

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
@@ -98,6 +99,11 @@ class ContinualTrainer(Trainer):
                 f"{os.environ['WORLD_SIZE']} processes were started, but each of them would train alone. On CPUs pass "
                 "--use_cpu, or start them with `accelerate launch --cpu`."
             )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process on {args.n_gpu} GPUs (DataParallel) would count gradients once a GPU. Start the script with "
+                "`accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
+            )
         self.method = _make_method(method if method is not None else self.default_method)
 
         optimizer_given = kwargs.get("optimizers", (None, None))[0] or kwargs.get("optimizer_cls_and_kwargs")
@@ -109,14 +115,12 @@ class ContinualTrainer(Trainer):
             eval_dataset = {}  # the tasks bring their own; Trainer refuses None here
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
 
-        if (
-            self.compute_loss_func is None
-            and _is_single_label_classifier(self.model)
-            and not args.label_smoothing_factor
-        ):
-            self.compute_loss_func = classification_loss
-        if self.compute_metrics is None:
-            self.compute_metrics = _accuracy
+        self.optimizers_given = kwargs.get("optimizers", (None, None))
+        if _is_single_label_classifier(self.model):
+            if self.compute_loss_func is None and not args.label_smoothing_factor:
+                self.compute_loss_func = classification_loss
+            if self.compute_metrics is None:
+                self.compute_metrics = _accuracy
         self.active_label_ids: list[int] | None = None
         if self.preprocess_logits_for_metrics is None:
             self.preprocess_logits_for_metrics = self._mask_other_tasks_labels
@@ -156,6 +160,8 @@ class ContinualTrainer(Trainer):
         if isinstance(optimizer, CLASSP) and optimizer.state:
             accumulators = {}
             for n, p in trainable_parameters(self.model):
+                if n in self.method.excluded:
+                    continue  # a head a task: no task uses another one's
                 state = optimizer.state.get(p)  # none for a parameter that never had a gradient
                 accumulators[n] = full_tensor(state["accumulator"]) if state else torch.zeros(p.shape)
             memory.put("accumulator", accumulators)
@@ -166,9 +172,13 @@ class ContinualTrainer(Trainer):
         if self.task_heads is not None:
             for task, head in self.task_heads.state_dict().items():
                 memory.put(f"head.{task.replace('/', '%2F')}", head)
+            memory.put("initial_head", self.task_heads.initial)
+        described = _describe_optimizer(optimizer, self.args)
+        if optimizer is None and self._pending_memory is not None:
+            described = self._pending_memory.metadata.get("optimizer", described)
         memory.metadata = {
             "tasks": self.seen_tasks,
-            "optimizer": _describe_optimizer(optimizer, self.args),
+            "optimizer": described,
             "method": {"name": self.method.name, **self.method.hyperparameters()},
         }
         return memory
@@ -179,10 +189,9 @@ class ContinualTrainer(Trainer):
         Raises:
             ValueError: names or shapes differ from the model's trainable parameters.
         """
-        shapes = memory_shapes(self.model)
-        shared = {n: s for n, s in shapes.items() if n not in self.method.excluded}
+        shared = {n: s for n, s in memory_shapes(self.model).items() if n not in self.method.excluded}
         accumulators = ContinualMemory({k: t for k, t in memory.tensors.items() if k.startswith("accumulator/")})
-        accumulators.check_fits(shapes)
+        accumulators.check_fits(shared)
         prefix = f"{self.method.name}."
         parts = {kind.removeprefix(prefix): memory.get(kind) for kind in memory.kinds() if kind.startswith(prefix)}
         for part, tensors in parts.items():
@@ -192,12 +201,13 @@ class ContinualTrainer(Trainer):
         if self.task_heads is not None:
             heads = {k.removeprefix("head."): memory.get(k) for k in memory.kinds() if k.startswith("head.")}
             self.task_heads.load_state_dict({task.replace("%2F", "/"): head for task, head in heads.items()})
-        used = (
-            prefix,
-            "head." if self.task_heads is not None else prefix,
-            "accumulator" if self.args.optim == NAME else prefix,
-        )
-        others = [kind for kind in memory.kinds() if not kind.startswith(used)]
+            self.task_heads.initial = memory.get("initial_head") or self.task_heads.initial
+        used = [prefix]
+        if self.task_heads is not None:
+            used += ["head.", "initial_head"]
+        if self.args.optim == NAME:
+            used.append("accumulator")
+        others = [kind for kind in memory.kinds() if not kind.startswith(tuple(used))]
         if others:
             logger.warning(
                 f"The continual memory also holds {', '.join(others)}, which optimizer {self.args.optim_name!r} with method "
@@ -212,12 +222,14 @@ class ContinualTrainer(Trainer):
         if self._pending_memory is not None and isinstance(optimizer, CLASSP):
             stored = self._pending_memory.get("accumulator")
             for n, p in trainable_parameters(self.model):
-                if n in stored and n not in self.method.excluded:
+                if n in stored:
                     optimizer.state[p]["accumulator"] = like_parameter(stored[n], p.detach(), torch.float32)
         if self._pending_optimizer is not None:
             state = torch.load(self._pending_optimizer, map_location="cpu", weights_only=True)
             state["param_groups"] = self.optimizer.state_dict()["param_groups"]  # this task's schedule has set them
             self.optimizer.load_state_dict(state)
+            if self.task_heads is not None:
+                self.task_heads.forget_optimizer_state(self.optimizer)
         self._pending_memory = self._pending_optimizer = None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -249,6 +261,8 @@ class ContinualTrainer(Trainer):
         if isinstance(resume_from_checkpoint, str) and (Path(resume_from_checkpoint) / MEMORY_NAME).is_file():
             self.load_memory(ContinualMemory.load(resume_from_checkpoint))
             self._pending_optimizer = None
+        if self.args.eval_strategy != "no" and self.eval_dataset == {}:
+            raise ValueError("eval_strategy needs an eval_dataset, and the trainer was given none.")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ---- The sequence -----------------------------------------------------------------------------------------------
@@ -273,11 +287,7 @@ class ContinualTrainer(Trainer):
         Raises:
             ValueError: bad tasks (see `prepare_tasks`), or an output directory that holds another run.
         """
-        if self.model_init is not None:
-            raise ValueError(
-                "train_sequence needs a model, got model_init: Trainer would build a new model for every task. Pass "
-                "model=model_init()."
-            )
+        self._check_sequence_arguments()
         label2id = dict(self.model.config.label2id)
         tasks = prepare_tasks(tasks, self.processing_class, label2id, self.args.max_length)
         self.method.check_trainer(self)
@@ -299,12 +309,32 @@ class ContinualTrainer(Trainer):
                 logger.info(f"***** Task {t + 1} of {len(tasks)}: {tasks[t].name} *****")
                 self._train_task(t, tasks, folders[t], resume=bool(state.pop("resumed", False)))
                 self._save_boundary(folders[t])
+                state["optimizer"] = _describe_optimizer(_unwrap(self.optimizer), self.args)
                 rows.append(self._evaluate_tasks(tasks))
             state["seconds"] = state.get("seconds", 0.0) + time.monotonic() - started
             self._write_state(base, state)
         finally:
             self.args.output_dir = str(base)
         return self._finish(base, tasks, state)
+
+    def _check_sequence_arguments(self) -> None:
+        """Refuse what works for one training run and silently goes wrong over several."""
+        given_optimizer, given_scheduler = self.optimizers_given
+        problems = {
+            "model_init: Trainer would build a new model for every task. Pass model=model_init().": self.model_init,
+            "a scheduler in `optimizers`: it would end with the first task. Use lr_scheduler_type.": given_scheduler,
+            "reset_optimizer and an optimizer in `optimizers`, which cannot be built again. Use `optim` or "
+            "optimizer_cls_and_kwargs.": self.args.reset_optimizer and given_optimizer,
+            "dataloader_persistent_workers: Trainer would keep evaluating on the first task's data. Leave it out.": (
+                self.args.dataloader_persistent_workers
+            ),
+            "bf16_full_eval or fp16_full_eval: evaluating would cast the weights that are trained. Leave it out.": (
+                self.args.bf16_full_eval or self.args.fp16_full_eval
+            ),
+        }
+        for problem, given in problems.items():
+            if given:
+                raise ValueError(f"train_sequence cannot be used with {problem}")
 
     def _open_state(self, base: Path, tasks: list[Task], resume: str | bool | None) -> dict[str, Any]:
         resume = self.args.resume_from_checkpoint if resume is None else resume
@@ -362,6 +392,9 @@ class ContinualTrainer(Trainer):
         set_seed(self.args.seed + t)
         if self.args.reset_optimizer:
             self.optimizer = None
+        elif self.optimizer is not None:
+            for group in self.optimizer.param_groups:  # schedules other than LambdaLR would go on from the last value
+                group["lr"] = group.get("initial_lr", self.args.learning_rate)
         if self.task_heads is not None:
             self.task_heads.activate(task.name)
             self.active_label_ids = task.label_ids
@@ -372,14 +405,14 @@ class ContinualTrainer(Trainer):
         self.train_dataset = self.method.extend_train_dataset(task.train_dataset, earlier)
         self.eval_dataset = task.eval_dataset
         self.args.output_dir = str(folder)
-        checkpoint = _last_complete_checkpoint(folder) if resume else None
+        checkpoint = _last_complete_checkpoint(folder) if resume and not self.args.save_only_model else None
         self.train(resume_from_checkpoint=checkpoint)
         self.method.after_task(self, task)
         if task.name not in self.seen_tasks:
             self.seen_tasks.append(task.name)
 
     def _save_boundary(self, folder: Path) -> None:
-        self.save_model(str(folder))
+        self.save_model(str(folder), _internal_call=True)  # True: not yet the model to push
         persists = not self.args.reset_optimizer and not isinstance(_unwrap(self.optimizer), CLASSP)
         if persists and self.args.should_save and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             temporary = folder / "optimizer.pt.tmp"
@@ -421,7 +454,7 @@ class ContinualTrainer(Trainer):
         return row
 
     def _finish(self, base: Path, tasks: list[Task], state: dict[str, Any]) -> dict[str, Any]:
-        self.save_model(str(base))
+        self.save_model(str(base), _internal_call=True)
         names = [task.name for task in tasks]
         id2label = self.model.config.id2label
         results = {
@@ -430,7 +463,7 @@ class ContinualTrainer(Trainer):
             "metrics": summarize(state["accuracy_matrix"]),
             "label_names": [id2label[i] for i in sorted(id2label)],
             "method": state["config"]["method"],
-            "optimizer": _describe_optimizer(_unwrap(self.optimizer), self.args),
+            "optimizer": state["optimizer"],
             "arguments": report.public_arguments(json.loads(self.args.to_json_string())),
             "command": report.public_command([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
             **report.environment(num_processes=self.args.world_size),
@@ -495,6 +528,11 @@ def classification_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor
     the number of ranks.
     """
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    if labels.is_floating_point():
+        raise ValueError(
+            f"The labels are {labels.dtype}, not class ids. For several labels an example build the model with "
+            'problem_type="multi_label_classification", for regression with num_labels=1.'
+        )
     loss = nn.functional.cross_entropy(
         logits.float(), labels.to(logits.device), reduction="mean" if num_items_in_batch is None else "sum"
     )
@@ -503,9 +541,10 @@ def classification_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor
 
 def _is_single_label_classifier(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
-    architecture = type(bare_model(model)).__name__
+    architecture = type(bare_model(model))
     return (
-        architecture.endswith("ForSequenceClassification")
+        architecture.__module__.startswith("transformers.")  # a user's own class may have a loss of its own
+        and architecture.__name__.endswith("ForSequenceClassification")
         and config is not None
         and config.num_labels > 1
         and config.problem_type in (None, "single_label_classification")
@@ -548,6 +587,7 @@ def _load_weights(model: Any, folder: Path) -> None:
         from peft import load_peft_weights, set_peft_model_state_dict
 
         set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-    else:
-        saved = type(model).from_pretrained(folder, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
+    elif (folder / "model.safetensors").is_file():
+        load_model(model, folder / "model.safetensors")
+    else:  # in several files
+        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())

@@ -62,11 +62,13 @@ class RecipeArguments:
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Validation and test examples a task. Default: all."}
     )
-    dropout: float | None = field(
+    dropout: float = field(
         default=0.0,
-        metadata={"help": "Dropout while training. 0 gives the same result on any number of processes; none: as in "
-                  "the model's config."},
-    )  # fmt: skip
+        metadata={
+            "help": "Dropout while training; negative: as in the model's config. With 0, one process and several give the "
+            "same result if the global batch divides the number of training examples."
+        },
+    )
     use_peft: bool = field(
         default=False, metadata={"help": "Train LoRA adapters and the head instead of all weights."}
     )
@@ -87,15 +89,17 @@ class RecipeArguments:
             self.max_train_samples = None
 
 
-def build_model(recipe: RecipeArguments, labels: list[str], max_length: int | None):
+def build_model(recipe: RecipeArguments, labels: list[str]):
     name = recipe.model_name_or_path or embedded.model_path()
+    config = AutoConfig.from_pretrained(name, revision=recipe.model_revision)
+    if set(config.label2id) == set(labels):  # a classifier of these labels: its head's rows have their order
+        labels = sorted(labels, key=config.label2id.get)
     changes = {
         "num_labels": len(labels),
         "id2label": dict(enumerate(labels)),
         "label2id": {label: i for i, label in enumerate(labels)},
     }
-    config = AutoConfig.from_pretrained(name, revision=recipe.model_revision)
-    if recipe.dropout is not None:
+    if recipe.dropout >= 0:
         for key, value in config.to_dict().items():
             if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
                 changes[key] = recipe.dropout
@@ -157,12 +161,12 @@ def main() -> None:
         args.output_dir = str(base / arm)
         method = next((m for m in configured if m.name == method_name), None)
         set_seed(args.seed)
-        model, tokenizer = build_model(recipe, labels, args.max_length)
+        model, tokenizer = build_model(recipe, labels)
         trainer = trainer_class(model=model, args=args, processing_class=tokenizer, method=method)
         if trainer.is_world_process_zero():
             print(f"\n=== {arm}: {' -> '.join(t.name for t in tasks)} ===", flush=True)
         results[arm] = trainer.train_sequence(tasks)
-        if args.push_to_hub:
+        if args.push_to_hub and arm == recipe.trainer:
             trainer.push_to_hub()
 
     if args.process_index == 0:

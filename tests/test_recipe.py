@@ -163,6 +163,23 @@ def test_fpb_then_imdb_with_lora_from_original_files(main, tmp_path):
     assert sum(t.numel() for t in memory.values()) < 1_000_000  # adapters and the head, not the 22.7M weights
 
 
+def test_a_classifier_of_the_same_labels_keeps_its_rows(main, tmp_path):
+    """A model whose labels have another order (finbert's, say) must not have its head's rows renamed."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    from classp_hf import embedded
+
+    names = ["positive", "negative", "neutral"]
+    kwargs = {"num_labels": 3, "id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    AutoModelForSequenceClassification.from_pretrained(embedded.model_path(), **kwargs).save_pretrained(
+        tmp_path / "own"
+    )
+    AutoTokenizer.from_pretrained(embedded.model_path()).save_pretrained(tmp_path / "own")
+    out = main("--model_name_or_path", str(tmp_path / "own"), "--compare", "none", "--max_train_samples", "16")
+    assert results(out, "classp")["label_names"] == names
+    assert AutoConfig.from_pretrained(out / "classp").id2label == dict(enumerate(names))
+
+
 @pytest.mark.parametrize(
     ("flags", "match"),
     [

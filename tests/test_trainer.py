@@ -39,6 +39,25 @@ def test_train_alone_is_trainers(make_model, make_tasks, make_args, collator):
     assert_same_weights(*models)
 
 
+def test_other_losses_than_cross_entropy_stay_the_models_own(make_model, make_args, collator):
+    from transformers import BertForSequenceClassification
+
+    class Own(BertForSequenceClassification):
+        pass
+
+    assert ContinualTrainer(model=make_model(), args=make_args()).compute_loss_func is not None
+    regression = make_model(num_labels=1)
+    own = Own(make_model().config)
+    for model in (regression, own):
+        trainer = ContinualTrainer(model=model, args=make_args())
+        assert trainer.compute_loss_func is None
+        assert trainer.compute_metrics is None
+    several = [{"input_ids": [1, 2, 9], "labels": [1.0, 0.0, 1.0]}] * 8
+    undecided = ContinualTrainer(model=make_model(), args=make_args(), data_collator=collator, train_dataset=several)
+    with pytest.raises(ValueError, match=r"labels are torch.float32, not class ids.*multi_label_classification"):
+        undecided.train()
+
+
 def test_classp_trainer_trains_with_classp_and_its_optim_args(make_model, make_tasks, make_args, collator):
     args = make_args(optim_args="power=2,eps=1e-6", weight_decay=0.01)
     trainer = ClasspTrainer(
@@ -221,6 +240,10 @@ class Kill(TrainerCallback):
         ("adamw_torch", "replay", {}),
         ("adamw_torch", "l2sp", {"save_strategy": "steps", "save_steps": 3}),
         ("classp", "l2sp", {"heads": "per_task"}),
+        ("classp", "none", {"heads": "per_task", "save_strategy": "steps", "save_steps": 3}),
+        ("adamw_torch", "none", {"heads": "per_task"}),
+        ("adamw_torch", "none", {"save_strategy": "steps", "save_steps": 3, "save_only_model": True}),
+        ("sgd", "none", {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3}),
     ],
 )
 @pytest.mark.parametrize("where", [(1, 2), (2, 5), (3, 1)], ids=["task1", "task2", "task3"])
@@ -240,6 +263,7 @@ def test_an_interrupted_sequence_resumes_to_the_same_result(
     resumed = trainer("killed")
     results = resumed.train_sequence(make_tasks(3), resume_from_checkpoint=True)
     assert results["accuracy_matrix"] == expected["accuracy_matrix"]
+    assert results["optimizer"] == expected["optimizer"]
     assert_same_weights(undisturbed.model, resumed.model)
     memories = [t.continual_memory().tensors for t in (undisturbed, resumed)]
     assert memories[0].keys() == memories[1].keys()
@@ -281,6 +305,50 @@ def test_a_memory_that_is_not_used_is_said_so(make_model, make_tasks, make_args,
     trainer.train_sequence(make_tasks(1))
     ContinualTrainer(model=make_model(), args=make_args(optim="sgd"), memory=tmp_path / "run")
     assert "also holds accumulator, l2sp.anchor, which optimizer 'sgd' with method 'none'" in caplog.text
+
+
+def test_a_second_run_with_per_task_heads_starts_a_new_head_where_the_first_run_did(
+    make_model, make_tasks, make_args, collator, tmp_path
+):
+    tasks = make_tasks(2)
+    args = {"heads": "per_task", "learning_rate": 1e-2}
+    whole = ClasspTrainer(
+        model=make_model(), args=make_args(output_dir=str(tmp_path / "whole"), **args), data_collator=collator
+    )
+    expected = whole.train_sequence(tasks)["accuracy_matrix"]
+    first = make_args(output_dir=str(tmp_path / "a"), **args)
+    ClasspTrainer(model=make_model(), args=first, data_collator=collator).train_sequence(tasks[:1])
+    model = type(make_model()).from_pretrained(tmp_path / "a")
+    second = make_args(output_dir=str(tmp_path / "b"), seed=43, **args)
+    continued = ClasspTrainer(model=model, args=second, data_collator=collator, memory=tmp_path / "a")
+    R = continued.train_sequence(tasks[1:])["accuracy_matrix"]
+    assert_same_weights(whole.model, model)
+    assert R[1][0] == expected[2][1]
+    # the first run's head is still there
+    continued.task_heads.activate("first")
+    assert continued.evaluate(tasks[0].test_dataset)["eval_accuracy"] == expected[2][0]
+
+
+def test_every_task_starts_at_the_full_learning_rate(make_model, make_tasks, make_args, collator, tmp_path):
+    class Watch(TrainerCallback):
+        def __init__(self):
+            self.rates = []
+
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            if state.global_step == 0:
+                self.rates.append(optimizer.param_groups[0]["lr"])
+
+    for kind in ("linear", "constant", "reduce_lr_on_plateau"):
+        watch = Watch()
+        changes = {"eval_strategy": "steps", "eval_steps": 1} if kind == "reduce_lr_on_plateau" else {}
+        if changes:
+            changes["lr_scheduler_kwargs"] = {"patience": 0, "threshold": 1e9}
+            changes["metric_for_best_model"] = "loss"
+        args = make_args(lr_scheduler_type=kind, output_dir=str(tmp_path / kind), **changes)
+        ClasspTrainer(model=make_model(), args=args, data_collator=collator, callbacks=[watch]).train_sequence(
+            make_tasks(2)
+        )
+        assert watch.rates == [1e-3, 1e-3], kind
 
 
 def test_checkpoints_of_train_alone_carry_the_methods_state(make_model, make_tasks, make_args, collator, tmp_path):
@@ -345,6 +413,24 @@ def test_bad_choices(make_model, make_tasks, make_args, collator):
         trainer.train_sequence(make_tasks(1))
     with pytest.raises(ValueError, match="give at least one Task"):
         trainer.train_sequence([])
+    given = torch.optim.SGD(make_model().parameters(), lr=0.1), None
+    scheduled = given[0], torch.optim.lr_scheduler.ConstantLR(given[0])
+    for changes, arguments, match in (
+        ({}, {"optimizers": scheduled}, "a scheduler in `optimizers`: it would end with the first task"),
+        ({"reset_optimizer": True}, {"optimizers": given}, "reset_optimizer and an optimizer in `optimizers`"),
+        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, {}, "dataloader_persistent_workers"),
+        ({"bf16_full_eval": True}, {}, "bf16_full_eval or fp16_full_eval: evaluating would cast the weights"),
+    ):
+        refused = ContinualTrainer(model=make_model(), args=make_args(**changes), data_collator=collator, **arguments)
+        with pytest.raises(ValueError, match=match):
+            refused.train_sequence(make_tasks(1))
+    two_gpus = make_args()
+    two_gpus._n_gpu = 2  # what TrainingArguments finds on a machine with two GPUs
+    with pytest.raises(ValueError, match="One process on 2 GPUs .*accelerate launch"):
+        ContinualTrainer(model=make_model(), args=two_gpus)
+    alone = ContinualTrainer(model=make_model(), args=make_args(eval_strategy="epoch"), data_collator=collator)
+    with pytest.raises(ValueError, match="eval_strategy needs an eval_dataset"):
+        alone.train()
     fresh_model_a_task = ClasspTrainer(model_init=lambda: make_model(), args=make_args(), data_collator=collator)
     with pytest.raises(ValueError, match=r"got model_init: .* Pass model=model_init\(\)"):
         fresh_model_a_task.train_sequence(make_tasks(1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -70,8 +70,7 @@ class Method:
             raise ValueError(f"The method {self.name!r} has no state, got {sorted(state)}")
 
     def hyperparameters(self) -> dict[str, Any]:
-        init = {f.name for f in fields(self) if f.init}
-        return {k: v for k, v in asdict(self).items() if k in init}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
 
 @dataclass
