@@ -432,7 +432,7 @@ def test_bad_choices(make_model, make_tasks, make_args, collator):
     with pytest.raises(ValueError, match="eval_strategy needs an eval_dataset"):
         alone.train()
     fresh_model_a_task = ClasspTrainer(model_init=lambda: make_model(), args=make_args(), data_collator=collator)
-    with pytest.raises(ValueError, match=r"got model_init: .* Pass model=model_init\(\)"):
+    with pytest.raises(ValueError, match=r"cannot be used with model_init: .* Pass model=model_init\(\)"):
         fresh_model_a_task.train_sequence(make_tasks(1))
 
 
