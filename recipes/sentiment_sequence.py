@@ -26,8 +26,8 @@ from classp_hf.launch import prepare_cpu_launch
 # What each arm is, and the flags it starts from. Learning rates: docs/log.md says how they were chosen.
 ARMS: dict[str, tuple[type[ContinualTrainer], str, list[str]]] = {
     "classp": (ClasspTrainer, "none", ["--optim", "classp"]),
-    "ewc": (ContinualTrainer, "ewc", ["--learning_rate", "1e-4"]),
-    "l2sp": (ContinualTrainer, "l2sp", ["--learning_rate", "1e-4"]),
+    "ewc": (ContinualTrainer, "ewc", ["--learning_rate", "1e-4", "--reset_optimizer"]),
+    "l2sp": (ContinualTrainer, "l2sp", ["--learning_rate", "1e-4", "--reset_optimizer"]),
     "replay": (ContinualTrainer, "replay", ["--learning_rate", "1e-4", "--reset_optimizer"]),
     "naive": (ContinualTrainer, "none", ["--learning_rate", "1e-4", "--reset_optimizer"]),
 }
