@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_model
@@ -20,6 +19,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 
 from . import report
+from .classification import accuracy, classification_loss, is_single_label_classifier
 from .heads import TaskHeads
 from .memory import (
     MEMORY_NAME,
@@ -116,11 +116,11 @@ class ContinualTrainer(Trainer):
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
 
         self.optimizers_given = kwargs.get("optimizers", (None, None))
-        if _is_single_label_classifier(self.model):
+        if is_single_label_classifier(self.model):
             if self.compute_loss_func is None and not args.label_smoothing_factor:
                 self.compute_loss_func = classification_loss
             if self.compute_metrics is None:
-                self.compute_metrics = _accuracy
+                self.compute_metrics = accuracy
         self.active_label_ids: list[int] | None = None
         if self.preprocess_logits_for_metrics is None:
             self.preprocess_logits_for_metrics = self._mask_other_tasks_labels
@@ -518,42 +518,6 @@ class _MethodCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer.method.penalty_gradient(self.trainer.model)
-
-
-def classification_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy summed over the batch and divided by `num_items_in_batch` (its mean when that is None).
-
-    Many encoders of Transformers average over the micro-batch whatever `num_items_in_batch` says, while Trainer takes
-    every model whose `forward` has `**kwargs` to honour it: their gradients grow with the accumulation steps and with
-    the number of ranks.
-    """
-    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-    if labels.is_floating_point():
-        raise ValueError(
-            f"The labels are {labels.dtype}, not class ids. For several labels an example build the model with "
-            'problem_type="multi_label_classification", for regression with num_labels=1.'
-        )
-    loss = nn.functional.cross_entropy(
-        logits.float(), labels.to(logits.device), reduction="mean" if num_items_in_batch is None else "sum"
-    )
-    return loss if num_items_in_batch is None else loss / num_items_in_batch
-
-
-def _is_single_label_classifier(model: nn.Module) -> bool:
-    config = getattr(model, "config", None)
-    architecture = type(bare_model(model))
-    return (
-        architecture.__module__.startswith("transformers.")  # a user's own class may have a loss of its own
-        and architecture.__name__.endswith("ForSequenceClassification")
-        and config is not None
-        and config.num_labels > 1
-        and config.problem_type in (None, "single_label_classification")
-    )
-
-
-def _accuracy(prediction: Any) -> dict[str, float]:
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == prediction.label_ids))}
 
 
 def _make_method(method: Method | str | None) -> Method:

@@ -1,0 +1,46 @@
+"""What the trainers assume of a single-label text classifier: its loss, and the metric that fills R."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from .memory import bare_model
+
+
+def classification_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Cross-entropy summed over the batch and divided by `num_items_in_batch` (its mean when that is None).
+
+    Many encoders of Transformers average over the micro-batch whatever `num_items_in_batch` says, while Trainer takes
+    every model whose `forward` has `**kwargs` to honour it: their gradients grow with the accumulation steps and with
+    the number of ranks.
+    """
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    if labels.is_floating_point():
+        raise ValueError(
+            f"The labels are {labels.dtype}, not class ids. For several labels an example build the model with "
+            'problem_type="multi_label_classification", for regression with num_labels=1.'
+        )
+    loss = nn.functional.cross_entropy(
+        logits.float(), labels.to(logits.device), reduction="mean" if num_items_in_batch is None else "sum"
+    )
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+def is_single_label_classifier(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    architecture = type(bare_model(model))
+    return (
+        architecture.__module__.startswith("transformers.")  # a user's own class may have a loss of its own
+        and architecture.__name__.endswith("ForSequenceClassification")
+        and config is not None
+        and config.num_labels > 1
+        and config.problem_type in (None, "single_label_classification")
+    )
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == prediction.label_ids))}
