@@ -1,4 +1,5 @@
-"""A loopback stand-in for the Hub: enough of its HTTP interface for `datasets.load_dataset(repo_id)` to read Parquet.
+"""A loopback stand-in for the Hub: enough of its HTTP interface for `datasets.load_dataset(repo_id)` to read
+Parquet, and for `hf_hub_download` of a model's file.
 
     with FakeHub({("owner/name", "main"): {"README.md": b"...", "data/train.parquet": b"..."}}) as hub:
         subprocess.run(..., env=hub.env(tmp_path))
@@ -18,7 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class FakeHub:
-    """Serves dataset repositories, given as {(repo id, revision): {path: content}}, on a free port of 127.0.0.1.
+    """Serves repositories, given as {(repo id, revision): {path: content}}, on a free port of 127.0.0.1.
 
     `requests` lists what was asked, as "METHOD path". Entering starts the server, leaving stops it.
     """
@@ -63,6 +64,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif parts[3:4] == ["resolve"]:
             # /datasets/OWNER/NAME/resolve/REV/PATH
             repo, (action, revision, *rest) = "/".join(parts[1:3]), parts[3:]
+        elif parts[2:3] == ["resolve"]:
+            # /OWNER/NAME/resolve/REV/PATH, of a model
+            repo, (action, revision, *rest) = "/".join(parts[:2]), parts[2:]
         else:
             return self.error(404, "RepoNotFound")
         if (repo, unquote(revision)) not in self.hub.repos:

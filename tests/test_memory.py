@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
+from fake_hub import FakeHub
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -86,6 +90,26 @@ def test_no_memory_there(tmp_path):
         FileNotFoundError, match=r"'someone/nothing' is neither a local folder .* nor a Hub repository"
     ):
         ContinualMemory.load("someone/nothing")  # the Hub is out of reach here
+
+
+def test_from_a_hub_repository_and_revision(saved, tmp_path):
+    """Over the wire: huggingface_hub's real client against a loopback server, in a process of its own."""
+    memory, path = saved
+    code = """
+        from classp_hf import ContinualMemory
+        print("TASKS", ContinualMemory.load("me/model", revision="v2").metadata["tasks"])
+        for repo in ("me/model", "me/other"):
+            try:
+                ContinualMemory.load(repo)
+            except FileNotFoundError as error:
+                print("MISSING", str(error).split(" is neither")[0])
+    """
+    with FakeHub({("me/model", "v2"): {MEMORY_NAME: path.read_bytes()}, ("me/model", "main"): {"a": b""}}) as hub:
+        run = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)], env=hub.env(tmp_path), capture_output=True, text=True
+        )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [f"TASKS {memory.metadata['tasks']}", "MISSING 'me/model'", "MISSING 'me/other'"]
 
 
 def test_a_memory_of_another_model_says_what_differs(saved):
