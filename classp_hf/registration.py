@@ -7,6 +7,8 @@ private. Only processes that call `register` know the name.
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
+import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,10 @@ from .optim import CLASSP
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
+logger = logging.getLogger(__name__)
+
 NAME = "classp"
+TRANSFORMERS_LEARNING_RATE = 5e-5
 MINIMUM_TRANSFORMERS = "5.23.0"
 
 
@@ -127,4 +132,10 @@ def register() -> None:
 
 def _handler(context: Any) -> tuple[type[CLASSP], dict[str, Any]]:
     refuse_deepspeed_offload(deepspeed_config(context.args))
+    if context.args.learning_rate == TRANSFORMERS_LEARNING_RATE:
+        default = inspect.signature(CLASSP).parameters["lr"].default
+        logger.warning(
+            f"CLASSP trains with learning_rate={TRANSFORMERS_LEARNING_RATE}, Transformers' default, which is far too small for "
+            f"it. Pass --learning_rate; {default} is a good start."
+        )
     return CLASSP, {**context.optimizer_kwargs, **parse_optim_args(context.optim_args)}

@@ -302,6 +302,11 @@ class ContinualTrainer(Trainer):
             started = time.monotonic()
             if not rows:
                 rows.append(self._evaluate_tasks(tasks))
+            elif not done and any(abs(a - b) > 0.005 for a, b in zip(self._evaluate_tasks(tasks), rows[0])):
+                raise ValueError(
+                    f"The run in {base} began with other weights than this model's: its untrained accuracies were {rows[0]}. "
+                    "Build the model as then: call transformers.set_seed(...) before, so that new layers start alike."
+                )
             for t in range(done, len(tasks)):
                 state["seconds"] = state.get("seconds", 0.0) + time.monotonic() - started
                 self._write_state(base, state)
@@ -461,6 +466,7 @@ class ContinualTrainer(Trainer):
             "tasks": names,
             "accuracy_matrix": state["accuracy_matrix"],
             "metrics": summarize(state["accuracy_matrix"]),
+            "peft": bare_model(self.model) is not self.model,
             "label_names": [id2label[i] for i in sorted(id2label)],
             "method": state["config"]["method"],
             "optimizer": state["optimizer"],
@@ -502,7 +508,10 @@ class ClasspTrainer(ContinualTrainer):
 
 
 class EWCTrainer(ContinualTrainer):
-    """[`ContinualTrainer`] with Elastic Weight Consolidation (arXiv 1612.00796) and the optimizer of `args.optim`."""
+    """[`ContinualTrainer`] with Elastic Weight Consolidation (arXiv 1612.00796) and the optimizer of `args.optim`.
+
+    Other hyperparameters than the defaults: `EWCTrainer(..., method=EWC(ewc_lambda=3.0))`.
+    """
 
     default_method = "ewc"
 

@@ -9,7 +9,7 @@ from typing import Literal
 from accelerate.utils import str_to_bool
 from transformers import TrainingArguments
 
-from .registration import NAME, register
+from .registration import NAME, TRANSFORMERS_LEARNING_RATE, register
 
 DEFAULT_LEARNING_RATES = {NAME: 1e-3}
 """By optimizer; every other optimizer keeps Transformers' default of 5e-5."""
@@ -77,4 +77,4 @@ class ContinualTrainingArguments(TrainingArguments):
 
     @property
     def default_learning_rate(self) -> float:
-        return DEFAULT_LEARNING_RATES.get(self.optim_name, 5e-5)
+        return DEFAULT_LEARNING_RATES.get(self.optim_name, TRANSFORMERS_LEARNING_RATE)

@@ -107,7 +107,7 @@ def build_model(recipe: RecipeArguments, labels: list[str]):
         name, revision=recipe.model_revision, ignore_mismatched_sizes=True, **changes
     )
     if recipe.model_name_or_path is None:
-        model.config.name_or_path = embedded.MODEL_ID  # the same weights, by their digest
+        model.config.name_or_path = model.name_or_path = embedded.MODEL_ID  # the same weights, by their digest
     tokenizer = AutoTokenizer.from_pretrained(name, revision=recipe.model_revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -151,8 +151,16 @@ def main() -> None:
             for spec in recipe.tasks
         ]
     labels = classp_hf.label_names(tasks)
+    if args.process_index == 0:
+        print(f"Labels of the shared head: {', '.join(labels)}")
 
     arms = list(dict.fromkeys([recipe.trainer, *recipe.compare]))
+    there = [arm for arm in arms if (Path(args.output_dir) / arm / "sequence_state.json").exists()]
+    if there and not args.resume_from_checkpoint:
+        raise ValueError(
+            f"{args.output_dir} already holds runs of {', '.join(there)}. Pass --resume_from_checkpoint True to go on from "
+            "them, or choose another --output_dir."
+        )
     results = {}
     for arm in arms:
         trainer_class, method_name, flags = ARMS[arm]

@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from classp_hf import embedded
+
 RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment_sequence.py"
 SMALL = [
     "--max_train_samples",
@@ -161,13 +163,20 @@ def test_fpb_then_imdb_with_lora_from_original_files(main, tmp_path):
     assert any("lora_A" in k for k in memory)
     assert "accumulator/classifier.weight" in memory
     assert sum(t.numel() for t in memory.values()) < 1_000_000  # adapters and the head, not the 22.7M weights
+    card = (out / "classp" / "README.md").read_text()
+    assert "PeftModel.from_pretrained(base, repo, is_trainable=True)" in card
+    assert (
+        json.loads((out / "classp" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == embedded.MODEL_ID
+    )
+    with pytest.raises(ValueError, match="already holds runs of classp. Pass --resume_from_checkpoint True"):
+        main("--trainer", "naive", "--compare", "classp")
+    assert not (out / "naive").exists()  # refused before any arm was trained
 
 
 def test_a_classifier_of_the_same_labels_keeps_its_rows(main, tmp_path):
     """A model whose labels have another order (finbert's, say) must not have its head's rows renamed."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-    from classp_hf import embedded
 
     names = ["positive", "negative", "neutral"]
     kwargs = {"num_labels": 3, "id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}

@@ -119,6 +119,14 @@ def test_bad_optim_args(text, match):
         registration.parse_optim_args(text)
 
 
+def test_transformers_default_learning_rate_is_warned_about(caplog):
+    for rate, warned in ((5e-5, True), (1e-3, False)):
+        caplog.clear()
+        args = SimpleNamespace(deepspeed_plugin=None, learning_rate=rate)
+        registration._handler(SimpleNamespace(args=args, optimizer_kwargs={"lr": rate}, optim_args={}))
+        assert ("far too small for it. Pass --learning_rate; 0.001" in caplog.text) == warned
+
+
 def test_bad_optim_args_stop_an_unedited_script(script, tmp_path):
     run = launch([sys.executable, "-m", "classp_hf"], script, tmp_path, "--optim", "classp", "--optim_args", "powr=2")
     assert run.returncode != 0

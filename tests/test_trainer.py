@@ -270,6 +270,16 @@ def test_an_interrupted_sequence_resumes_to_the_same_result(
     assert all(torch.equal(memories[0][k], memories[1][k]) for k in memories[0])
 
 
+def test_resuming_the_first_task_with_another_untrained_model(make_model, make_tasks, make_args, collator):
+    """Its row 0 and the rest of R would belong to two models."""
+    with pytest.raises(KeyboardInterrupt):
+        args = {"args": make_args(), "data_collator": collator, "callbacks": [Kill(1, 2)]}
+        ClasspTrainer(model=make_model(seed=0), **args).train_sequence(make_tasks())
+    other = ClasspTrainer(model=make_model(seed=1), args=make_args(), data_collator=collator)
+    with pytest.raises(ValueError, match=r"began with other weights than this model's.*set_seed"):
+        other.train_sequence(make_tasks(), resume_from_checkpoint=True)
+
+
 def test_a_second_run_goes_on_from_the_first_ones_memory(make_model, make_tasks, make_args, collator, tmp_path):
     """Two processes with one task each do what one process with both does."""
     tasks = make_tasks(2)
