@@ -161,8 +161,6 @@ class ContinualMemory:
         """
         problems = []
         for kind in self.kinds():
-            if kind.startswith("head."):
-                continue
             stored = {name: tuple(t.shape) for name, t in self.get(kind).items()}
             for label, names in (
                 ("only in the memory", stored.keys() - shapes.keys()),
