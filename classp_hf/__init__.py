@@ -14,11 +14,18 @@ _EXPORTS = {
     "ContinualMemory": ".memory",
     "ContinualTrainer": ".trainer",
     "ContinualTrainingArguments": ".training_args",
+    "EMA": ".methods",
     "EWC": ".methods",
     "EWCTrainer": ".trainer",
+    "Elastic": ".methods",
+    "Interpolate": ".methods",
     "L2SP": ".methods",
+    "LogitAdjustment": ".methods",
+    "LwF": ".methods",
     "METHODS": ".methods",
+    "Merge": ".methods",
     "Method": ".methods",
+    "MoFO": ".optim",
     "Replay": ".methods",
     "Task": ".tasks",
     "label_names": ".tasks",
@@ -30,8 +37,8 @@ __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
     from .memory import ContinualMemory
-    from .methods import EWC, L2SP, METHODS, Method, Replay
-    from .optim import CLASSP
+    from .methods import EMA, EWC, L2SP, METHODS, Elastic, Interpolate, LogitAdjustment, LwF, Merge, Method, Replay
+    from .optim import CLASSP, MoFO
     from .registration import register
     from .tasks import Task, label_names, load_task
     from .trainer import ClasspTrainer, ContinualTrainer, EWCTrainer

@@ -16,7 +16,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,6 +201,65 @@ def like_parameter(full: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
 
     full = full.to(device=p.device, dtype=dtype, copy=True)
     return distribute_tensor(full, p.device_mesh, p.placements) if isinstance(p, DTensor) else full
+
+
+def local(t: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; any other tensor as it is."""
+    from torch.distributed.tensor import DTensor
+
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def mean_over_weights(tensors: Iterable[Tensor]) -> float:
+    """The mean over all elements of all tensors; 0.0 for none."""
+    total, count = 0.0, 0
+    for t in tensors:
+        total += float(full_tensor(t.sum(dtype=torch.float64)))
+        count += t.numel()
+    return total / count if count else 0.0
+
+
+@torch.no_grad()
+def gather_(accumulators: dict[str, Tensor], model: nn.Module, power: float) -> None:
+    """`s <- s + |g|^power` for every trainable parameter that has a gradient: CLASSP's memory under any optimizer.
+
+    `accumulators` (canonical name -> float32, of the parameter's shape, device and sharding) is changed in place.
+    """
+    for n, p in trainable_parameters(model):
+        if p.grad is not None:
+            if n not in accumulators or accumulators[n].device != p.device:
+                stored = accumulators.get(n)
+                zero = torch.zeros_like(p, dtype=torch.float32)
+                accumulators[n] = zero if stored is None else like_parameter(stored, p.detach(), torch.float32)
+            g = p.grad.float()
+            accumulators[n].add_(g.square() if power == 2 else g.abs().pow_(power))
+
+
+class CompactCopy:
+    """A copy of a weight tensor in 2 bytes a weight: int16 with a float32 scale a row; 16-bit weights as they are.
+
+    The error is at most max|row| / 65,534 a weight, hundreds of times finer than bfloat16: what counts is how far a weight
+    has moved since, which is small beside the weight.
+
+    Args:
+        weight: any floating dtype and shape; of a sharded tensor the local part is copied.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        weight = local(weight)
+        if weight.element_size() == 2 or weight.numel() == 0:
+            self.values, self.scale = weight.clone(), None
+        else:
+            rows = weight.reshape(-1, weight.shape[-1]) if weight.ndim else weight.reshape(1, 1)
+            self.scale = (rows.abs().amax(1, keepdim=True) / 32767).clamp_(min=torch.finfo(torch.float32).tiny)
+            self.values = (rows / self.scale).round_().to(torch.int16)
+
+    def difference(self, weight: Tensor) -> Tensor:
+        """`weight - copy`, float32."""
+        copied = self.values.float()
+        if self.scale is not None:
+            copied.mul_(self.scale)
+        return weight.float() - copied.reshape(weight.shape)
 
 
 def _resolve(path_or_repo: str | os.PathLike, revision: str | None) -> Path:

@@ -7,8 +7,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -26,11 +27,12 @@ from .memory import (
     ContinualMemory,
     bare_model,
     full_tensor,
+    gather_,
     like_parameter,
     memory_shapes,
     trainable_parameters,
 )
-from .methods import METHODS, Method
+from .methods import METHODS, Combined, Elastic, Merge, Method
 from .metrics import summarize
 from .optim import CLASSP
 from .registration import NAME, deepspeed_config, parse_optim_args, refuse_deepspeed_offload
@@ -51,7 +53,8 @@ class ContinualTrainer(Trainer):
     Args:
         model: as in Trainer.
         args: [`ContinualTrainingArguments`], or plain `TrainingArguments`.
-        method: a [`~classp_hf.methods.Method`], its name (`"ewc"`, `"l2sp"`, `"replay"`), or None.
+        method: a [`~classp_hf.methods.Method`], the name of one (`"ewc"`), several of either (`"replay+elastic"`, or a
+            list), or None.
         memory: go on from this continual memory: a file, the folder of a model saved with one, or a Hub id. The same as
             `args.memory`.
         kwargs: every other argument of Trainer. `compute_metrics` defaults to the accuracy, and the loss of
@@ -79,7 +82,7 @@ class ContinualTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         *,
-        method: Method | str | None = None,
+        method: Method | str | Sequence[Method | str] | None = None,
         memory: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
@@ -121,15 +124,18 @@ class ContinualTrainer(Trainer):
                 self.compute_loss_func = classification_loss
             if self.compute_metrics is None:
                 self.compute_metrics = accuracy
+        self.classifies = is_single_label_classifier(self.model)
         self.active_label_ids: list[int] | None = None
         if self.preprocess_logits_for_metrics is None:
             self.preprocess_logits_for_metrics = self._mask_other_tasks_labels
 
         self.task_heads = TaskHeads(self.model) if args.heads == "per_task" else None
         if self.task_heads is not None:
-            self.method.excluded = self.task_heads.names
+            for part in self.method.parts():
+                part.excluded = self.task_heads.names
         self.seen_tasks: list[str] = []
         self.sequence_results: dict[str, Any] | None = None
+        self._gathered: dict[str, Tensor] = {}
         self._pending_memory: ContinualMemory | None = None
         self._pending_optimizer: Path | None = None
         if args.memory is not None:
@@ -153,27 +159,58 @@ class ContinualTrainer(Trainer):
 
     # ---- The memory -------------------------------------------------------------------------------------------------
 
+    def accumulators(self) -> dict[str, Tensor]:
+        """Canonical name -> `sum |g|^p` over all training so far, float32; empty before any.
+
+        CLASSP's own state, or, under another optimizer, what is gathered beside it if `args.gather_memory` or the method
+        asks for it. While training these are the tensors that change, on their devices.
+        """
+        optimizer = _unwrap(self.optimizer)
+        if self._pending_memory is not None:
+            return self._pending_memory.get("accumulator")
+        if not isinstance(optimizer, CLASSP):
+            return dict(self._gathered)
+        if not optimizer.state:
+            return {}
+        accumulators = {}
+        for n, p in trainable_parameters(self.model):
+            if n not in self._heads:  # a head a task: no task uses another one's
+                state = optimizer.state.get(p)  # none for a parameter that never had a gradient
+                accumulators[n] = state["accumulator"] if state else torch.zeros_like(p, dtype=torch.float32)
+        return accumulators
+
+    @property
+    def _heads(self) -> frozenset[str]:
+        return self.task_heads.names if self.task_heads is not None else frozenset()
+
+    @property
+    def _gathers(self) -> bool:
+        own = self.args.optim == NAME or isinstance(_unwrap(self.optimizer), CLASSP)
+        return (self.args.gather_memory or self.method.uses_accumulators) and not own
+
+    def before_step(self) -> None:
+        """Remember the gradients, if the optimizer does not, and let the method add to them."""
+        if self._gathers:
+            gather_(self._gathered, self.model, self.args.memory_power)
+            for n in self._heads:
+                self._gathered.pop(n, None)
+        self.method.penalty_gradient(self.model)
+
     def continual_memory(self) -> ContinualMemory:
         """The memory as it stands: accumulators, the method's state, per-task heads. Call it on every rank."""
         memory = ContinualMemory()
-        optimizer = _unwrap(self.optimizer)
-        if isinstance(optimizer, CLASSP) and optimizer.state:
-            accumulators = {}
-            for n, p in trainable_parameters(self.model):
-                if n in self.method.excluded:
-                    continue  # a head a task: no task uses another one's
-                state = optimizer.state.get(p)  # none for a parameter that never had a gradient
-                accumulators[n] = full_tensor(state["accumulator"]) if state else torch.zeros(p.shape)
-            memory.put("accumulator", accumulators)
-        elif self._pending_memory is not None:  # saved before any training: pass on what was loaded
-            memory.put("accumulator", self._pending_memory.get("accumulator"))
-        for part, tensors in self.method.state_dict().items():
-            memory.put(f"{self.method.name}.{part}", {n: full_tensor(t) for n, t in tensors.items()})
+        memory.put("accumulator", {n: full_tensor(t) for n, t in self.accumulators().items()})
+        for method in self.method.parts():
+            for part, tensors in method.state_dict().items():
+                memory.put(f"{method.name}.{part}", {n: full_tensor(t) for n, t in tensors.items()})
         if self.task_heads is not None:
             for task, head in self.task_heads.state_dict().items():
                 memory.put(f"head.{task.replace('/', '%2F')}", head)
             memory.put("initial_head", self.task_heads.initial)
+        optimizer = _unwrap(self.optimizer)
         described = _describe_optimizer(optimizer, self.args)
+        if self._gathers:
+            described["power"] = self.args.memory_power
         if optimizer is None and self._pending_memory is not None:
             described = self._pending_memory.metadata.get("optimizer", described)
         memory.metadata = {
@@ -187,25 +224,27 @@ class ContinualTrainer(Trainer):
         """Continue from `memory`: the method's state at once, accumulators when training begins.
 
         Raises:
-            ValueError: names or shapes differ from the model's trainable parameters.
+            ValueError: names or shapes differ from the model's trainable parameters, or the accumulators hold another
+                power of the gradients than this run's.
         """
-        shared = {n: s for n, s in memory_shapes(self.model).items() if n not in self.method.excluded}
+        shared = {n: s for n, s in memory_shapes(self.model).items() if n not in self._heads}
         accumulators = ContinualMemory({k: t for k, t in memory.tensors.items() if k.startswith("accumulator/")})
         accumulators.check_fits(shared)
-        prefix = f"{self.method.name}."
-        parts = {kind.removeprefix(prefix): memory.get(kind) for kind in memory.kinds() if kind.startswith(prefix)}
-        for part, tensors in parts.items():
-            ContinualMemory({f"{prefix}{part}/{n}": t for n, t in tensors.items()}).check_fits(shared)
-        if parts:
-            self.method.load_state_dict(parts)
+        self._check_power(memory)
+        used = []
+        for method in self.method.parts():
+            prefix = f"{method.name}."
+            used.append(prefix)
+            parts = {kind.removeprefix(prefix): memory.get(kind) for kind in memory.kinds() if kind.startswith(prefix)}
+            method.check_state(parts, self.model)
+            if parts:
+                method.load_state_dict(parts)
         if self.task_heads is not None:
             heads = {k.removeprefix("head."): memory.get(k) for k in memory.kinds() if k.startswith("head.")}
             self.task_heads.load_state_dict({task.replace("%2F", "/"): head for task, head in heads.items()})
             self.task_heads.initial = memory.get("initial_head") or self.task_heads.initial
-        used = [prefix]
-        if self.task_heads is not None:
             used += ["head.", "initial_head"]
-        if self.args.optim == NAME:
+        if self.args.optim == NAME or self._gathers:
             used.append("accumulator")
         others = [kind for kind in memory.kinds() if not kind.startswith(tuple(used))]
         if others:
@@ -216,14 +255,26 @@ class ContinualTrainer(Trainer):
         self.seen_tasks = list(memory.metadata.get("tasks", []))
         self._pending_memory = memory
 
+    def _check_power(self, memory: ContinualMemory) -> None:
+        stored = memory.metadata.get("optimizer", {}).get("power")
+        power = self.args.memory_power if self._gathers else None
+        if stored is not None and power is not None and memory.get("accumulator") and stored != power:
+            raise ValueError(
+                f"The continual memory sums |g|^{stored:g}, and this run |g|^{power:g}. Pass memory_power={stored:g}."
+            )
+
     def restore_pending(self) -> None:
         """Put what `load_memory` read into the optimizer, now that every wrapper (DDP, FSDP2, PEFT) is on."""
         optimizer = _unwrap(self.optimizer)
-        if self._pending_memory is not None and isinstance(optimizer, CLASSP):
+        if self._pending_memory is not None:
             stored = self._pending_memory.get("accumulator")
-            for n, p in trainable_parameters(self.model):
-                if n in stored:
-                    optimizer.state[p]["accumulator"] = like_parameter(stored[n], p.detach(), torch.float32)
+            parameters = {n: p for n, p in trainable_parameters(self.model) if n in stored}
+            restored = {n: like_parameter(stored[n], p.detach(), torch.float32) for n, p in parameters.items()}
+            if isinstance(optimizer, CLASSP):
+                for n, p in parameters.items():
+                    optimizer.state[p]["accumulator"] = restored[n]
+            else:
+                self._gathered = restored
         if self._pending_optimizer is not None:
             state = torch.load(self._pending_optimizer, map_location="cpu", weights_only=True)
             state["param_groups"] = self.optimizer.state_dict()["param_groups"]  # this task's schedule has set them
@@ -235,7 +286,7 @@ class ContinualTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model and, beside it, the continual memory."""
         memory = self.continual_memory()
-        if self.args.should_save and memory.tensors:
+        if self.args.should_save and (memory.tensors or self.seen_tasks):
             memory.save(output_dir or str(self.args.output_dir))
         super().save_model(output_dir, _internal_call)
 
@@ -282,7 +333,8 @@ class ContinualTrainer(Trainer):
 
         Returns:
             The content of `results.json`: `tasks`, `accuracy_matrix` (T+1 rows x T columns, row 0 = untrained, values
-            in the metric's own unit), `metrics`, `seconds` and what describes the run.
+            in the metric's own unit), `metrics`, `seconds`, `boundary_seconds` (the method's, before and after tasks), and what
+            describes the run.
 
         Raises:
             ValueError: bad tasks (see `prepare_tasks`), or an output directory that holds another run.
@@ -297,9 +349,11 @@ class ContinualTrainer(Trainer):
         folders = [base / f"{t:02d}-{task.slug}" for t, task in enumerate(tasks)]
         done = max(len(rows) - 1, 0)
         if done:
+            self.seen_tasks = [task.name for task in tasks[:done]]
             self._restore_boundary(folders[done - 1], tasks[done - 1])
         try:
             started = time.monotonic()
+            self._boundary_seconds = state.setdefault("boundary_seconds", 0.0)
             if not rows:
                 rows.append(self._evaluate_tasks(tasks))
             elif not done and any(abs(a - b) > 0.005 for a, b in zip(self._evaluate_tasks(tasks), rows[0])):
@@ -314,6 +368,7 @@ class ContinualTrainer(Trainer):
                 logger.info(f"***** Task {t + 1} of {len(tasks)}: {tasks[t].name} *****")
                 self._train_task(t, tasks, folders[t], resume=bool(state.pop("resumed", False)))
                 self._save_boundary(folders[t])
+                state["boundary_seconds"] = self._boundary_seconds
                 state["optimizer"] = _describe_optimizer(_unwrap(self.optimizer), self.args)
                 rows.append(self._evaluate_tasks(tasks))
             state["seconds"] = state.get("seconds", 0.0) + time.monotonic() - started
@@ -373,7 +428,7 @@ class ContinualTrainer(Trainer):
 
     def _sequence_config(self, tasks: list[Task]) -> dict[str, Any]:
         """What must be the same for two runs to be the same one."""
-        keys = ["optim_args", "learning_rate", "weight_decay", "lr_scheduler_type", "num_train_epochs", "max_steps", "max_grad_norm", "heads", "reset_optimizer", "sequence_metric", "max_length", "memory", "seed"]  # fmt: skip
+        keys = ["optim_args", "learning_rate", "weight_decay", "lr_scheduler_type", "num_train_epochs", "max_steps", "max_grad_norm", "heads", "reset_optimizer", "sequence_metric", "max_length", "memory", "gather_memory", "memory_power", "seed"]  # fmt: skip
         args = self.args.to_dict()
         config = {
             "tasks": [[t.name, len(t.train_dataset), len(t.measured_dataset)] for t in tasks],
@@ -405,14 +460,18 @@ class ContinualTrainer(Trainer):
             self.active_label_ids = task.label_ids
             if self.optimizer is not None:
                 self.task_heads.forget_optimizer_state(self.optimizer)
-        self.method.before_task(self.model, task)
+        started = time.monotonic()
+        self.method.before_task(self, task)
         earlier = [previous.train_dataset for previous in tasks[:t]]
         self.train_dataset = self.method.extend_train_dataset(task.train_dataset, earlier)
         self.eval_dataset = task.eval_dataset
         self.args.output_dir = str(folder)
         checkpoint = _last_complete_checkpoint(folder) if resume and not self.args.save_only_model else None
+        boundary = time.monotonic() - started
         self.train(resume_from_checkpoint=checkpoint)
+        started = time.monotonic()
         self.method.after_task(self, task)
+        self._boundary_seconds += boundary + time.monotonic() - started
         if task.name not in self.seen_tasks:
             self.seen_tasks.append(task.name)
 
@@ -474,6 +533,7 @@ class ContinualTrainer(Trainer):
             "command": report.public_command([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
             **report.environment(num_processes=self.args.world_size),
             "seconds": state["seconds"],
+            "boundary_seconds": state["boundary_seconds"],
         }
         if self.is_world_process_zero():
             report.write_json(base / "results.json", results)
@@ -502,9 +562,44 @@ class ContinualTrainer(Trainer):
 
 
 class ClasspTrainer(ContinualTrainer):
-    """[`ContinualTrainer`] with the CLASSP optimizer (arXiv 2405.09637), whatever `args.optim` says."""
+    """[`ContinualTrainer`] with the CLASSP optimizer (arXiv 2405.09637), whatever `args.optim` says.
+
+    Args:
+        consolidation: what else the memory is used for: `"anchor"` pulls weights back to the last boundary while training
+            ([`~classp_hf.Elastic`]), `"merge"` averages old and new weights when a task ends ([`~classp_hf.Merge`]),
+            `"both"`, or `"none"`, the paper's method.
+        anchor_strength: strength of the anchor. Default: Elastic's.
+        merge_weight: weight of the new task in the merge. Default: Merge's.
+        logit_adjustment: keep label frequencies off the model ([`~classp_hf.LogitAdjustment`]). Default: where it can be
+            used, which is single-label classification with one shared head.
+        method: further methods, run before these.
+        kwargs: as in [`ContinualTrainer`].
+    """
 
     default_optim = NAME
+
+    def __init__(
+        self,
+        *args: Any,
+        consolidation: Literal["none", "anchor", "merge", "both"] = "none",
+        anchor_strength: float | None = None,
+        merge_weight: float | None = None,
+        logit_adjustment: bool | None = None,
+        method: Method | str | Sequence[Method | str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if consolidation not in ("none", "anchor", "merge", "both"):
+            raise ValueError(f"consolidation must be 'none', 'anchor', 'merge' or 'both', got {consolidation!r}")
+        uses = {"anchor": (Elastic, anchor_strength), "merge": (Merge, merge_weight)}
+        methods = list(_make_method(method).parts()) if method is not None else []
+        for use, (cls, value) in uses.items():
+            if consolidation in (use, "both"):
+                methods.append(cls() if value is None else cls(value))
+            elif value is not None:
+                raise ValueError(
+                    f"{cls.name} is not used with consolidation={consolidation!r}, but its strength was given."
+                )
+        super().__init__(*args, method=methods or None, **kwargs)
 
 
 class EWCTrainer(ContinualTrainer):
@@ -526,15 +621,22 @@ class _MethodCallback(TrainerCallback):
         self.trainer.restore_pending()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.method.penalty_gradient(self.trainer.model)
+        self.trainer.before_step()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.method.after_step(self.trainer.model)
 
 
-def _make_method(method: Method | str | None) -> Method:
+def _make_method(method: Method | str | Sequence[Method | str] | None) -> Method:
     if isinstance(method, Method):
         return method
-    if (method or Method.name) not in METHODS:
-        raise ValueError(f"Unknown method {method!r}. Known: {', '.join(METHODS)}.")
-    return METHODS[method or Method.name]()
+    parts = (method or Method.name).split("+") if not method or isinstance(method, str) else method
+    methods = []
+    for part in parts:
+        if isinstance(part, str) and part not in METHODS:
+            raise ValueError(f"Unknown method {part!r}. Known: {', '.join(METHODS)}, and several joined by '+'.")
+        methods.append(METHODS[part]() if isinstance(part, str) else part)
+    return methods[0] if len(methods) == 1 else Combined(methods)
 
 
 def _unwrap(optimizer: Any) -> Any:

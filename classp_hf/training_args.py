@@ -56,7 +56,20 @@ class ContinualTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Branch, tag or commit of the Hub repository given as `memory`."}
     )
 
+    gather_memory: bool = field(
+        default=False,
+        metadata={
+            "help": "Gather the memory of gradients under other optimizers than CLASSP too, which keeps it anyway. Methods "
+            "that use it ask for it themselves."
+        },
+    )
+    memory_power: float = field(
+        default=2.0, metadata={"help": "The p of the gathered sum |g|^p; CLASSP's own is in `optim_args`."}
+    )
+
     def __post_init__(self) -> None:
+        if not self.memory_power > 0:
+            raise ValueError(f"memory_power must be > 0, got {self.memory_power}")
         if self.optim == NAME:
             register()
         if self.heads not in ("shared", "per_task"):

@@ -9,7 +9,22 @@ import torch.nn.functional as F
 from conftest import weights
 from datasets import Dataset
 
-from classp_hf import EWC, L2SP, METHODS, ContinualMemory, ContinualTrainer, Replay
+from classp_hf import (
+    EMA,
+    EWC,
+    L2SP,
+    METHODS,
+    ClasspTrainer,
+    ContinualMemory,
+    ContinualTrainer,
+    Elastic,
+    Interpolate,
+    LogitAdjustment,
+    LwF,
+    Merge,
+    Replay,
+)
+from classp_hf.memory import CompactCopy
 from classp_hf.methods.ewc import sum_squared_gradients
 
 
@@ -36,12 +51,13 @@ def test_contract_fields_and_state(name, make_model, make_tasks, make_args, coll
 
     trainer = trained(make_model, make_args, collator, make_tasks(2), method)
     state = method.state_dict()
-    shapes = {n: p.shape for n, p in trainer.model.named_parameters()}
-    for part, tensors in state.items():
-        assert tensors.keys() == shapes.keys(), part
-        assert all(
-            t.shape == shapes[n] and t.dtype is torch.float32 and t.isfinite().all() for n, t in tensors.items()
-        )
+    method.check_state(state, trainer.model)
+    for tensors in state.values():
+        assert all(t.dtype is torch.float32 and t.isfinite().all() for t in tensors.values())
+    for part, tensors in state.items():  # a tensor of another model
+        foreign = {part: {**tensors, "elsewhere.weight": torch.zeros(1)}}
+        with pytest.raises(ValueError, match="elsewhere.weight"):
+            method.check_state(foreign, trainer.model)
 
     # through the memory file, into a fresh method
     memory = ContinualMemory.load(tmp_path / "run") if state else ContinualMemory()
@@ -81,6 +97,13 @@ def test_contract_fields_and_state(name, make_model, make_tasks, make_args, coll
         (lambda: EWC(fisher_labels="true"), r"fisher_labels must be one of .*, got 'true'"),
         (lambda: EWC(ewc_mode="both"), r"ewc_mode must be one of .*, got 'both'"),
         (lambda: L2SP(l2sp_alpha=float("nan")), "l2sp_alpha must be >= 0, got nan"),
+        (lambda: Elastic(anchor_strength=-1), "anchor_strength must be >= 0, got -1"),
+        (lambda: Merge(merge_weight=-1), "merge_weight must be >= 0, got -1"),
+        (lambda: Interpolate(interpolation_weight=2), r"interpolation_weight must be in \[0, 1\], got 2"),
+        (lambda: EMA(ema_decay=1), r"ema_decay must be in \[0, 1\), got 1"),
+        (lambda: LwF(lwf_lambda=-1), "lwf_lambda must be >= 0, got -1"),
+        (lambda: LwF(lwf_temperature=0), "lwf_temperature must be > 0, got 0"),
+        (lambda: LogitAdjustment(prior_strength=1.1), r"prior_strength must be in \[0, 1\], got 1.1"),
         (lambda: Replay(replay_fraction=0), r"replay_fraction must be in \(0, 1\], got 0"),
         (lambda: Replay(replay_fraction=5), r"replay_fraction must be in \(0, 1\], got 5"),
     ],
@@ -249,7 +272,16 @@ def test_stronger_penalties_keep_weights_closer(cls, strength, make_model, make_
 
 def test_the_first_task_trains_freely(make_model, make_tasks, make_args, collator, tmp_path):
     finals = []
-    for i, method in enumerate((None, EWC(ewc_lambda=100), L2SP(l2sp_alpha=100), Replay())):
+    strong = [EWC(ewc_lambda=100), L2SP(l2sp_alpha=100), Elastic(anchor_strength=100), Merge(merge_weight=0)]
+    strong += [
+        Interpolate(interpolation_weight=0),
+        EMA(ema_decay=0.99),
+        LwF(lwf_lambda=100),
+        LogitAdjustment(),
+        Replay(),
+    ]
+    assert len(strong) == len(METHODS) - 1
+    for i, method in enumerate((None, *strong)):
         args = {"output_dir": str(tmp_path / str(i))}
         finals.append(weights(trained(make_model, make_args, collator, make_tasks(1), method, **args).model))
     for other in finals[1:]:
@@ -276,3 +308,275 @@ def test_replay_examples_are_trained_on_but_never_saved(make_model, make_tasks, 
     trainer = trained(make_model, make_args, collator, tasks, Replay(replay_fraction=0.25))
     assert len(trainer.train_dataset) == 64 + 16
     assert not [k for k in trainer.continual_memory().tensors if k.startswith("replay")]
+
+
+# ---- Uses of the memory of gradients: elastic and merge ----
+
+
+def recorded_gradients(trainer):
+    """Canonical name -> list of the task gradients that the optimizer was given, before any penalty."""
+    seen = {}
+    original = trainer.before_step
+
+    def record():
+        for n, p in trainer.model.named_parameters():
+            seen.setdefault(n, []).append(p.grad.detach().clone())
+        original()
+
+    trainer.before_step = record
+    return seen
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_memory_is_gathered_under_any_optimizer(power, make_model, make_tasks, make_args, collator, tmp_path):
+    args = make_args(optim="adamw_torch", gather_memory=True, memory_power=power)
+    trainer = ContinualTrainer(model=make_model(), args=args, data_collator=collator)
+    seen = recorded_gradients(trainer)
+    trainer.train_sequence(make_tasks(2))
+    stored = ContinualMemory.load(tmp_path / "run")
+    assert stored.metadata["optimizer"]["power"] == power
+    for n, s in stored.get("accumulator").items():
+        torch.testing.assert_close(s, sum(g.abs() ** power for g in seen[n]), rtol=1e-4, atol=1e-12)
+
+    # CLASSP goes on from it, and gathering with another power refuses
+    follower = ClasspTrainer(model=make_model(), args=make_args(optim="classp"), memory=tmp_path / "run")
+    assert follower.accumulators().keys() == stored.get("accumulator").keys()
+    other = make_args(gather_memory=True, memory_power=3.0, optim="adamw_torch")
+    with pytest.raises(ValueError, match=r"Pass memory_power="):
+        ContinualTrainer(model=make_model(), args=other, memory=tmp_path / "run")
+
+
+def test_gathering_costs_the_training_nothing(make_model, make_tasks, make_args, collator, tmp_path):
+    finals = []
+    for gather in (False, True):
+        args = make_args(optim="adamw_torch", gather_memory=gather, output_dir=str(tmp_path / str(gather)))
+        trainer = ContinualTrainer(model=make_model(), args=args, data_collator=collator)
+        trainer.train_sequence(make_tasks(2))
+        finals.append(weights(trainer.model))
+    assert all(torch.equal(finals[0][n], w) for n, w in finals[1].items())
+
+
+@pytest.mark.parametrize("optim", ["classp", "adamw_torch"])
+def test_elastic_pulls_by_the_memory_towards_the_boundary(optim, make_model, make_tasks, make_args, collator):
+    method = Elastic(anchor_strength=0.5)
+    trainer = ContinualTrainer(model=make_model(), args=make_args(optim=optim), data_collator=collator, method=method)
+    tasks = make_tasks(2)
+    trainer.train_sequence(tasks[:1])
+    end, memory = weights(trainer.model), {n: s.clone() for n, s in trainer.accumulators().items()}
+    mean = float(torch.cat([s.reshape(-1) for s in memory.values()]).double().mean())
+    method.before_task(trainer, tasks[1])
+    for p in trainer.model.parameters():
+        p.data += 0.2
+        p.grad = torch.ones_like(p)
+    method.penalty_gradient(trainer.model)
+    for n, p in trainer.model.named_parameters():
+        expected = 1 + 0.5 * memory[n] / mean * (p.detach() - end[n])
+        torch.testing.assert_close(p.grad, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("optim", ["classp", "adamw_torch"])
+def test_merge_weighs_every_weight_by_both_memories(optim, make_model, make_tasks, make_args, collator, tmp_path):
+    boundaries = {}
+    original = Merge.after_task
+
+    class Recording(Merge):
+        def after_task(self, trainer, task):
+            before = weights(trainer.model)
+            memory = {n: s.clone() for n, s in trainer.accumulators().items()}
+            original(self, trainer, task)
+            boundaries[task.name] = before, memory, weights(trainer.model)
+
+    method = Recording(merge_weight=0.7)
+    args = make_args(optim=optim)
+    ContinualTrainer(model=make_model(), args=args, data_collator=collator, method=method).train_sequence(
+        make_tasks(3)
+    )
+
+    def normal(memory):
+        mean = torch.cat([s.reshape(-1) for s in memory.values()]).double().mean()
+        return {n: s.double() / mean for n, s in memory.items()}
+
+    assert all(torch.equal(boundaries["first"][0][n], w) for n, w in boundaries["first"][2].items())
+    for tasks_before, (earlier, later) in enumerate((("first", "second"), ("second", "third")), start=1):
+        (_, s_old, w_old), (w_new, s, merged) = boundaries[earlier], boundaries[later]
+        f_old, f_new = normal(s_old), normal({n: s[n] - s_old[n] for n in s})
+        for n, w in merged.items():
+            old, new = tasks_before * f_old[n], 0.7 * f_new[n]
+            expected = (old * w_old[n] + new * w_new[n]) / (old + new)
+            expected = torch.where(old + new > 0, expected, w_new[n].double())
+            torch.testing.assert_close(w.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_anchor_takes_two_bytes_a_weight(dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(64, 384).to(dtype)
+    copy = CompactCopy(weight)
+    held = copy.values.nbytes + (copy.scale.nbytes if copy.scale is not None else 0)
+    assert held <= 2.02 * weight.numel()
+    assert float(copy.difference(weight).abs().max()) <= float(weight.float().abs().max()) / 65534 * 1.01
+    moved = weight.float() + 1e-3
+    torch.testing.assert_close(copy.difference(moved), torch.full_like(moved, 1e-3), rtol=0, atol=8e-5)
+    for odd in (torch.zeros(0, 3), torch.tensor(2.5), torch.zeros(5), torch.randn(2, 3, 4)):
+        assert torch.allclose(CompactCopy(odd).difference(odd), torch.zeros(()), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "names", "values"),
+    [
+        ({"consolidation": "anchor", "anchor_strength": 0.3}, ["elastic"], {"anchor_strength": 0.3}),
+        ({"consolidation": "merge", "merge_weight": 2.0}, ["merge"], {"merge_weight": 2.0}),
+        ({"consolidation": "both"}, ["elastic", "merge"], {}),
+        ({"consolidation": "none"}, ["none"], {}),
+        ({"consolidation": "anchor", "method": "replay"}, ["replay", "elastic"], {}),
+    ],
+)
+def test_consolidation_chooses_the_uses_of_the_memory(kwargs, names, values, make_model, make_args):
+    trainer = ClasspTrainer(model=make_model(), args=make_args(), **kwargs)
+    assert [m.name for m in trainer.method.parts()] == names
+    assert values.items() <= trainer.method.hyperparameters().items()
+
+
+def test_bad_consolidation(make_model, make_args):
+    with pytest.raises(ValueError, match="consolidation must be .*, got 'all'"):
+        ClasspTrainer(model=make_model(), args=make_args(), consolidation="all")
+    with pytest.raises(ValueError, match="merge is not used with consolidation='anchor'"):
+        ClasspTrainer(model=make_model(), args=make_args(), consolidation="anchor", merge_weight=1.0)
+
+
+# ---- Several methods at once ----
+
+
+def test_a_combination_is_its_parts(make_model, make_tasks, make_args, collator, tmp_path):
+    both = ContinualTrainer(
+        model=make_model(), args=make_args(optim="adamw_torch"), data_collator=collator, method="l2sp+replay"
+    )
+    both.train_sequence(make_tasks(2))
+    assert len(both.train_dataset) == 64 + 3
+    stored = ContinualMemory.load(tmp_path / "run")
+    assert stored.kinds() == ["l2sp.anchor"] and stored.metadata["method"]["name"] == "l2sp+replay"
+    alone = ContinualTrainer(model=make_model(), args=make_args(), method="l2sp", memory=tmp_path / "run")
+    assert alone.method.anchor.keys() == stored.get("l2sp.anchor").keys()
+    for bad, match in (("ewc+nothing", "Unknown method 'nothing'"), ("ewc+ewc", r"every method once, got ewc \+ ewc")):
+        with pytest.raises(ValueError, match=match):
+            ContinualTrainer(model=make_model(), args=make_args(), method=bad)
+
+
+# ---- Interpolation and averages ----
+
+
+def test_interpolation_and_ema_against_their_definitions(make_model, make_tasks, make_args, collator, tmp_path):
+    plain = ContinualTrainer(model=make_model(), args=make_args(optim="adamw_torch"), data_collator=collator)
+    steps, ends = [], []
+    original = plain.method.after_step
+    plain.method.after_step = lambda model: (steps.append(weights(model)), original(model))
+    plain.method.after_task = lambda trainer, task: ends.append(weights(trainer.model))
+    plain.train_sequence(make_tasks(2))
+    old, new = ends
+    average = old
+    for now in steps[len(steps) // 2 :]:
+        average = {n: 0.9 * average[n] + 0.1 * w for n, w in now.items()}
+    for method, wanted in (
+        (Interpolate(interpolation_weight=0.3), {n: old[n] + 0.3 * (new[n] - old[n]) for n in old}),
+        (EMA(ema_decay=0.9), average),
+    ):
+        trainer = trained(
+            make_model, make_args, collator, make_tasks(2), method, output_dir=str(tmp_path / method.name)
+        )
+        for n, w in weights(trainer.model).items():
+            torch.testing.assert_close(w, wanted[n], rtol=1e-4, atol=1e-6)
+
+
+# ---- Learning without Forgetting, logit adjustment ----
+
+
+def test_lwf_is_the_divergence_from_the_model_as_the_task_found_it(make_model, make_tasks, make_args, collator):
+    method = LwF(lwf_lambda=0.5, lwf_temperature=3.0)
+    args = make_args(optim="adamw_torch", bf16=True)  # accelerate wraps forward: a naive copy would call the new model
+    trainer = ContinualTrainer(model=make_model(), args=args, data_collator=collator, method=method)
+    tasks = make_tasks(2)
+    trainer.train_sequence(tasks[:1])
+    batch = collator(list(tasks[1].train_dataset.select(range(5))))
+    old = trainer.model(**batch)["logits"].detach().double()
+    method.before_task(trainer, tasks[1])
+    assert float(method.penalty(trainer.model, trainer.model(**batch), batch)) == pytest.approx(0, abs=1e-5)
+    for p in trainer.model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    outputs = trainer.model(**batch)
+    p_old, new = (old / 3).softmax(-1), (outputs["logits"].double() / 3).log_softmax(-1)
+    expected = 0.5 * 9 * (p_old * (p_old.log() - new)).sum(-1).mean()
+    assert float(method.penalty(trainer.model, outputs, batch)) == pytest.approx(float(expected), rel=2e-2)
+    assert not any(p.requires_grad for p in method.teacher.parameters())
+
+
+def test_lwf_and_logit_adjustment_refuse_what_they_cannot_do(make_model, make_tasks, make_args):
+    for name in ("lwf", "logit_adjustment"):
+        trainer = ContinualTrainer(model=make_model(), args=make_args(heads="per_task"), method=name)
+        with pytest.raises(ValueError, match=f"'{name}' .*one (shared )?head"):
+            trainer.train_sequence(make_tasks(2))
+
+
+def test_logit_adjustment_corrects_by_the_change_of_the_label_frequencies(make_model, make_tasks, make_args, collator):
+    method = LogitAdjustment(prior_strength=0.25)
+    tasks = make_tasks(3, rows=60)
+    wanted = [[30, 20, 10], [5, 5, 50], [20, 20, 20]]
+    for task, counts in zip(tasks, wanted):
+        labels = [label for label, count in enumerate(counts) for _ in range(count)]
+        task.train_dataset = task.train_dataset.remove_columns("labels").add_column("labels", labels)
+    corrections = []
+    original = method.after_task
+    method.after_task = lambda trainer, task: (corrections.append(method.correction), original(trainer, task))
+    trainer = trained(make_model, make_args, collator, tasks, method)
+    frequencies = [torch.tensor([(c + 1) / 63 for c in counts]).log() for counts in wanted]
+    held = frequencies[0]
+    assert corrections[0] is None
+    for found, new in zip(corrections[1:], frequencies[1:]):
+        torch.testing.assert_close(found, 0.25 * (new - held))
+        held = held + 0.75 * (new - held)
+    torch.testing.assert_close(torch.stack(list(method.log_prior.values())), held)
+
+    # as a loss: the cross-entropy of the corrected logits
+    method.correction = torch.tensor([1.0, -2.0, 0.5])
+    batch = collator(list(tasks[0].train_dataset.select(range(6))))
+    outputs = trainer.model(**batch)
+    total = F.cross_entropy(outputs["logits"], batch["labels"]) + method.penalty(trainer.model, outputs, batch)
+    torch.testing.assert_close(total, F.cross_entropy(outputs["logits"] + method.correction, batch["labels"]))
+
+
+@pytest.mark.parametrize(
+    "method", ["elastic", "merge", "lwf", "logit_adjustment", "ema", "interpolate", "elastic+merge"]
+)
+@pytest.mark.parametrize("optim", ["classp", "adamw_torch"])
+def test_a_resumed_run_is_the_undisturbed_one(method, optim, make_model, make_tasks, make_args, collator, tmp_path):
+    """Stopped in the middle of the second task, after a checkpoint, and begun again in a new trainer."""
+    results, finals = [], []
+    for stop in (False, True):
+        args = {"optim": optim, "save_strategy": "steps", "save_steps": 3, "output_dir": str(tmp_path / str(stop))}
+
+        def build(arguments=args):
+            return ContinualTrainer(
+                model=make_model(), args=make_args(**arguments), data_collator=collator, method=method
+            )
+
+        trainer = build()
+        if stop:
+            steps = 0
+            original = trainer.before_step
+
+            def interrupt(call=original):
+                nonlocal steps
+                steps += 1
+                if steps == 8 + 5:
+                    raise KeyboardInterrupt
+                call()
+
+            trainer.before_step = interrupt
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train_sequence(make_tasks(3))
+            trainer = build()
+        results.append(trainer.train_sequence(make_tasks(3), resume_from_checkpoint=stop)["accuracy_matrix"])
+        finals.append((weights(trainer.model), trainer.continual_memory().tensors))
+    assert results[0] == results[1]
+    for undisturbed, resumed in zip(*finals):
+        assert undisturbed.keys() == resumed.keys()
+        assert all(torch.equal(undisturbed[n], t) for n, t in resumed.items())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..memory import like_parameter, trainable_parameters
+from ..memory import ContinualMemory, like_parameter, trainable_parameters
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,12 +22,16 @@ if TYPE_CHECKING:
 class Method:
     """One continual-learning method. Init fields are its hyperparameters, `field(init=False)` its state.
 
-    Order of the hooks, for each task: `before_task`, `extend_train_dataset`, then `penalty` in every forward pass and
-    `penalty_gradient` before every optimizer step, and `after_task`. The trainer saves `state_dict()` in the continual
-    memory and gives it back through `load_state_dict` when a run goes on from it.
+    Order of the hooks, for each task: `before_task`, `extend_train_dataset`, then `penalty` in every forward pass,
+    `penalty_gradient` before and `after_step` after every optimizer step, and `after_task`. The trainer saves
+    `state_dict()` in the continual memory and gives it back through `load_state_dict` when a run goes on from it.
     """
 
     name: ClassVar[str] = "none"
+
+    uses_accumulators: ClassVar[bool] = False
+    """Whether the method reads the memory of gradients, `trainer.accumulators()`. CLASSP has it anyway; under any other
+    optimizer the trainer then gathers it."""
 
     excluded: frozenset[str] = field(default=frozenset(), init=False, repr=False)
     """Canonical names the method must leave alone: the parameters of per-task heads."""
@@ -39,8 +43,8 @@ class Method:
     def check_trainer(self, trainer: ContinualTrainer) -> None:
         """Called before anything is trained: raise a ValueError if the method cannot run in this set-up."""
 
-    def before_task(self, model: nn.Module, task: Task) -> None:
-        """Called before training on `task`, with the weights the previous task left."""
+    def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
+        """Called before training on `task`, with the weights the previous task left and `trainer.seen_tasks` before it."""
 
     def extend_train_dataset(self, dataset: Dataset, earlier: Sequence[Dataset]) -> Dataset:
         """The dataset to train on, from the task's own and the earlier tasks' training datasets."""
@@ -57,8 +61,21 @@ class Method:
         ranks, unscaled and clipped.
         """
 
+    def after_step(self, model: nn.Module) -> None:
+        """Called after every optimizer step."""
+
     def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
         """Called on every rank when training on `task` has ended."""
+
+    def parts(self) -> Sequence[Method]:
+        """The methods this one consists of: itself."""
+        return [self]
+
+    def check_state(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
+        """Raise a ValueError unless `state`, of `state_dict`'s form, belongs to `model`."""
+        shapes = {n: tuple(p.shape) for n, p in self.parameters(model)}
+        for part, tensors in state.items():
+            ContinualMemory({f"{self.name}.{part}/{n}": t for n, t in tensors.items()}).check_fits(shapes)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Part of the state -> canonical parameter name -> tensor of the parameter's shape."""
@@ -71,6 +88,64 @@ class Method:
 
     def hyperparameters(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+
+@dataclass
+class Combined(Method):
+    """Several methods at once, each with its own hyperparameters and state; hooks run in the order given."""
+
+    methods: list[Method] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        names = [m.name for m in self.methods]
+        if len(set(names)) < len(names):
+            raise ValueError(f"A combination holds every method once, got {' + '.join(names)}.")
+        self.name = "+".join(names)  # type: ignore[misc]
+        self.uses_accumulators = any(m.uses_accumulators for m in self.methods)  # type: ignore[misc]
+
+    def parts(self) -> Sequence[Method]:
+        return self.methods
+
+    def check_trainer(self, trainer: ContinualTrainer) -> None:
+        for method in self.methods:
+            method.check_trainer(trainer)
+
+    def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
+        for method in self.methods:
+            method.before_task(trainer, task)
+
+    def extend_train_dataset(self, dataset: Dataset, earlier: Sequence[Dataset]) -> Dataset:
+        for method in self.methods:
+            dataset = method.extend_train_dataset(dataset, earlier)
+        return dataset
+
+    def penalty(self, model: nn.Module, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        given = (method.penalty(model, outputs, inputs) for method in self.methods)
+        terms = [term for term in given if term is not None]
+        return torch.stack(terms).sum() if terms else None
+
+    def penalty_gradient(self, model: nn.Module) -> None:
+        for method in self.methods:
+            method.penalty_gradient(model)
+
+    def after_step(self, model: nn.Module) -> None:
+        for method in self.methods:
+            method.after_step(model)
+
+    def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
+        for method in self.methods:
+            method.after_task(trainer, task)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return {k: v for method in self.methods for k, v in method.hyperparameters().items()}
+
+
+def refuse_deepspeed(method: Method, trainer: ContinualTrainer) -> None:
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"The method {method.name!r} adds to parameters' gradients or reads them, which DeepSpeed keeps in flattened "
+            "buffers of its own. Use DDP or FSDP2."
+        )
 
 
 @dataclass
@@ -88,11 +163,7 @@ class AnchoredMethod(Method):
         raise NotImplementedError
 
     def check_trainer(self, trainer: ContinualTrainer) -> None:
-        if trainer.is_deepspeed_enabled:
-            raise ValueError(
-                f"The method {self.name!r} adds to parameters' gradients, which DeepSpeed keeps in flattened buffers of "
-                "its own. Use DDP or FSDP2."
-            )
+        refuse_deepspeed(self, trainer)
 
     @torch.no_grad()
     def penalty_gradient(self, model: nn.Module) -> None:

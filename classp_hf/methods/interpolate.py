@@ -1,0 +1,46 @@
+"""Interpolation towards the old weights after each task: WiSE-FT (Wortsman et al. 2022), used in sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Method
+
+if TYPE_CHECKING:
+    from ..tasks import Task
+    from ..trainer import ContinualTrainer
+
+
+@dataclass
+class Interpolate(Method):
+    """After a task, `w = w_old + alpha (w_new - w_old)` (arXiv 2109.01903, eq. 1); nothing changes during training.
+
+    The paper interpolates once, between the pre-trained and the fine-tuned model; here once a task, between the weights
+    it started from and ended with. The first task is left as it is, so that methods differ only in how they hold on to it.
+    """
+
+    name: ClassVar[str] = "interpolate"
+
+    interpolation_weight: float = field(
+        default=0.5, metadata={"help": "alpha: 0 keeps the old weights, 1 the new ones."}
+    )
+
+    old: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.interpolation_weight <= 1:
+            raise ValueError(f"interpolation_weight must be in [0, 1], got {self.interpolation_weight}")
+
+    def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
+        self.old = {n: p.detach().clone() for n, p in self.parameters(trainer.model)} if trainer.seen_tasks else {}
+
+    @torch.no_grad()
+    def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
+        for n, p in self.parameters(trainer.model):
+            if n in self.old:
+                p.copy_(self.old[n].to(p.device).lerp(p.detach(), self.interpolation_weight))
+        self.old = {}

@@ -1,0 +1,75 @@
+"""MoFO: AdamW that updates only the weights with the largest momenta (Chen et al. 2024, arXiv 2407.20999)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+__all__ = ["MoFO"]
+
+
+class MoFO(Optimizer):
+    """Momentum-filtered optimizer (arXiv 2407.20999, Algorithm 1): Adam's moments for every weight, Adam's step only
+    where |m| is among the `fraction` largest of its tensor. What it leaves alone stays where earlier tasks put it.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate.
+        fraction: share of every tensor's weights that a step updates, in (0, 1]; 1 is Adam.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+
+    Raises:
+        ValueError: a hyperparameter out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        fraction: float = 0.15,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        if not lr >= 0:
+            raise ValueError(f"lr must be >= 0, got {lr}")
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction must be in (0, 1], got {fraction}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be in [0, 1), got {betas}")
+        if not eps > 0:
+            raise ValueError(f"eps must be > 0, got {eps}")
+        super().__init__(params, {"lr": lr, "fraction": fraction, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Perform one optimization step; `closure` re-evaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = 0
+                    state["exp_avg"] = torch.zeros_like(p)
+                    state["exp_avg_sq"] = torch.zeros_like(p)
+                state["step"] += 1
+                m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"]
+                m.lerp_(p.grad, 1 - beta1)
+                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                denominator = (v / (1 - beta2**t)).sqrt_().add_(group["eps"])
+                rejected = p.numel() - math.ceil(group["fraction"] * p.numel())
+                if rejected:
+                    size = m.abs()
+                    m = torch.where(size > size.flatten().kthvalue(rejected).values, m, 0.0)
+                p.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**t))
+        return loss

@@ -1,0 +1,388 @@
+"""Compare continual-learning methods over sequences of real tasks: settings chosen on some, results reported on others.
+
+    python recipes/compare_methods.py tune       # every arm x setting on the tuning sequences, validation data
+    python recipes/compare_methods.py report     # the best setting of every arm on the reported sequences, test data
+    python recipes/compare_methods.py all --seeds 0 1 2 3 4 --processes 2 --arms classp adamw ewc
+
+Every finished run is a line of `--output` and is never run again; stop and restart at will. `tune` and `report` use halves of
+the training data that share no example, `tune` measures on validation data and `report` on test data (the protocol of Cha &
+Cho 2024, arXiv 2403.09066). Tables and plots: `python benchmarks/report_methods.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TUNING = ("nyt>amazon", "tweets>amazon")
+REPORTED = ("nyt>movie>tweets>amazon", "movie>nyt>amazon>tweets")
+"""The first two tasks of each are the two-task sequences nyt>movie and movie>nyt: what comes later cannot change them."""
+
+BASE = (
+    "--max_steps 40 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --max_length 32 --bf16 True "
+    "--train_sampling_strategy group_by_length --save_strategy no --logging_strategy no --report_to none --disable_tqdm True "
+    "--dataloader_pin_memory False --log_level error"
+)
+TRAIN_EXAMPLES, EVAL_EXAMPLES, TRACE_EXAMPLES = 640, 300, 150
+TRACE_STEPS = (2, 6, 15, 30)
+ADAMW = "--optim adamw_torch --reset_optimizer"
+
+
+@dataclass
+class Arm:
+    """What is run: flags that never change, and the settings to choose from (three an arm: the same budget for all)."""
+
+    flags: str
+    settings: list[str]
+    method: str = "none"
+    trainer: str = "ContinualTrainer"
+    kind: str = "replay-free"  # or "stores data", "upper bound"
+    peft: bool = False
+    optimizer: str | None = None
+    note: str = ""
+
+
+def grid(flag: str, *values: Any) -> list[str]:
+    return [f"{flag} {value}" for value in values]
+
+
+ADAMW_LR = grid("--learning_rate", 1e-4, 2e-4, 3e-4)
+CLASSP_LR = grid("--learning_rate", 5e-4, 1e-3, 2e-3)
+AT = f"{ADAMW} --learning_rate 2e-4"  # what `adamw` itself is frozen at; see docs/results.md
+
+ARMS: dict[str, Arm] = {
+    # one optimizer after another, no method
+    "adamw": Arm(ADAMW, ADAMW_LR),
+    "sgd": Arm("--optim sgd --optim_args momentum=0.9 --reset_optimizer", grid("--learning_rate", 3e-3, 1e-2, 3e-2)),
+    "adagrad": Arm("--optim adagrad --reset_optimizer", CLASSP_LR),
+    "mofo": Arm(
+        "--reset_optimizer", [f"--learning_rate 2e-4 --mofo_fraction {f}" for f in (0.05, 0.15, 0.4)], optimizer="MoFO"
+    ),
+    "lora": Arm(ADAMW, grid("--learning_rate", 5e-4, 1e-3, 2e-3), peft=True),
+    # methods from papers, on AdamW
+    "ewc": Arm(AT, grid("--ewc_lambda", 1, 3, 10), method="ewc"),
+    "ewc_summed": Arm(f"{AT} --ewc_mode summed", grid("--ewc_lambda", 1, 3, 10), method="ewc"),
+    "l2sp": Arm(AT, grid("--l2sp_alpha", 0.1, 0.3, 1), method="l2sp"),
+    "interpolate": Arm(AT, grid("--interpolation_weight", 0.3, 0.5, 0.7), method="interpolate"),
+    "ema": Arm(AT, grid("--ema_decay", 0.9, 0.95, 0.98), method="ema"),
+    "lwf": Arm(AT, grid("--lwf_lambda", 0.5, 1, 2), method="lwf"),
+    "logit_adjustment": Arm(AT, grid("--prior_strength", 0.25, 0.5, 1), method="logit_adjustment"),
+    "merge": Arm(AT, grid("--merge_weight", 0.3, 1, 3), method="merge"),
+    # CLASSP and the uses of its memory
+    "classp": Arm("", CLASSP_LR, trainer="ClasspTrainer"),
+    "classp_elastic": Arm(
+        "--learning_rate 1e-3", grid("--anchor_strength", 0.03, 0.1, 0.3), "elastic", "ClasspTrainer"
+    ),
+    "classp_merge": Arm("--learning_rate 1e-3", grid("--merge_weight", 0.3, 1, 3), "merge", "ClasspTrainer"),
+    "classp_logit_adjustment": Arm(
+        "--learning_rate 1e-3", grid("--prior_strength", 0.25, 0.5, 1), "logit_adjustment", "ClasspTrainer"
+    ),
+    "classp_lwf": Arm("--learning_rate 1e-3", grid("--lwf_lambda", 0.5, 1, 2), "lwf", "ClasspTrainer"),
+    # methods that store data
+    **{
+        f"replay_{percent}": Arm(
+            f"{ADAMW} --replay_fraction {percent / 100}", ADAMW_LR, method="replay", kind="stores data"
+        )
+        for percent in (1, 5, 10)
+    },
+    **{
+        f"classp_replay_{percent}": Arm(
+            f"--replay_fraction {percent / 100}", CLASSP_LR, "replay", "ClasspTrainer", kind="stores data"
+        )
+        for percent in (1, 5)
+    },
+    "joint": Arm(ADAMW, ADAMW_LR, kind="upper bound"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. Its JSON is its identity."""
+
+    stage: str  # "tune" or "report"
+    arm: str
+    setting: str
+    sequence: str
+    seed: int
+
+    def key(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+# ---- One run, in a process of its own --------------------------------------------------------------------------------
+
+
+@dataclass
+class MoFOArguments:
+    mofo_fraction: float = field(default=0.15, metadata={"help": "Share of the weights that MoFO updates."})
+
+
+@functools.cache
+def tokenizer_and_labels():
+    from transformers import AutoTokenizer
+
+    from classp_hf import embedded
+    from classp_hf.tasks import SENTIMENT
+
+    return AutoTokenizer.from_pretrained(embedded.model_path()), list(SENTIMENT)
+
+
+def build_model(peft: bool):
+    from transformers import AutoModelForSequenceClassification
+
+    from classp_hf import embedded
+
+    _, labels = tokenizer_and_labels()
+    model = AutoModelForSequenceClassification.from_pretrained(
+        embedded.model_path(),
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    if peft:
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=16, lora_alpha=32, target_modules="all-linear")
+        model = get_peft_model(model, lora)
+    return model
+
+
+@functools.cache
+def prepared_task(domain: str, stage: str, seed: int):
+    """The tokenised task: `tune` and `report` see halves of the training split that share no example."""
+    from classp_hf import load_task
+    from classp_hf.tasks import prepare_tasks
+
+    tokenizer, labels = tokenizer_and_labels()
+    task = load_task(f"icwsm14/{domain}", max_eval_samples=EVAL_EXAMPLES)
+    halves = task.train_dataset.train_test_split(test_size=0.5, seed=0)
+    half = halves["train" if stage == "tune" else "test"].shuffle(seed=seed)
+    measured = task.eval_dataset if stage == "tune" else task.test_dataset
+    task = dataclasses.replace(
+        task,
+        train_dataset=half.select(range(TRAIN_EXAMPLES)),
+        eval_dataset=measured.shuffle(seed=0).select(range(TRACE_EXAMPLES)),  # for the trace while training
+        test_dataset=measured,
+    )
+    return prepare_tasks([task], tokenizer, {n: i for i, n in enumerate(labels)}, max_length=32)[0]
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train one arm over one sequence; returns the line to keep."""
+    import torch
+    from datasets import concatenate_datasets, disable_progress_bars
+    from transformers import HfArgumentParser, PrinterCallback, TrainerCallback, set_seed
+    from transformers.utils import logging
+
+    import classp_hf
+    from classp_hf import METHODS, ContinualTrainingArguments
+
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    arm = ARMS[job.arm]
+    sequence = [prepared_task(domain, job.stage, job.seed) for domain in job.sequence.split(">")]
+    tokenizer, _ = tokenizer_and_labels()
+    methods = [m for m in METHODS.values() if any(f.init for f in dataclasses.fields(m))]
+    parser = HfArgumentParser((ContinualTrainingArguments, MoFOArguments, *methods))
+    with tempfile.TemporaryDirectory(prefix="compare_methods_") as folder:
+        device = "" if torch.cuda.is_available() else "--use_cpu True"
+        words = f"{BASE} {device} {arm.flags} {job.setting} --seed {job.seed}".split()
+        args, mofo, *configured = parser.parse_args_into_dataclasses([*words, "--output_dir", folder])
+        tasks = sequence
+        if job.arm == "joint":  # as many steps as the sequence has in all
+            args.max_steps *= len(sequence)
+            together = concatenate_datasets([task.train_dataset for task in sequence])
+            tasks = [dataclasses.replace(sequence[0], name="joint", train_dataset=together)]
+        set_seed(job.seed)
+        model = build_model(arm.peft)
+        chosen = [m for name in arm.method.split("+") for m in configured if m.name == name]
+        kwargs: dict[str, Any] = {}
+        if arm.optimizer == "MoFO":
+            kwargs["optimizer_cls_and_kwargs"] = (
+                classp_hf.MoFO,
+                {"lr": args.learning_rate, "fraction": mofo.mofo_fraction},
+            )
+        trainer = getattr(classp_hf, arm.trainer)(
+            model=model, args=args, processing_class=tokenizer, method=chosen or None, **kwargs
+        )
+        trainer.remove_callback(PrinterCallback)
+
+        trace: list[list[float]] = []
+        costs = {"steps": 0, "step_seconds": 0.0, "bytes_a_weight": 0.0}
+
+        class Watch(TrainerCallback):
+            """Accuracy on the first two tasks while the second trains; what a step costs, the trace left out."""
+
+            def on_step_begin(self, args, state, control, **kwargs):
+                self.began = time.perf_counter()
+
+            def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+                costs["steps"] += 1
+                costs["step_seconds"] += time.perf_counter() - self.began
+                second = len(trainer.seen_tasks) == 1 and len(tasks) > 1
+                if second and job.stage == "report" and state.global_step in TRACE_STEPS:
+                    found = [trainer.evaluate(task.eval_dataset)["eval_accuracy"] for task in sequence[:2]]
+                    trace.append([state.global_step, *found])
+                if second and state.global_step == args.max_steps:
+                    weights = sum(p.numel() for p in trainer.model.parameters())
+                    held = held_bytes([optimizer.state, trainer.method.parts(), trainer._gathered], set())
+                    costs["bytes_a_weight"] = held / weights
+
+        trainer.add_callback(Watch())
+        started = time.perf_counter()
+        results = trainer.train_sequence(tasks)
+        R = results["accuracy_matrix"]
+        if job.arm == "joint":
+            final = [trainer.evaluate(task.test_dataset)["eval_accuracy"] for task in sequence]
+            R = [final]
+        line = {
+            **dataclasses.asdict(job),
+            "R": [[round(v, 4) for v in row] for row in R],
+            "trace": [[round(v, 4) for v in point] for point in trace],
+            "seconds": round(time.perf_counter() - started, 1),
+            "seconds_a_step": round(costs["step_seconds"] / costs["steps"], 4),
+            "seconds_a_boundary": round(results["boundary_seconds"] / len(tasks), 2),
+            "bytes_a_weight": round(costs["bytes_a_weight"], 2),
+            "optimizer": results["optimizer"],
+            "method": results["method"],
+            "flags": " ".join(words),
+            "commit": results["commit"],
+            "hardware": {k: results["hardware"][k] for k in ("cpu", "torch_threads", "gpus")},
+            "torch": results["versions"]["torch"],
+        }
+    return line
+
+
+def held_bytes(held: Any, seen: set[int]) -> int:
+    """Bytes of all tensors reachable from containers, dataclasses and modules, each storage once."""
+    import torch
+
+    if id(held) in seen:
+        return 0
+    seen.add(id(held))
+    if isinstance(held, torch.Tensor):
+        pointer = held.untyped_storage().data_ptr()
+        if pointer in seen:
+            return 0
+        seen.add(pointer)
+        return held.numel() * held.element_size()
+    if isinstance(held, torch.nn.Module):
+        return sum(held_bytes(p, seen) for p in held.parameters())
+    if isinstance(held, dict):
+        return sum(held_bytes(v, seen) for v in held.values())
+    if isinstance(held, (list, tuple)):
+        return sum(held_bytes(v, seen) for v in held)
+    if type(held).__module__.startswith("classp_hf") and not type(held).__name__.endswith("Trainer"):
+        return sum(held_bytes(v, seen) for v in vars(held).values())
+    return 0
+
+
+# ---- Which runs, and where their results are --------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The finished runs; a last line that a killed process left unfinished is not one."""
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def job_of(line: dict[str, Any]) -> Job:
+    return Job(**{f.name: line[f.name] for f in dataclasses.fields(Job)})
+
+
+def frozen_setting(arm: str, lines: list[dict[str, Any]]) -> str:
+    """The setting with the best validation ACC, mean over tuning sequences and seeds; the first of equals.
+
+    Raises:
+        ValueError: settings that were not all tried on the same sequences and seeds.
+    """
+    scores: dict[str, dict[tuple[str, int], float]] = {setting: {} for setting in ARMS[arm].settings}
+    for line in lines:
+        if line["stage"] == "tune" and line["arm"] == arm and line["setting"] in scores:
+            scores[line["setting"]][line["sequence"], line["seed"]] = sum(line["R"][-1]) / len(line["R"][-1])
+    tried = {frozenset(found) for found in scores.values()}
+    if len(tried) != 1 or not next(iter(tried)):
+        raise ValueError(
+            f"The settings of {arm!r} were not all tuned alike. Run: compare_methods.py tune --arms {arm}"
+        )
+    return max(scores, key=lambda setting: sum(scores[setting].values()))
+
+
+def jobs(options: argparse.Namespace, stage: str, lines: list[dict[str, Any]]) -> Iterator[Job]:
+    if stage == "tune":
+        for arm in options.arms:
+            for setting, sequence, seed in itertools.product(ARMS[arm].settings, TUNING, options.tuning_seeds):
+                yield Job("tune", arm, setting, sequence, seed)
+        return
+    settings = {arm: frozen_setting(arm, lines) for arm in options.arms}
+    for seed in options.seeds:
+        for sequence, arm in itertools.product(options.sequences, options.arms):
+            parts = [">".join(sequence.split(">")[:2]), sequence] if arm == "joint" else [sequence]
+            for part in dict.fromkeys(">".join(sorted(p.split(">"))) if arm == "joint" else p for p in parts):
+                yield Job("report", arm, settings[arm], part, seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["tune", "report", "all"])
+    parser.add_argument(
+        "--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS)
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of `report`")
+    parser.add_argument("--tuning_seeds", nargs="+", type=int, default=[0], help="of `tune`")
+    parser.add_argument("--sequences", nargs="+", default=list(REPORTED), help="domains joined by '>'")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at the same time")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/compare_methods.jsonl"))
+    options = parser.parse_args()
+
+    for stage in ["tune", "report"] if options.stage == "all" else [options.stage]:
+        lines = read_lines(options.output)
+        finished = {job_of(line).key() for line in lines}
+        todo = [job for job in dict.fromkeys(jobs(options, stage, lines)) if job.key() not in finished]
+        print(f"{stage}: {len(todo)} runs to do, {len(finished)} there already", flush=True)
+        work(todo, options)
+
+
+def work(todo: list[Job], options: argparse.Namespace) -> None:
+    from tqdm.auto import tqdm
+
+    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool, tqdm(total=len(todo)) as bar:
+        pending = {pool.submit(run, job): job for job in todo}
+        try:
+            for done in as_completed(pending):
+                job, line = pending[done], done.result()
+                with options.output.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                bar.update()
+                bar.set_postfix_str(f"{job.arm} {job.sequence} {[round(100 * v, 1) for v in line['R'][-1]]}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+if __name__ == "__main__":
+    main()
