@@ -527,20 +527,24 @@ def test_logit_adjustment_corrects_by_the_change_of_the_label_frequencies(make_m
     original = method.after_task
     method.after_task = lambda trainer, task: (corrections.append(method.correction), original(trainer, task))
     trainer = trained(make_model, make_args, collator, tasks, method)
-    frequencies = [torch.tensor([(c + 1) / 63 for c in counts]).log() for counts in wanted]
-    held = frequencies[0]
+    frequencies = [torch.tensor([(c + 1) / 63 for c in counts]) for counts in wanted]
     assert corrections[0] is None
-    for found, new in zip(corrections[1:], frequencies[1:]):
-        torch.testing.assert_close(found, 0.25 * (new - held))
-        held = held + 0.75 * (new - held)
-    torch.testing.assert_close(torch.stack(list(method.log_prior.values())), held)
+    for t, found in enumerate(corrections[1:], start=1):
+        old = torch.stack(frequencies[:t]).mean(0)
+        expected = 0.25 * torch.minimum(torch.zeros(3), frequencies[t].log() - old.log())
+        torch.testing.assert_close(found, expected)
+        assert (found < 0).any()
+    torch.testing.assert_close(torch.stack(list(method.frequencies.values())), sum(frequencies))
 
-    # as a loss: the cross-entropy of the corrected logits
-    method.correction = torch.tensor([1.0, -2.0, 0.5])
+    # as a loss: the cross-entropy of the corrected logits, less and less corrected
+    method.correction = torch.tensor([0.0, -2.0, -0.5])
     batch = collator(list(tasks[0].train_dataset.select(range(6))))
     outputs = trainer.model(**batch)
-    total = F.cross_entropy(outputs["logits"], batch["labels"]) + method.penalty(trainer.model, outputs, batch)
-    torch.testing.assert_close(total, F.cross_entropy(outputs["logits"] + method.correction, batch["labels"]))
+    for done in (0, 4, 8):
+        trainer.state.global_step = done
+        total = F.cross_entropy(outputs["logits"], batch["labels"]) + method.penalty(trainer.model, outputs, batch)
+        corrected = outputs["logits"] + (1 - done / 8) * method.correction
+        torch.testing.assert_close(total, F.cross_entropy(corrected, batch["labels"]))
 
 
 @pytest.mark.parametrize(

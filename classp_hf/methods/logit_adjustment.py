@@ -22,25 +22,26 @@ if TYPE_CHECKING:
 
 @dataclass
 class LogitAdjustment(Method):
-    """Train with the logits `z + tau (log p_new - log p_old)`, predict with z (after Menon et al. 2021, arXiv 2007.07314).
+    """Train with the logits `z + tau (1 - progress) min(0, log p_new - log p_old)`, predict with z.
 
-    p_new are the label frequencies of the task being trained (one example added to every label), log p_old what the
-    shared head holds already: log p_1 after the first task, then `log p_old + (1 - tau) (log p_new - log p_old)`. With
-    tau = 1 the head keeps the frequencies of the first task; with tau = 0 this is plain training. Menon et al. correct
-    one long-tailed dataset towards uniform frequencies; here a later task is corrected towards the earlier ones.
+    p_new are the label frequencies of the task being trained (one example added to every label), p_old their mean over
+    the earlier tasks, progress runs from 0 to 1 over the task's steps. A shared head begins a new task by unlearning the
+    labels that are rare in it, and drags the encoder along. The term lowers those labels' logits while training, so that
+    they need not be unlearned at once; it fades, so that the task is learned as without it.
 
-    Without it, a shared head first unlearns the labels that are rare in the new task, and drags the encoder along. It
-    costs nothing: the state is one number a label. For single-label classifiers with a shared head.
+    After Menon et al. 2021 (arXiv 2007.07314, eq. 10), who correct one long-tailed dataset towards uniform frequencies; the
+    minimum and the fading are this project's (docs/log.md has the forms that did harm). It costs nothing: the state is
+    one number a label. For single-label classifiers with a shared head.
     """
 
     name: ClassVar[str] = "logit_adjustment"
 
     prior_strength: float = field(
-        default=1.0,
-        metadata={"help": "tau, in [0, 1]: how much of the change in label frequencies is kept off the model."},
+        default=1.0, metadata={"help": "tau, in [0, 1]: how much of the drop in label frequencies the logits are spared."}
     )
 
-    log_prior: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    frequencies: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    """Label -> its frequency, summed over the tasks."""
     correction: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -57,15 +58,17 @@ class LogitAdjustment(Method):
     def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
         id2label = bare_model(trainer.model).config.id2label
         self._labels = [id2label[i] for i in range(len(id2label))]
+        self._trainer = trainer
 
     def extend_train_dataset(self, dataset: Dataset, earlier: Sequence[Dataset]) -> Dataset:
         counts = torch.bincount(torch.tensor(dataset["labels"][:]), minlength=len(self._labels)).float() + 1
-        new = (counts / counts.sum()).log()
-        if self.log_prior:
-            old = torch.stack([self.log_prior[label].cpu() for label in self._labels])
-            self.correction = self.prior_strength * (new - old)
-            new = new - self.correction
-        self.log_prior = dict(zip(self._labels, new))
+        new = counts / counts.sum()
+        if self.frequencies:
+            old = torch.stack([self.frequencies[label].cpu() for label in self._labels])
+            self.correction = self.prior_strength * (new / (old / old.sum())).log().clamp(max=0)
+            self.frequencies = dict(zip(self._labels, old + new))
+        else:
+            self.frequencies = dict(zip(self._labels, new))
         return dataset
 
     def penalty(self, model: nn.Module, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor | None:
@@ -73,14 +76,16 @@ class LogitAdjustment(Method):
             return None
         logits = outputs["logits"].float()
         self.correction = self.correction.to(logits.device)
+        state = self._trainer.state
+        left = 1 - state.global_step / state.max_steps
         labels = inputs["labels"].view(-1)
-        return F.cross_entropy(logits + self.correction, labels) - F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits + left * self.correction, labels) - F.cross_entropy(logits, labels)
 
     def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
         self.correction = None
 
     def check_state(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
-        stored, labels = set(state.get("log_prior", {})), set(bare_model(model).config.id2label.values())
+        stored, labels = set(state.get("frequencies", {})), set(bare_model(model).config.id2label.values())
         if stored and stored != labels:
             raise ValueError(
                 f"The continual memory was written with the labels {sorted(stored)}, the model has {sorted(labels)}. Load "
@@ -88,9 +93,9 @@ class LogitAdjustment(Method):
             )
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return {"log_prior": self.log_prior} if self.log_prior else {}
+        return {"frequencies": self.frequencies} if self.frequencies else {}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        if unknown := state.keys() - {"log_prior"}:
-            raise ValueError(f"The method {self.name!r} keeps a log_prior, got {sorted(unknown)}")
-        self.log_prior = {label: t.float() for label, t in state.get("log_prior", {}).items()}
+        if unknown := state.keys() - {"frequencies"}:
+            raise ValueError(f"The method {self.name!r} keeps label frequencies, got {sorted(unknown)}")
+        self.frequencies = {label: t.float() for label, t in state.get("frequencies", {}).items()}
