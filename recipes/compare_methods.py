@@ -32,12 +32,12 @@ REPORTED = ("nyt>movie>tweets>amazon", "movie>nyt>amazon>tweets")
 
 BASE = (
     "--max_steps 40 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --max_length 32 --bf16 True "
-    "--train_sampling_strategy group_by_length --save_strategy no --logging_strategy no --report_to none --disable_tqdm True "
+    "--save_strategy no --logging_strategy no --report_to none --disable_tqdm True "
     "--dataloader_pin_memory False --log_level error"
 )
 TRAIN_EXAMPLES, EVAL_EXAMPLES, TRACE_EXAMPLES = 640, 300, 150
 TRACE_STEPS = (2, 6, 15, 30)
-ADAMW = "--optim adamw_torch --reset_optimizer"
+ADAMW = "--optim adamw_torch_fused --reset_optimizer"
 
 
 @dataclass
@@ -90,6 +90,12 @@ ARMS: dict[str, Arm] = {
         "--learning_rate 1e-3", grid("--prior_strength", 0.25, 0.5, 1), "logit_adjustment", "ClasspTrainer"
     ),
     "classp_lwf": Arm("--learning_rate 1e-3", grid("--lwf_lambda", 0.5, 1, 2), "lwf", "ClasspTrainer"),
+    "classp_logit_adjustment_lwf": Arm(
+        "--learning_rate 1e-3 --prior_strength 0.5",
+        grid("--lwf_lambda", 0.25, 0.5, 1),
+        "logit_adjustment+lwf",
+        "ClasspTrainer",
+    ),
     # methods that store data
     **{
         f"replay_{percent}": Arm(
@@ -99,7 +105,11 @@ ARMS: dict[str, Arm] = {
     },
     **{
         f"classp_replay_{percent}": Arm(
-            f"--replay_fraction {percent / 100}", CLASSP_LR, "replay", "ClasspTrainer", kind="stores data"
+            f"--replay_fraction {percent / 100} --learning_rate 1e-3",
+            grid("--prior_strength", 0.0, 0.25, 0.5),
+            "replay+logit_adjustment",
+            "ClasspTrainer",
+            kind="stores data",
         )
         for percent in (1, 5)
     },

@@ -22,22 +22,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class LogitAdjustment(Method):
-    """Train with the logits `z + tau (1 - progress) min(0, log p_new - log p_old)`, predict with z.
+    """Train with the logits `z + tau min(0, log p_new - log p_old)`, predict with z.
 
     p_new are the label frequencies of the task being trained (one example added to every label), p_old their mean over
-    the earlier tasks, progress runs from 0 to 1 over the task's steps. A shared head begins a new task by unlearning the
-    labels that are rare in it, and drags the encoder along. The term lowers those labels' logits while training, so that
-    they need not be unlearned at once; it fades, so that the task is learned as without it.
+    the earlier tasks. A shared head begins a new task by unlearning the labels that are rare in it, and drags the encoder
+    along. The term lowers those labels' logits while training, so that part of the drop need not be learned; labels
+    that become more frequent are learned as ever.
 
     After Menon et al. 2021 (arXiv 2007.07314, eq. 10), who correct one long-tailed dataset towards uniform frequencies; the
-    minimum and the fading are this project's (docs/log.md has the forms that did harm). It costs nothing: the state is
-    one number a label. For single-label classifiers with a shared head.
+    minimum is this project's: correcting in both directions costs the new task (docs/log.md). It costs no time: the state
+    is one number a label. For single-label classifiers with a shared head.
     """
 
     name: ClassVar[str] = "logit_adjustment"
 
     prior_strength: float = field(
-        default=1.0, metadata={"help": "tau, in [0, 1]: how much of the drop in label frequencies the logits are spared."}
+        default=0.5,
+        metadata={"help": "tau, in [0, 1]: how much of the drop in label frequencies the logits are spared."},
     )
 
     frequencies: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -58,7 +59,6 @@ class LogitAdjustment(Method):
     def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
         id2label = bare_model(trainer.model).config.id2label
         self._labels = [id2label[i] for i in range(len(id2label))]
-        self._trainer = trainer
 
     def extend_train_dataset(self, dataset: Dataset, earlier: Sequence[Dataset]) -> Dataset:
         counts = torch.bincount(torch.tensor(dataset["labels"][:]), minlength=len(self._labels)).float() + 1
@@ -76,10 +76,8 @@ class LogitAdjustment(Method):
             return None
         logits = outputs["logits"].float()
         self.correction = self.correction.to(logits.device)
-        state = self._trainer.state
-        left = 1 - state.global_step / state.max_steps
         labels = inputs["labels"].view(-1)
-        return F.cross_entropy(logits + left * self.correction, labels) - F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits + self.correction, labels) - F.cross_entropy(logits, labels)
 
     def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
         self.correction = None
