@@ -12,6 +12,7 @@ _EXPORTS = {
     "CLASSP": ".optim",
     "ClasspTrainer": ".trainer",
     "ContinualMemory": ".memory",
+    "ContinualMemoryCallback": ".callback",
     "ContinualTrainer": ".trainer",
     "ContinualTrainingArguments": ".training_args",
     "EMA": ".methods",
@@ -36,6 +37,7 @@ _EXPORTS = {
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
+    from .callback import ContinualMemoryCallback
     from .memory import ContinualMemory
     from .methods import EMA, EWC, L2SP, METHODS, Elastic, Interpolate, LogitAdjustment, LwF, Merge, Method, Replay
     from .optim import CLASSP, MoFO

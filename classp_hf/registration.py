@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from packaging import version
 
 from .optim import CLASSP
+from .optim_args import parse_optim_args
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -24,57 +25,6 @@ logger = logging.getLogger(__name__)
 NAME = "classp"
 TRANSFORMERS_LEARNING_RATE = 5e-5
 MINIMUM_TRANSFORMERS = "5.23.0"
-
-
-def _boolean(text: str) -> bool:
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
-        raise ValueError(text)
-    return values[text.lower()]
-
-
-OPTIM_ARGS: dict[str, Callable[[str], Any]] = {
-    "threshold": float,
-    "power": float,
-    "eps": float,
-    "apply_decay": _boolean,
-    "density": float,
-    "maximize": _boolean,
-    "foreach": _boolean,
-}
-"""What `--optim_args` may set, and how it is read. `lr` and `weight_decay` have flags of their own."""
-
-
-def parse_optim_args(optim_args: str | Mapping[str, str] | None) -> dict[str, Any]:
-    """Cast and check the value of `--optim_args`.
-
-    Args:
-        optim_args: `"key=value,key=value"`, or the mapping of strings that transformers makes of it.
-
-    Raises:
-        ValueError: an unknown key, a value that does not parse or is out of range, or text that is not `key=value`.
-    """
-    if not optim_args:
-        return {}
-    if isinstance(optim_args, str):
-        pairs = [part.partition("=") for part in optim_args.replace(" ", "").split(",") if part]
-        if malformed := [key for key, equals, _ in pairs if not equals]:
-            raise ValueError(f"--optim_args must be key=value pairs separated by commas, got {malformed[0]!r}.")
-        optim_args = {key: value for key, _, value in pairs}
-    result = {}
-    for key, text in optim_args.items():
-        if key not in OPTIM_ARGS:
-            hint = {"lr": " (use --learning_rate)", "weight_decay": " (use --weight_decay)"}.get(key, "")
-            raise ValueError(f"Unknown key {key!r} in --optim_args{hint}. CLASSP knows: {', '.join(OPTIM_ARGS)}.")
-        try:
-            result[key] = OPTIM_ARGS[key](text)
-        except ValueError:
-            kind = "true or false" if OPTIM_ARGS[key] is _boolean else "a number"
-            raise ValueError(f"{key}={text} in --optim_args does not parse: {key} must be {kind}.") from None
-    import torch
-
-    CLASSP([torch.zeros(1)], lr=0.0, **result)  # its own range checks, before any training time is lost
-    return result
 
 
 def refuse_deepspeed_offload(deepspeed_config: Mapping[str, Any] | None) -> None:
@@ -100,6 +50,8 @@ def deepspeed_config(args: TrainingArguments) -> dict[str, Any] | None:
 def register() -> None:
     """Add `classp` to the names `--optim` accepts, for this process. Calling it again changes nothing.
 
+    Every Trainer of the process then gets a [`ContinualMemoryCallback`], which does nothing under other optimizers.
+
     Raises:
         ImportError: the installed transformers is older than the supported one, or its private names have moved.
     """
@@ -114,7 +66,10 @@ def register() -> None:
             f'Run: pip install "transformers>={MINIMUM_TRANSFORMERS}"'
         )
     try:
+        from transformers.trainer import DEFAULT_CALLBACKS
         from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext  # noqa: F401
+
+        from .callback import ContinualMemoryCallback
 
         member = str.__new__(OptimizerNames, NAME)
         member._name_, member._value_ = NAME.upper(), NAME
@@ -122,9 +77,10 @@ def register() -> None:
         OptimizerNames._member_names_.append(NAME.upper())
         OptimizerNames._value2member_map_[NAME] = member
         _OPTIMIZER_HANDLERS[member] = _handler
+        DEFAULT_CALLBACKS.append(ContinualMemoryCallback)  # type: ignore[arg-type]
     except (ImportError, AttributeError, TypeError) as error:
         raise ImportError(
-            f"transformers {found} keeps its optimizer names elsewhere than classp_hf knows ({error}), so `--optim "
+            f"transformers {found} keeps its optimizer names or default callbacks elsewhere than classp_hf knows ({error}), so `--optim "
             f"{NAME}` cannot be added. Install transformers {MINIMUM_TRANSFORMERS}, or use classp_hf.ClasspTrainer, "
             "which does not need it."
         ) from error
@@ -138,4 +94,4 @@ def _handler(context: Any) -> tuple[type[CLASSP], dict[str, Any]]:
             f"CLASSP trains with learning_rate={TRANSFORMERS_LEARNING_RATE}, Transformers' default, which is far too small for "
             f"it. Pass --learning_rate; {default} is a good start."
         )
-    return CLASSP, {**context.optimizer_kwargs, **parse_optim_args(context.optim_args)}
+    return CLASSP, {**context.optimizer_kwargs, **parse_optim_args(context.optim_args)[0]}

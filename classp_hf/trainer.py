@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 
 from . import report
+from .callback import ContinualMemoryCallback
 from .classification import accuracy, classification_loss, is_single_label_classifier
 from .heads import TaskHeads
 from .memory import (
@@ -35,7 +36,8 @@ from .memory import (
 from .methods import METHODS, Combined, Elastic, Merge, Method
 from .metrics import summarize
 from .optim import CLASSP
-from .registration import NAME, deepspeed_config, parse_optim_args, refuse_deepspeed_offload
+from .optim_args import parse_optim_args
+from .registration import NAME, deepspeed_config, refuse_deepspeed_offload
 from .tasks import Task, prepare_tasks
 from .training_args import ContinualTrainingArguments
 
@@ -112,8 +114,17 @@ class ContinualTrainer(Trainer):
         optimizer_given = kwargs.get("optimizers", (None, None))[0] or kwargs.get("optimizer_cls_and_kwargs")
         if args.optim == NAME and not optimizer_given:
             refuse_deepspeed_offload(deepspeed_config(args))
-            hyperparameters = {"lr": args.learning_rate, **parse_optim_args(args.optim_args)}
-            kwargs["optimizer_cls_and_kwargs"] = (CLASSP, hyperparameters)
+            hyperparameters, uses = parse_optim_args(args.optim_args)
+            kwargs["optimizer_cls_and_kwargs"] = (CLASSP, {"lr": args.learning_rate, **hyperparameters})
+            if args.memory is None and uses.get("memory", "none") != "none":
+                args.memory = uses["memory"]
+            wanted = [
+                cls(uses[flag])
+                for cls, flag in ((Elastic, "anchor_strength"), (Merge, "merge_weight"))
+                if uses.get(flag) and cls.name not in {m.name for m in self.method.parts()}
+            ]
+            if wanted:
+                self.method = _make_method([*(m for m in self.method.parts() if m.name != Method.name), *wanted])
         if args.eval_strategy != "no" and eval_dataset is None:
             eval_dataset = {}  # the tasks bring their own; Trainer refuses None here
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
@@ -140,6 +151,7 @@ class ContinualTrainer(Trainer):
         self._pending_optimizer: Path | None = None
         if args.memory is not None:
             self.load_memory(ContinualMemory.load(args.memory, revision=args.memory_revision))
+        self.remove_callback(ContinualMemoryCallback)  # of `register`; the trainer keeps the memory itself
         self.add_callback(_MethodCallback(self))
 
     # ---- The method -------------------------------------------------------------------------------------------------
@@ -630,7 +642,9 @@ class _MethodCallback(TrainerCallback):
 def _make_method(method: Method | str | Sequence[Method | str] | None) -> Method:
     if isinstance(method, Method):
         return method
-    parts = (method or Method.name).split("+") if not method or isinstance(method, str) else method
+    parts: Sequence[Method | str] = (
+        [Method.name] if not method else method.split("+") if isinstance(method, str) else method
+    )
     methods = []
     for part in parts:
         if isinstance(part, str) and part not in METHODS:

@@ -51,7 +51,8 @@ class Arm:
     kind: str = "replay-free"  # or "stores data", "upper bound"
     peft: bool = False
     optimizer: str | None = None
-    note: str = ""
+    tuned_as: str | None = None
+    """Take over the setting chosen for this arm instead of tuning again."""
 
 
 def grid(flag: str, *values: Any) -> list[str]:
@@ -73,7 +74,7 @@ ARMS: dict[str, Arm] = {
     "lora": Arm(ADAMW, grid("--learning_rate", 5e-4, 1e-3, 2e-3), peft=True),
     # methods from papers, on AdamW
     "ewc": Arm(AT, grid("--ewc_lambda", 1, 3, 10), method="ewc"),
-    "ewc_summed": Arm(f"{AT} --ewc_mode summed", grid("--ewc_lambda", 1, 3, 10), method="ewc"),
+    "ewc_summed": Arm(f"{AT} --ewc_mode summed", grid("--ewc_lambda", 1, 3, 10), method="ewc", tuned_as="ewc"),
     "l2sp": Arm(AT, grid("--l2sp_alpha", 0.1, 0.3, 1), method="l2sp"),
     "interpolate": Arm(AT, grid("--interpolation_weight", 0.3, 0.5, 0.7), method="interpolate"),
     "ema": Arm(AT, grid("--ema_decay", 0.9, 0.95, 0.98), method="ema"),
@@ -99,21 +100,22 @@ ARMS: dict[str, Arm] = {
     # methods that store data
     **{
         f"replay_{percent}": Arm(
-            f"{ADAMW} --replay_fraction {percent / 100}", ADAMW_LR, method="replay", kind="stores data"
+            f"{ADAMW} --replay_fraction {percent / 100}", ADAMW_LR, "replay", kind="stores data", tuned_as="adamw"
         )
         for percent in (1, 5, 10)
     },
     **{
         f"classp_replay_{percent}": Arm(
-            f"--replay_fraction {percent / 100} --learning_rate 1e-3",
-            grid("--prior_strength", 0.0, 0.25, 0.5),
+            f"--learning_rate 1e-3 --replay_fraction {percent / 100}",
+            grid("--prior_strength", 0.25, 0.5, 1),
             "replay+logit_adjustment",
             "ClasspTrainer",
             kind="stores data",
+            tuned_as="classp_logit_adjustment",
         )
-        for percent in (1, 5)
+        for percent in (1, 5, 10)
     },
-    "joint": Arm(ADAMW, ADAMW_LR, kind="upper bound"),
+    "joint": Arm(ADAMW, ADAMW_LR, kind="upper bound", tuned_as="adamw"),
 }
 
 
@@ -324,9 +326,12 @@ def job_of(line: dict[str, Any]) -> Job:
 def frozen_setting(arm: str, lines: list[dict[str, Any]]) -> str:
     """The setting with the best validation ACC, mean over tuning sequences and seeds; the first of equals.
 
+    Methods that do the same on two tasks, or that only add data, take over another one's (`tuned_as`).
+
     Raises:
         ValueError: settings that were not all tried on the same sequences and seeds.
     """
+    arm = ARMS[arm].tuned_as or arm
     scores: dict[str, dict[tuple[str, int], float]] = {setting: {} for setting in ARMS[arm].settings}
     for line in lines:
         if line["stage"] == "tune" and line["arm"] == arm and line["setting"] in scores:
@@ -341,7 +346,7 @@ def frozen_setting(arm: str, lines: list[dict[str, Any]]) -> str:
 
 def jobs(options: argparse.Namespace, stage: str, lines: list[dict[str, Any]]) -> Iterator[Job]:
     if stage == "tune":
-        for arm in options.arms:
+        for arm in dict.fromkeys(ARMS[arm].tuned_as or arm for arm in options.arms):
             for setting, sequence, seed in itertools.product(ARMS[arm].settings, TUNING, options.tuning_seeds):
                 yield Job("tune", arm, setting, sequence, seed)
         return

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from classp_hf import registration
+from classp_hf import optim_args, registration
 
 # A Trainer script of the kind people have: it knows nothing of classp_hf.
 SCRIPT = """
@@ -110,13 +110,15 @@ def test_without_register_the_name_is_unknown_and_with_it_argparse_lists_it():
         ("power=two", "power=two in --optim_args does not parse: power must be a number"),
         ("apply_decay=maybe", "apply_decay=maybe in --optim_args does not parse: apply_decay must be true or false"),
         ("power", "--optim_args must be key=value pairs separated by commas, got 'power'"),
+        ("anchor_strength=-1", "anchor_strength must be finite and >= 0, got -1.0 in --optim_args"),
+        ("merge_weight=inf", "merge_weight must be finite and >= 0, got inf in --optim_args"),
         ("power=-1", "power must be finite and > 0, got -1.0"),
         ("threshold=1e-6,density=0.1", "threshold=1e-06 and density=0.1 exclude each other"),
     ],
 )
 def test_bad_optim_args(text, match):
     with pytest.raises(ValueError, match=match):
-        registration.parse_optim_args(text)
+        optim_args.parse_optim_args(text)
 
 
 def test_transformers_default_learning_rate_is_warned_about(caplog):
@@ -135,13 +137,15 @@ def test_bad_optim_args_stop_an_unedited_script(script, tmp_path):
 
 
 def test_good_optim_args():
-    assert registration.parse_optim_args(None) == {}
-    assert registration.parse_optim_args("power=2, eps=1e-4,foreach=false") == {
-        "power": 2.0,
-        "eps": 1e-4,
-        "foreach": False,
-    }
-    assert registration.parse_optim_args({"apply_decay": "False"}) == {"apply_decay": False}
+    assert optim_args.parse_optim_args(None) == ({}, {})
+    assert optim_args.parse_optim_args("power=2, eps=1e-4,foreach=false,anchor_strength=0.3") == (
+        {"power": 2.0, "eps": 1e-4, "foreach": False},
+        {"anchor_strength": 0.3},
+    )
+    assert optim_args.parse_optim_args({"apply_decay": "False", "memory": "none"}) == (
+        {"apply_decay": False},
+        {"memory": "none"},
+    )
 
 
 def test_optim_args_cover_the_optimizers_hyperparameters():
@@ -150,7 +154,7 @@ def test_optim_args_cover_the_optimizers_hyperparameters():
     from classp_hf import CLASSP
 
     known = set(inspect.signature(CLASSP).parameters) - {"params", "lr", "weight_decay"}
-    assert set(registration.OPTIM_ARGS) == known
+    assert set(optim_args.OPTIM_ARGS) == known
 
 
 def test_deepspeed_offload_is_refused():
@@ -178,7 +182,11 @@ def test_deepspeed_offload_is_refused():
         ),
         (
             "import transformers.trainer_optimizer as t; del t._OPTIMIZER_HANDLERS",
-            "keeps its optimizer names elsewhere than classp_hf knows",
+            "keeps its optimizer names or default callbacks elsewhere than classp_hf knows",
+        ),
+        (
+            "import transformers.trainer as t; del t.DEFAULT_CALLBACKS",
+            "keeps its optimizer names or default callbacks elsewhere than classp_hf knows",
         ),
     ],
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..memory import CompactCopy, local, mean_over_weights
+from ..memory import CompactCopy, like_parameter, local, mean_over_weights
 from .base import Method, refuse_deepspeed
 
 if TYPE_CHECKING:
@@ -52,12 +52,15 @@ class Elastic(Method):
         self.start(trainer.model, memory)
         self._trainer = trainer
 
-    def start(self, model: nn.Module, memory: dict[str, Tensor]) -> None:
-        """Anchor `model` where it is, if `memory` (canonical name -> accumulator) is not empty."""
+    def start(self, model: nn.Module, memory: dict[str, Tensor], weights: dict[str, Tensor] | None = None) -> None:
+        """Anchor `model` at `weights` (default: where it is) if `memory` (canonical name -> accumulator) is not empty."""
         mean = mean_over_weights(memory.values())
         if self.anchor_strength and mean > 0:
             self.scale = self.anchor_strength / mean
-            self.anchor = {n: CompactCopy(p.detach()) for n, p in self.parameters(model)}
+            self.anchor = {
+                n: CompactCopy(p.detach() if weights is None else like_parameter(weights[n], p.detach(), p.dtype))
+                for n, p in self.parameters(model)
+            }
 
     @torch.no_grad()
     def penalty_gradient(self, model: nn.Module) -> None:

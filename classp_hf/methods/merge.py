@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..memory import full_tensor, like_parameter, mean_over_weights
 from .base import Method, refuse_deepspeed
@@ -44,18 +44,21 @@ class Merge(Method):
         refuse_deepspeed(self, trainer)
 
     def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        memory = trainer.accumulators()
-        self.old = {
-            n: (full_tensor(p.detach()).cpu().clone(), full_tensor(memory[n]).cpu().clone())
-            for n, p in self.parameters(trainer.model)
-            if n in memory
-        }
+        self.old = {}
+        self.start(trainer.model, trainer.accumulators())
+
+    def start(self, model: nn.Module, memory: dict[str, Tensor], weights: dict[str, Tensor] | None = None) -> None:
+        """Remember `memory` (canonical name -> accumulator) and `weights` (default: the model's own)."""
+        for n, p in self.parameters(model):
+            if n in memory:
+                w = full_tensor(p.detach()) if weights is None else weights[n]
+                self.old[n] = w.cpu().clone(), full_tensor(memory[n]).cpu().clone()
 
     def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
         self.finish(dict(self.parameters(trainer.model)), trainer.accumulators(), len(trainer.seen_tasks) or 1)
 
     @torch.no_grad()
-    def finish(self, parameters: dict[str, torch.nn.Parameter], memory: dict[str, Tensor], tasks: int) -> None:
+    def finish(self, parameters: dict[str, nn.Parameter], memory: dict[str, Tensor], tasks: int) -> None:
         """Merge into `parameters`; `memory` holds the accumulators now, `tasks` counts the earlier ones."""
         grown = {n: full_tensor(memory[n]).cpu() - s for n, (_, s) in self.old.items()}
         old_mean = mean_over_weights(s for _, s in self.old.values())

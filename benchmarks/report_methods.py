@@ -1,0 +1,224 @@
+"""Tables and plots of `recipes/compare_methods.py`: reads its JSON lines, writes docs/results.md and its figures.
+
+    python benchmarks/report_methods.py
+
+No number in docs/results.md is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from summarize_seeds import T95
+
+from classp_hf import report
+from classp_hf.metrics import gap_recovered, summarize
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+from compare_methods import ARMS, EVAL_EXAMPLES, REPORTED, TRAIN_EXAMPLES, TUNING, read_lines  # noqa: E402
+
+BASELINE, JOINT = "adamw", "joint"
+
+
+def interval(values: list[float]) -> str:
+    """Mean ± half width of its 95% interval, in points; without the interval for one value."""
+    points = 100 * np.asarray(values)
+    if len(points) < 2:
+        return f"{points.mean():.1f}"
+    return f"{points.mean():.1f} ± {T95[len(points) - 1] * points.std(ddof=1) / np.sqrt(len(points)):.1f}"
+
+
+def prefix(R: list[list[float]], tasks: int) -> list[list[float]]:
+    """The accuracy matrix of the first `tasks` tasks."""
+    return [row[:tasks] for row in R[: tasks + 1]]
+
+
+def collect(lines: list[dict[str, Any]], sequence: str) -> dict[str, dict[int, list[list[float]]]]:
+    """arm -> seed -> R of `sequence`, which a longer run that begins with it holds too."""
+    found: dict[str, dict[int, list[list[float]]]] = defaultdict(dict)
+    tasks = sequence.split(">")
+    for line in lines:
+        done = line["sequence"].split(">")
+        if line["stage"] != "report":
+            continue
+        if line["arm"] == JOINT:
+            if sorted(tasks) == sorted(done):
+                order = [done.index(task) for task in tasks]
+                found[JOINT][line["seed"]] = [[line["R"][0][i] for i in order]]
+        elif done[: len(tasks)] == tasks:
+            found[line["arm"]][line["seed"]] = prefix(line["R"], len(tasks))
+    return {arm: found[arm] for arm in ARMS if arm in found}
+
+
+def table(found: dict[str, dict[int, list[list[float]]]], tasks: list[str]) -> str:
+    """A Markdown table, best ACC first; replay-free methods, those that store data, and joint training."""
+    two = len(tasks) == 2
+    header = ["method", "seeds", "ACC", "ACC - AdamW, paired", "LA", "BWT", "forgetting", "G"]
+    header += [f"{tasks[0]} at the end", f"{tasks[1]} at the end"] if two else []
+    baseline, joint = found.get(BASELINE, {}), found.get(JOINT, {})
+    rows: dict[str, list[tuple[float, list[str]]]] = defaultdict(list)
+    for arm, runs in found.items():
+        acc = {seed: float(np.mean(R[-1])) for seed, R in runs.items()}
+        paired = [acc[s] - float(np.mean(baseline[s][-1])) for s in acc if s in baseline]
+        metrics = [summarize(R) for R in runs.values()] if arm != JOINT else []
+        common = [s for s in acc if s in baseline and s in joint]
+        gap = gap_recovered(*(float(np.mean([r[s] for s in common])) for r in (acc, means(baseline), means(joint)))) if common else None  # fmt: skip
+        cells = [f"`{arm}`", str(len(runs)), interval(list(acc.values()))]
+        cells.append(interval(paired) if paired and arm != BASELINE else "")
+        for key in ("learning_accuracy", "backward_transfer", "forgetting"):
+            cells.append(interval([m[key] for m in metrics]) if metrics else "")
+        cells.append(f"{gap:.2f}" if gap is not None and arm not in (BASELINE, JOINT) else "")
+        if two:
+            cells += [interval([R[-1][j] for R in runs.values()]) for j in (0, 1)]
+        rows[ARMS[arm].kind].append((float(np.mean(list(acc.values()))), cells))
+    text = []
+    for kind in ("replay-free", "stores data", "upper bound"):
+        if rows[kind]:
+            ordered = [cells for _, cells in sorted(rows[kind], key=lambda row: -row[0])]
+            text.append(f"{kind[0].upper()}{kind[1:]}:\n\n" + report._markdown([header, *ordered], "<" + ">" * (len(header) - 1)))  # fmt: skip
+    return "\n\n".join(text)
+
+
+def means(runs: dict[int, list[list[float]]]) -> dict[int, float]:
+    return {seed: float(np.mean(R[-1])) for seed, R in runs.items()}
+
+
+def traces(lines: list[dict[str, Any]], tasks: tuple[str, str]) -> dict[str, np.ndarray]:
+    """arm -> (seeds, points, 3): step, accuracy on the old task and on the new one while it trains; last the end."""
+    found: dict[str, list[list[list[float]]]] = defaultdict(list)
+    for line in lines:
+        if line["stage"] == "report" and line["trace"] and tuple(line["sequence"].split(">")[:2]) == tasks:
+            end = [line["trace"][-1][0] + 10, *line["R"][2][:2]]
+            found[line["arm"]].append([[0, *line["R"][1][:2]], *line["trace"], end])
+    return {arm: np.array(found[arm]) for arm in ARMS if arm in found}
+
+
+def equal_plasticity(found: dict[str, np.ndarray], slack: float = 0.02) -> str:
+    """Old-task accuracy where the new task is learned as well as AdamW learns it, less `slack`; and the stability gap."""
+    if BASELINE not in found:
+        return ""
+    wanted = float(found[BASELINE][:, -1, 2].mean()) - slack
+    rows = []
+    for arm, runs in found.items():
+        mean = runs.mean(0)
+        reached = [point for point in mean if point[2] >= wanted]
+        best = f"{100 * max(p[1] for p in reached):.1f}" if reached else "not reached"
+        lowest = 100 * runs[:, :, 1].min(1).mean()
+        rows.append((float(best) if reached else -1.0, [f"`{arm}`", best, f"{lowest:.1f}", f"{100 * mean[-1][1]:.1f}", f"{100 * mean[-1][2]:.1f}"]))  # fmt: skip
+    header = ["method", f"old task where new >= {100 * wanted:.1f}", "old task at its lowest (min-ACC)", "old task at the end", "new task at the end"]  # fmt: skip
+    return report._markdown([header, *(cells for _, cells in sorted(rows, key=lambda r: -r[0]))], "<>>>>")
+
+
+def plot_front(found: dict[str, np.ndarray], tasks: tuple[str, str], path: Path) -> None:
+    figure = report._figure(8, 5.2)
+    axes = figure.subplots()
+    for i, (arm, runs) in enumerate(found.items()):
+        mean = 100 * runs.mean(0)
+        colour, line = report._PALETTE[i % 7], ("-", "--", ":")[i // 7 % 3]
+        axes.plot(mean[1:, 2], mean[1:, 1], color=colour, linestyle=line, linewidth=1, alpha=0.7)
+        axes.plot(mean[-1, 2], mean[-1, 1], report._MARKERS[i % 7], color=colour, label=arm, markersize=7)
+    axes.set_xlabel(f"accuracy on the new task ({tasks[1]}), %")
+    axes.set_ylabel(f"accuracy on the old task ({tasks[0]}), %")
+    axes.set_title(f"{tasks[0]}, then {tasks[1]}: each line follows one training, the marker is its end", fontsize=10)
+    axes.grid(color="0.92")
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    report._save(figure, path)
+
+
+def costs(lines: list[dict[str, Any]]) -> str:
+    by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        if line["arm"] != JOINT and line["stage"] == "report":
+            by_arm[line["arm"]].append(line)
+    base = np.median([line["seconds_a_step"] for line in by_arm.get(BASELINE, [])]) if by_arm.get(BASELINE) else None
+    rows = []
+    for arm, runs in ((a, by_arm[a]) for a in ARMS if a in by_arm):
+        step = np.array([line["seconds_a_step"] for line in runs])
+        low, middle, high = np.percentile(step, [25, 50, 75]) / (base or np.nan)
+        boundary = np.median([line["seconds_a_boundary"] for line in runs])
+        held = np.median([line["bytes_a_weight"] for line in runs])
+        rows.append([f"`{arm}`", f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{boundary:.1f}", f"{held:.1f}"])
+    header = [
+        "method",
+        "time a step, AdamW = 1 (quartiles)",
+        "seconds a boundary",
+        "bytes a weight held while training",
+    ]
+    return report._markdown([header, *rows], "<>>>")
+
+
+def tuning(lines: list[dict[str, Any]]) -> str:
+    scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        if line["stage"] == "tune" and line["setting"] in ARMS[line["arm"]].settings:
+            scores[line["arm"]][line["setting"]].append(float(np.mean(line["R"][-1])))
+    rows = []
+    for arm in (a for a in ARMS if a in scores):
+        mean = {s: 100 * float(np.mean(scores[arm][s])) for s in ARMS[arm].settings if scores[arm][s]}
+        best = max(mean, key=mean.__getitem__)
+        tried = ", ".join(f"{'**' if s == best else ''}{s.replace('--', '')}: {v:.1f}{'**' if s == best else ''}" for s, v in mean.items())  # fmt: skip
+        rows.append([f"`{arm}`", tried])
+    return report._markdown([["method", "settings tried: validation ACC; chosen in bold"], *rows], "<<")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, default=ROOT / "benchmarks/results/compare_methods.jsonl")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/results.md")
+    options = parser.parse_args()
+    lines = read_lines(options.input)
+    reported = [line for line in lines if line["stage"] == "report"]
+    commits = sorted({line["commit"][:7] for line in lines})
+    hardware = sorted({f"{line['hardware']['cpu']}, {line['hardware']['torch_threads']} thread a run, GPUs: {', '.join(line['hardware']['gpus']) or 'none'}" for line in lines})  # fmt: skip
+    parts = [
+        "# What each method keeps, and what it costs",
+        "Generated by `python benchmarks/report_methods.py` from "
+        "[compare_methods.jsonl](../benchmarks/results/compare_methods.jsonl); nothing here is written by hand.",
+        "## Protocol",
+        f"`python recipes/compare_methods.py all` ({len(lines)} runs; commits {', '.join(commits)}; {'; '.join(hardware)}; torch "
+        f"{', '.join(sorted({line['torch'] for line in lines}))}). all-MiniLM-L6-v2 (22.7M weights, all trained, one shared head, no dropout), "
+        f"bf16 autocast, {TRAIN_EXAMPLES} training examples a task, 32 tokens, 40 steps of 16 for every method on every task, "
+        "clipping 1.0, linear decay. R is measured on "
+        f"{EVAL_EXAMPLES} test examples a task (one accuracy: binomial error 2.9 points); the training examples, their order and the new head differ from seed "
+        "to seed and are the same for all methods of a seed: differences are paired. ± is the half width of the 95% interval of the mean over seeds.",
+        f"Settings were chosen on {', '.join(TUNING)} by validation accuracy (mean ACC, one seed), three settings a method, on a half of the training data that no reported run "
+        "sees, and then frozen. Methods on AdamW use the learning rate 2e-4, those on CLASSP 1e-3. Which of CLASSP's additions to offer at all was searched before, also on "
+        "tuning sequences and validation data alone: that search (docs/log.md) is a budget the other methods did not have. `joint` trains on all tasks' data together, with as many steps as the sequence has.",
+        "ACC: mean accuracy at the end. LA: mean accuracy right after each task's training. BWT: change since, negative = forgetting. "
+        "G: share of the gap between `adamw` and `joint` that is recovered, of the means over seeds ([metrics.md](metrics.md)). What the methods are: [methods/](methods/README.md).",
+    ]
+    sequences = [">".join(s.split(">")[:2]) for s in REPORTED] + list(REPORTED)
+    for sequence in sequences:
+        found = collect(lines, sequence)
+        tasks = sequence.split(">")
+        if BASELINE not in found:
+            continue
+        parts += [f"## {' → '.join(tasks)}", table(found, tasks)]
+        if len(tasks) == 2 and (seen := traces(lines, (tasks[0], tasks[1]))):
+            image = options.output.parent / "images" / f"front_{'_'.join(tasks)}.png"
+            plot_front(seen, (tasks[0], tasks[1]), image)
+            parts += [
+                f"![Old-task against new-task accuracy along training](images/{image.name})",
+                "While the second task trains (150 of the test examples, steps 2, 6, 15, 30 and the end):",
+                equal_plasticity(seen),
+            ]
+    if reported:
+        parts += [
+            "## Cost",
+            "Time of a step (forward, backward, optimizer; runs side by side on the machine's cores, so ratios rather than seconds), "
+            "time of a method before and after a task, and what optimizer and method hold beside weights and gradients.",
+            costs(lines),
+        ]
+    parts += ["## Settings", tuning(lines)]
+    options.output.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    print(f"{options.output}: {len(lines)} runs")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The continual memory for scripts that build a Trainer of their own: found beside the model, written beside the output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .memory import (
+    MEMORY_NAME,
+    ContinualMemory,
+    bare_model,
+    canonical_name,
+    full_tensor,
+    like_parameter,
+    memory_shapes,
+    trainable_parameters,
+)
+from .methods import Elastic, Merge
+from .optim import CLASSP
+from .optim_args import parse_optim_args
+
+logger = logging.get_logger(__name__)
+
+
+class ContinualMemoryCallback(TrainerCallback):
+    """Makes two runs of one script, the second started from the first's output, continual learning.
+
+    When training with CLASSP begins, the memory beside the model (`model.config.name_or_path`) is put into the optimizer;
+    it is written into every checkpoint and into `output_dir`. With `--optim_args anchor_strength=...` or `merge_weight=...`
+    the run is also anchored to the weights it started from, or merged with them when it ends. Under any other optimizer
+    it does nothing. `register` gives one to every Trainer.
+    """
+
+    def __init__(self) -> None:
+        self.optimizer: CLASSP | None = None
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        self.optimizer = optimizer if isinstance(optimizer, CLASSP) else None
+        if self.optimizer is None:
+            return
+        _, uses = parse_optim_args(args.optim_args)
+        start = str(bare_model(model).config.name_or_path)
+        memory = _find(uses.get("memory"), start)
+        self.tasks = list(memory.metadata.get("tasks", [])) if memory is not None else []
+        if memory is None:
+            stored: dict[str, Tensor] = {}
+            logger.info(f"No continual memory beside {start!r}: this run begins one.")
+        else:
+            memory = ContinualMemory({k: t for k, t in memory.tensors.items() if k.startswith("accumulator/")})
+            memory.check_fits(memory_shapes(model))
+            stored = memory.get("accumulator")
+            logger.warning(
+                f"Going on from the continual memory of {', '.join(self.tasks) or 'an earlier run'} in {start!r}."
+            )
+        resumed = state.global_step > 0  # the checkpoint's optimizer state holds the accumulators already
+        if not resumed:
+            for n, p in trainable_parameters(model):
+                if n in stored:
+                    restored = like_parameter(stored[n], p.detach(), torch.float32)
+                    self.optimizer.state[p]["accumulator"] = restored
+        self.merge = Merge(uses["merge_weight"]) if stored and uses.get("merge_weight") else None
+        self.elastic = Elastic(uses["anchor_strength"]) if stored and uses.get("anchor_strength") else None
+        weights = _starting_weights(model, start) if resumed and (self.merge or self.elastic) else None
+        if self.elastic is not None:
+            elastic = self.elastic
+            elastic.start(model, stored, weights)
+            elastic.importance = self._accumulators(model)
+            self.hook = self.optimizer.register_step_pre_hook(lambda *_: elastic.penalty_gradient(model))
+        if self.merge is not None:
+            self.merge.start(model, stored, weights)
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        if self.optimizer is not None:
+            self._write(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", args, model)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self.optimizer is None:
+            return
+        if self.elastic is not None:
+            self.hook.remove()
+        if self.merge is not None:
+            self.merge.finish(dict(trainable_parameters(model)), self._accumulators(model), len(self.tasks) or 1)
+        self._write(Path(args.output_dir), args, model)
+
+    def _accumulators(self, model: nn.Module) -> dict[str, Tensor]:
+        assert self.optimizer is not None
+        state = self.optimizer.state
+        return {n: state[p]["accumulator"] for n, p in trainable_parameters(model) if state.get(p)}
+
+    def _write(self, folder: Path, args: Any, model: nn.Module) -> None:
+        assert self.optimizer is not None
+        memory = ContinualMemory()
+        accumulators = self._accumulators(model)
+        parameters = dict(trainable_parameters(model))
+        for n, p in parameters.items():  # none yet for a parameter that never had a gradient
+            accumulators.setdefault(n, torch.zeros_like(p, dtype=torch.float32))
+        memory.put("accumulator", {n: full_tensor(s) for n, s in accumulators.items()})
+        numbers = {k: v for k, v in self.optimizer.defaults.items() if isinstance(v, (int, float, bool, type(None)))}
+        memory.metadata = {
+            "tasks": [*self.tasks, Path(args.output_dir).resolve().name],
+            "optimizer": {"name": "CLASSP", **numbers, "lr": args.learning_rate},
+        }
+        if args.should_save:
+            memory.save(folder)
+
+
+def _find(wanted: str | None, start: str) -> ContinualMemory | None:
+    if wanted == "none":
+        return None
+    if wanted is not None:
+        return ContinualMemory.load(wanted)
+    return ContinualMemory.load(start) if (Path(start) / MEMORY_NAME).is_file() else None
+
+
+def _starting_weights(model: nn.Module, start: str) -> dict[str, Tensor]:
+    """What the run started from: a resumed run's model holds the checkpoint already."""
+    bare = bare_model(model)
+    fresh = type(bare).from_pretrained(start, config=bare.config, dtype=bare.dtype)
+    return {canonical_name(n): p.detach() for n, p in fresh.named_parameters()}
