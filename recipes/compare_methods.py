@@ -61,7 +61,7 @@ def grid(flag: str, *values: Any) -> list[str]:
 
 ADAMW_LR = grid("--learning_rate", 1e-4, 2e-4, 3e-4)
 CLASSP_LR = grid("--learning_rate", 5e-4, 1e-3, 2e-3)
-AT = f"{ADAMW} --learning_rate 2e-4"  # what `adamw` itself is frozen at; see docs/results.md
+AT = f"{ADAMW} --learning_rate 2e-4"  # of the methods on AdamW; `adamw` itself chooses its own
 
 ARMS: dict[str, Arm] = {
     # one optimizer after another, no method
@@ -73,9 +73,9 @@ ARMS: dict[str, Arm] = {
     ),
     "lora": Arm(ADAMW, grid("--learning_rate", 5e-4, 1e-3, 2e-3), peft=True),
     # methods from papers, on AdamW
-    "ewc": Arm(AT, grid("--ewc_lambda", 1, 3, 10), method="ewc"),
-    "ewc_summed": Arm(f"{AT} --ewc_mode summed", grid("--ewc_lambda", 1, 3, 10), method="ewc", tuned_as="ewc"),
-    "l2sp": Arm(AT, grid("--l2sp_alpha", 0.1, 0.3, 1), method="l2sp"),
+    "ewc": Arm(AT, grid("--ewc_lambda", 0.3, 1, 3), method="ewc"),
+    "ewc_summed": Arm(f"{AT} --ewc_mode summed", grid("--ewc_lambda", 0.3, 1, 3), method="ewc", tuned_as="ewc"),
+    "l2sp": Arm(AT, grid("--l2sp_alpha", 0.03, 0.1, 0.3), method="l2sp"),
     "interpolate": Arm(AT, grid("--interpolation_weight", 0.3, 0.5, 0.7), method="interpolate"),
     "ema": Arm(AT, grid("--ema_decay", 0.9, 0.95, 0.98), method="ema"),
     "lwf": Arm(AT, grid("--lwf_lambda", 0.5, 1, 2), method="lwf"),
@@ -384,6 +384,9 @@ def work(todo: list[Job], options: argparse.Namespace) -> None:
 
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     options.output.parent.mkdir(parents=True, exist_ok=True)
+    if options.output.is_file() and not options.output.read_text().endswith("\n"):
+        with options.output.open("a") as file:  # a killed process left a line unfinished: begin a new one
+            file.write("\n")
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool, tqdm(total=len(todo)) as bar:
         pending = {pool.submit(run, job): job for job in todo}
