@@ -386,13 +386,17 @@ def write_model_card(
     _check_matrix(tasks, R)
     arguments = public_arguments(results["arguments"])
     method, optimizer = results["method"], results["optimizer"]
+    methods = [m for m in method.get("parts", [method]) if m["name"] != "none"]
+    # ClasspTrainer adds the logit adjustment by itself; a run without it goes on without it
+    adjusted = any(m["name"] == "logit_adjustment" for m in methods)
+    trainer = "ClasspTrainer" if optimizer["name"] == "CLASSP" and adjusted else "ContinualTrainer"
     repo = arguments.get("hub_model_id") or path.resolve().parent.name
     metric = arguments.get("sequence_metric", "accuracy")
     on_hub = base_model is not None and bool(_HUB_ID.fullmatch(base_model)) and not Path(base_model).exists()
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-classification",
-        tags=["continual-learning", optimizer["name"].lower(), *({method["name"]} - {"none"})],
+        tags=["continual-learning", optimizer["name"].lower(), *(m["name"] for m in methods)],
         base_model=base_model if on_hub else None,
         datasets=list(datasets) or None,
         model_name=repo.split("/")[-1],
@@ -427,11 +431,16 @@ def write_model_card(
         changed=_changed_arguments(arguments),
         has_memory=(path.parent / MEMORY_NAME).is_file(),
         memory_name=MEMORY_NAME,
-        trainer="ClasspTrainer" if optimizer["name"] == "CLASSP" else "ContinualTrainer",
-        method_call=f'METHODS["{method["name"]}"]({_keywords(method)})' if method["name"] != "none" else None,
+        trainer=trainer,
+        method_call=_method_call(methods),
         argument_calls=[
             _keyword(k, arguments[k])
-            for k, default in (("learning_rate", None), ("optim", "classp"), ("optim_args", None), ("heads", "shared"))
+            for k, default in (
+                ("learning_rate", None),
+                ("optim", "classp" if trainer == "ClasspTrainer" else None),
+                ("optim_args", None),
+                ("heads", "shared"),
+            )
             if arguments.get(k, default) != default
         ],
     )
@@ -439,8 +448,13 @@ def write_model_card(
         temporary.write_text(str(card).rstrip() + "\n", encoding="utf-8")
 
 
+def _method_call(methods: Sequence[Mapping[str, Any]]) -> str | None:
+    calls = [f'METHODS["{m["name"]}"]({_keywords(m)})' for m in methods]
+    return f"[{', '.join(calls)}]" if len(calls) > 1 else calls[0] if calls else None
+
+
 def _keywords(described: Mapping[str, Any]) -> str:
-    return ", ".join(_keyword(k, v) for k, v in described.items() if k != "name" and v is not None)
+    return ", ".join(_keyword(k, v) for k, v in described.items() if k not in ("name", "parts") and v is not None)
 
 
 def _keyword(name: str, value: Any) -> str:

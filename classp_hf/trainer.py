@@ -33,7 +33,7 @@ from .memory import (
     memory_shapes,
     trainable_parameters,
 )
-from .methods import METHODS, Combined, Elastic, Merge, Method
+from .methods import METHODS, Combined, Elastic, LogitAdjustment, Merge, Method
 from .metrics import summarize
 from .optim import CLASSP
 from .optim_args import parse_optim_args
@@ -136,6 +136,7 @@ class ContinualTrainer(Trainer):
             if self.compute_metrics is None:
                 self.compute_metrics = accuracy
         self.classifies = is_single_label_classifier(self.model)
+        self.method = self._complete_method(self.method)
         self.active_label_ids: list[int] | None = None
         if self.preprocess_logits_for_metrics is None:
             self.preprocess_logits_for_metrics = self._mask_other_tasks_labels
@@ -155,6 +156,10 @@ class ContinualTrainer(Trainer):
         self.add_callback(_MethodCallback(self))
 
     # ---- The method -------------------------------------------------------------------------------------------------
+
+    def _complete_method(self, method: Method) -> Method:
+        """The method, with what a trainer's class adds to it."""
+        return method
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         given = dict(inputs)
@@ -228,7 +233,7 @@ class ContinualTrainer(Trainer):
         memory.metadata = {
             "tasks": self.seen_tasks,
             "optimizer": described,
-            "method": {"name": self.method.name, **self.method.hyperparameters()},
+            "method": self.method.describe(),
         }
         return memory
 
@@ -445,7 +450,7 @@ class ContinualTrainer(Trainer):
         config = {
             "tasks": [[t.name, len(t.train_dataset), len(t.measured_dataset)] for t in tasks],
             "model": self.model.config.name_or_path or None,
-            "method": {"name": self.method.name, **self.method.hyperparameters()},
+            "method": self.method.describe(),
             "optim": self.args.optim_name,
             "global_batch_size": self.args.train_batch_size
             * self.args.gradient_accumulation_steps
@@ -611,7 +616,17 @@ class ClasspTrainer(ContinualTrainer):
                 raise ValueError(
                     f"{cls.name} is not used with consolidation={consolidation!r}, but its strength was given."
                 )
+        self._logit_adjustment = logit_adjustment
         super().__init__(*args, method=methods or None, **kwargs)
+
+    def _complete_method(self, method: Method) -> Method:
+        wanted = self._logit_adjustment
+        if wanted is None:
+            wanted = self.classifies and self.args.heads == "shared"
+        parts = [m for m in method.parts() if m.name != Method.name]
+        if not wanted or any(m.name == LogitAdjustment.name for m in parts):
+            return method
+        return _make_method([*parts, LogitAdjustment()])
 
 
 class EWCTrainer(ContinualTrainer):

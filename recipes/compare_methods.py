@@ -37,7 +37,7 @@ BASE = (
 )
 TRAIN_EXAMPLES, EVAL_EXAMPLES, TRACE_EXAMPLES = 640, 300, 150
 TRACE_STEPS = (2, 6, 15, 30)
-ADAMW = "--optim adamw_torch_fused --reset_optimizer"
+ADAMW, CLASSP = "--optim adamw_torch_fused --reset_optimizer", "--optim classp"
 
 
 @dataclass
@@ -47,7 +47,6 @@ class Arm:
     flags: str
     settings: list[str]
     method: str = "none"
-    trainer: str = "ContinualTrainer"
     kind: str = "replay-free"  # or "stores data", "upper bound"
     peft: bool = False
     optimizer: str | None = None
@@ -73,8 +72,8 @@ ARMS: dict[str, Arm] = {
     ),
     "lora": Arm(ADAMW, grid("--learning_rate", 5e-4, 1e-3, 2e-3), peft=True),
     # methods from papers, on AdamW
-    "ewc": Arm(AT, grid("--ewc_lambda", 0.3, 1, 3), method="ewc"),
-    "ewc_summed": Arm(f"{AT} --ewc_mode summed", grid("--ewc_lambda", 0.3, 1, 3), method="ewc", tuned_as="ewc"),
+    "ewc": Arm(AT, grid("--ewc_lambda", 0.1, 0.3, 1), method="ewc"),
+    "ewc_summed": Arm(f"{AT} --ewc_mode summed", grid("--ewc_lambda", 0.1, 0.3, 1), method="ewc", tuned_as="ewc"),
     "l2sp": Arm(AT, grid("--l2sp_alpha", 0.03, 0.1, 0.3), method="l2sp"),
     "interpolate": Arm(AT, grid("--interpolation_weight", 0.3, 0.5, 0.7), method="interpolate"),
     "ema": Arm(AT, grid("--ema_decay", 0.9, 0.95, 0.98), method="ema"),
@@ -82,20 +81,17 @@ ARMS: dict[str, Arm] = {
     "logit_adjustment": Arm(AT, grid("--prior_strength", 0.25, 0.5, 1), method="logit_adjustment"),
     "merge": Arm(AT, grid("--merge_weight", 0.3, 1, 3), method="merge"),
     # CLASSP and the uses of its memory
-    "classp": Arm("", CLASSP_LR, trainer="ClasspTrainer"),
-    "classp_elastic": Arm(
-        "--learning_rate 1e-3", grid("--anchor_strength", 0.03, 0.1, 0.3), "elastic", "ClasspTrainer"
+    "classp": Arm(CLASSP, CLASSP_LR),
+    "classp_elastic": Arm(f"{CLASSP} --learning_rate 1e-3", grid("--anchor_strength", 0.03, 0.1, 0.3), "elastic"),
+    "classp_merge": Arm(f"{CLASSP} --learning_rate 1e-3", grid("--merge_weight", 0.3, 1, 3), "merge"),
+    "classp_logit_adjustment": Arm(  # what ClasspTrainer does by itself
+        f"{CLASSP} --learning_rate 1e-3", grid("--prior_strength", 0.25, 0.5, 1), "logit_adjustment"
     ),
-    "classp_merge": Arm("--learning_rate 1e-3", grid("--merge_weight", 0.3, 1, 3), "merge", "ClasspTrainer"),
-    "classp_logit_adjustment": Arm(
-        "--learning_rate 1e-3", grid("--prior_strength", 0.25, 0.5, 1), "logit_adjustment", "ClasspTrainer"
-    ),
-    "classp_lwf": Arm("--learning_rate 1e-3", grid("--lwf_lambda", 0.5, 1, 2), "lwf", "ClasspTrainer"),
+    "classp_lwf": Arm(f"{CLASSP} --learning_rate 1e-3", grid("--lwf_lambda", 0.5, 1, 2), "lwf"),
     "classp_logit_adjustment_lwf": Arm(
-        "--learning_rate 1e-3 --prior_strength 0.5",
+        f"{CLASSP} --learning_rate 1e-3 --prior_strength 0.5",
         grid("--lwf_lambda", 0.25, 0.5, 1),
         "logit_adjustment+lwf",
-        "ClasspTrainer",
     ),
     # methods that store data
     **{
@@ -106,10 +102,9 @@ ARMS: dict[str, Arm] = {
     },
     **{
         f"classp_replay_{percent}": Arm(
-            f"--learning_rate 1e-3 --replay_fraction {percent / 100}",
+            f"{CLASSP} --learning_rate 1e-3 --replay_fraction {percent / 100}",
             grid("--prior_strength", 0.25, 0.5, 1),
             "replay+logit_adjustment",
-            "ClasspTrainer",
             kind="stores data",
             tuned_as="classp_logit_adjustment",
         )
@@ -201,12 +196,13 @@ def run(job: Job) -> dict[str, Any]:
     from transformers.utils import logging
 
     import classp_hf
-    from classp_hf import METHODS, ContinualTrainingArguments
+    from classp_hf import METHODS, ContinualTrainingArguments, register
 
     torch.set_num_threads(1)
     disable_progress_bars()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    register()
     arm = ARMS[job.arm]
     sequence = [prepared_task(domain, job.stage, job.seed) for domain in job.sequence.split(">")]
     tokenizer, _ = tokenizer_and_labels()
@@ -230,7 +226,7 @@ def run(job: Job) -> dict[str, Any]:
                 classp_hf.MoFO,
                 {"lr": args.learning_rate, "fraction": mofo.mofo_fraction},
             )
-        trainer = getattr(classp_hf, arm.trainer)(
+        trainer = classp_hf.ContinualTrainer(
             model=model, args=args, processing_class=tokenizer, method=chosen or None, **kwargs
         )
         trainer.remove_callback(PrinterCallback)

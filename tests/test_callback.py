@@ -103,6 +103,7 @@ def test_a_plain_trainer_does_what_classp_trainer_does(optim_args, kwargs, plain
         args=classp_hf.ContinualTrainingArguments(**arguments("ours")),
         data_collator=collator,
         memory=start,
+        logit_adjustment=False,
         **kwargs,
     )
     ours.train_sequence(tasks[1:])
@@ -144,6 +145,6 @@ def test_a_memory_that_does_not_fit_stops_the_run(plain, make_model, tmp_path):
 
 def test_optim_args_choose_the_uses_in_classp_trainer(make_model, make_args):
     args = make_args(optim_args="anchor_strength=0.3,merge_weight=2")
-    trainer = ClasspTrainer(model=make_model(), args=args)
+    trainer = ClasspTrainer(model=make_model(), args=args, logit_adjustment=False)
     assert [m.name for m in trainer.method.parts()] == ["elastic", "merge"]
     assert trainer.method.hyperparameters() == {"anchor_strength": 0.3, "merge_weight": 2.0}

@@ -427,13 +427,13 @@ def test_the_anchor_takes_two_bytes_a_weight(dtype):
         ({"consolidation": "anchor", "anchor_strength": 0.3}, ["elastic"], {"anchor_strength": 0.3}),
         ({"consolidation": "merge", "merge_weight": 2.0}, ["merge"], {"merge_weight": 2.0}),
         ({"consolidation": "both"}, ["elastic", "merge"], {}),
-        ({"consolidation": "none"}, ["none"], {}),
+        ({"consolidation": "none"}, [], {}),
         ({"consolidation": "anchor", "method": "replay"}, ["replay", "elastic"], {}),
     ],
 )
 def test_consolidation_chooses_the_uses_of_the_memory(kwargs, names, values, make_model, make_args):
     trainer = ClasspTrainer(model=make_model(), args=make_args(), **kwargs)
-    assert [m.name for m in trainer.method.parts()] == names
+    assert [m.name for m in trainer.method.parts()] == [*names, "logit_adjustment"]
     assert values.items() <= trainer.method.hyperparameters().items()
 
 
@@ -581,3 +581,23 @@ def test_a_resumed_run_is_the_undisturbed_one(method, optim, make_model, make_ta
     for undisturbed, resumed in zip(*finals):
         assert undisturbed.keys() == resumed.keys()
         assert all(torch.equal(undisturbed[n], t) for n, t in resumed.items())
+
+
+def test_classp_trainer_adjusts_logits_where_it_can(make_model, make_args, make_tasks, collator, tmp_path):
+    trainer = ClasspTrainer(model=make_model(), args=make_args(), data_collator=collator)
+    assert trainer.method.describe() == {"name": "logit_adjustment", "prior_strength": 0.5}
+    trainer.train_sequence(make_tasks(2))
+    stored = ContinualMemory.load(tmp_path / "run")
+    assert stored.get("logit_adjustment.frequencies").keys() == {"negative", "neutral", "positive"}
+
+    def names(**kwargs):
+        changes = {"heads": kwargs.pop("heads", "shared")}
+        return [m.name for m in ClasspTrainer(model=make_model(), args=make_args(**changes), **kwargs).method.parts()]
+
+    assert names(logit_adjustment=False) == names(heads="per_task") == ["none"]
+    assert names(method="replay", consolidation="merge") == ["replay", "merge", "logit_adjustment"]
+    assert names(method=[LogitAdjustment(prior_strength=1.0)]) == ["logit_adjustment"]
+    with pytest.raises(ValueError, match=r"labels \['negative', 'neutral', 'positive'\], the model has"):
+        other = make_model()
+        other.config.id2label = {0: "bad", 1: "fair", 2: "good"}
+        ClasspTrainer(model=other, args=make_args(), memory=tmp_path / "run")

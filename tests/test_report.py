@@ -420,8 +420,27 @@ def test_model_card_of_a_run_without_memory_method_or_hub(write_card, tmp_path, 
 @pytest.mark.parametrize(
     ("method", "optimizer", "expected"),
     [
-        ({"name": "ewc", "ewc_lambda": 3.0}, "CLASSP", ['METHODS["ewc"](ewc_lambda=3.0)', "trainer = ClasspTrainer("]),
-        ({"name": "none"}, "CLASSP", ["trainer = ClasspTrainer("]),
+        (
+            {"name": "ewc", "ewc_lambda": 3.0},
+            "CLASSP",
+            ['METHODS["ewc"](ewc_lambda=3.0)', "trainer = ContinualTrainer(", 'optim="classp"'],
+        ),
+        ({"name": "none"}, "CLASSP", ["trainer = ContinualTrainer(", 'optim="classp"']),
+        (
+            {"name": "logit_adjustment", "prior_strength": 0.5},
+            "CLASSP",
+            ['METHODS["logit_adjustment"](prior_strength=0.5)', "trainer = ClasspTrainer("],
+        ),
+        (
+            {
+                "name": "l2sp+ema",
+                "l2sp_alpha": 1,
+                "ema_decay": 0.9,
+                "parts": [{"name": "l2sp", "l2sp_alpha": 1}, {"name": "ema"}],
+            },
+            "AdamW",
+            ['method=[METHODS["l2sp"](l2sp_alpha=1), METHODS["ema"]()]'],
+        ),
         ({"name": "l2sp"}, "AdamW", ['METHODS["l2sp"]()', "trainer = ContinualTrainer(", 'optim="adamw_torch"']),
     ],
 )

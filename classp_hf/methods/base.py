@@ -89,6 +89,10 @@ class Method:
     def hyperparameters(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
+    def describe(self) -> dict[str, Any]:
+        """Name and hyperparameters, for JSON; of several methods also `parts`, each described alike."""
+        return {"name": self.name, **self.hyperparameters()}
+
 
 @dataclass
 class Combined(Method):
@@ -138,6 +142,9 @@ class Combined(Method):
 
     def hyperparameters(self) -> dict[str, Any]:
         return {k: v for method in self.methods for k, v in method.hyperparameters().items()}
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "parts": [method.describe() for method in self.methods]}
 
 
 def refuse_deepspeed(method: Method, trainer: ContinualTrainer) -> None:
