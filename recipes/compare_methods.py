@@ -87,6 +87,11 @@ ARMS: dict[str, Arm] = {
     "classp_logit_adjustment": Arm(  # what ClasspTrainer does by itself
         f"{CLASSP} --learning_rate 1e-3", grid("--prior_strength", 0.25, 0.5, 1), "logit_adjustment"
     ),
+    "classp_elastic_logit_adjustment": Arm(
+        f"{CLASSP} --learning_rate 1e-3 --prior_strength 0.5",
+        grid("--anchor_strength", 0.03, 0.1, 0.3),
+        "elastic+logit_adjustment",
+    ),
     "classp_lwf": Arm(f"{CLASSP} --learning_rate 1e-3", grid("--lwf_lambda", 0.5, 1, 2), "lwf"),
     "classp_logit_adjustment_lwf": Arm(
         f"{CLASSP} --learning_rate 1e-3 --prior_strength 0.5",

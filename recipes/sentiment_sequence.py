@@ -23,13 +23,13 @@ import classp_hf
 from classp_hf import METHODS, ClasspTrainer, ContinualTrainer, ContinualTrainingArguments, embedded, report
 from classp_hf.launch import prepare_cpu_launch
 
-# What each arm is, and the flags it starts from. Learning rates: docs/log.md says how they were chosen.
+# What each arm is: trainer, method, and the flags it starts from. Learning rates: docs/log.md says how they were chosen.
+ADAMW = ["--learning_rate", "1e-4", "--reset_optimizer"]
 ARMS: dict[str, tuple[type[ContinualTrainer], str, list[str]]] = {
-    "classp": (ClasspTrainer, "none", ["--optim", "classp"]),
-    "ewc": (ContinualTrainer, "ewc", ["--learning_rate", "1e-4", "--reset_optimizer"]),
-    "l2sp": (ContinualTrainer, "l2sp", ["--learning_rate", "1e-4", "--reset_optimizer"]),
-    "replay": (ContinualTrainer, "replay", ["--learning_rate", "1e-4", "--reset_optimizer"]),
-    "naive": (ContinualTrainer, "none", ["--learning_rate", "1e-4", "--reset_optimizer"]),
+    "classp": (ClasspTrainer, "logit_adjustment", ["--optim", "classp"]),
+    "classp_paper": (ContinualTrainer, "none", ["--optim", "classp"]),
+    **{name: (ContinualTrainer, name, ADAMW) for name in METHODS if name != "none"},
+    "naive": (ContinualTrainer, "none", ADAMW),
 }
 DEFAULTS = (
     "--output_dir outputs/sentiment_sequence --num_train_epochs 2 --per_device_train_batch_size 32 "
@@ -167,6 +167,8 @@ def main() -> None:
         _, args, *configured = parse(flags)
         base = Path(args.output_dir)
         args.output_dir = str(base / arm)
+        if trainer_class is ClasspTrainer and args.heads != "shared":
+            method_name = "none"  # there is no shared head whose logits could be adjusted
         method = next((m for m in configured if m.name == method_name), None)
         set_seed(args.seed)
         model, tokenizer = build_model(recipe, labels)
