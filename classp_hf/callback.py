@@ -70,12 +70,13 @@ class ContinualMemoryCallback(TrainerCallback):
         self.elastic = Elastic(uses["anchor_strength"]) if stored and uses.get("anchor_strength") else None
         weights = _starting_weights(model, start) if resumed and (self.merge or self.elastic) else None
         if self.elastic is not None:
-            elastic = self.elastic
-            elastic.start(model, stored, weights)
-            elastic.importance = self._accumulators(model)
-            self.hook = self.optimizer.register_step_pre_hook(lambda *_: elastic.penalty_gradient(model))
+            self.elastic.start(model, stored, weights)
         if self.merge is not None:
             self.merge.start(model, stored, weights)
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.optimizer is not None and self.elastic is not None:
+            self.elastic.pull(model, self.optimizer)
 
     def on_save(self, args, state, control, model=None, **kwargs):
         if self.optimizer is not None:
@@ -84,8 +85,6 @@ class ContinualMemoryCallback(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self.optimizer is None:
             return
-        if self.elastic is not None:
-            self.hook.remove()
         if self.merge is not None:
             self.merge.finish(dict(trainable_parameters(model)), self._accumulators(model), len(self.tasks) or 1)
         self._write(Path(args.output_dir), args, model)

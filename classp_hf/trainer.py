@@ -176,6 +176,11 @@ class ContinualTrainer(Trainer):
 
     # ---- The memory -------------------------------------------------------------------------------------------------
 
+    @property
+    def bare_optimizer(self) -> Any:
+        """The optimizer without accelerate's wrapper; None before training."""
+        return _unwrap(self.optimizer)
+
     def accumulators(self) -> dict[str, Tensor]:
         """Canonical name -> `sum |g|^p` over all training so far, float32; empty before any.
 

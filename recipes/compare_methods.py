@@ -101,7 +101,7 @@ ARMS: dict[str, Arm] = {
     # methods that store data
     **{
         f"replay_{percent}": Arm(
-            f"{ADAMW} --replay_fraction {percent / 100}", ADAMW_LR, "replay", kind="stores data", tuned_as="adamw"
+            f"{ADAMW} --replay_fraction {percent / 100}", ADAMW_LR, "replay", kind="stores data", tuned_as="replay_5"
         )
         for percent in (1, 5, 10)
     },
@@ -115,7 +115,7 @@ ARMS: dict[str, Arm] = {
         )
         for percent in (1, 5, 10)
     },
-    "joint": Arm(ADAMW, ADAMW_LR, kind="upper bound", tuned_as="adamw"),
+    "joint": Arm(ADAMW, ADAMW_LR, kind="upper bound"),
 }
 
 

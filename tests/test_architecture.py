@@ -19,7 +19,7 @@ ARROWS = {
     "launch": set(),
     "metrics": set(),
     "tasks": {"embedded"},
-    "methods": {"memory"},
+    "methods": {"memory", "optim"},
     "heads": {"memory"},
     "classification": {"memory"},
     "optim_args": {"optim"},

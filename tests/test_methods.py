@@ -368,10 +368,35 @@ def test_elastic_pulls_by_the_memory_towards_the_boundary(optim, make_model, mak
     for p in trainer.model.parameters():
         p.data += 0.2
         p.grad = torch.ones_like(p)
+    for group in trainer.bare_optimizer.param_groups:
+        group["lr"] = 0.01
     method.penalty_gradient(trainer.model)
+    method.after_step(trainer.model)
     for n, p in trainer.model.named_parameters():
-        expected = 1 + 0.5 * memory[n] / mean * (p.detach() - end[n])
-        torch.testing.assert_close(p.grad, expected, rtol=1e-3, atol=1e-4)
+        strength = 0.5 * memory[n] / mean
+        moved = end[n] + 0.2
+        if optim == "classp":
+            c = 0.01 * strength / (memory[n] + 1e-6).sqrt()
+            torch.testing.assert_close(p.detach(), moved - c / (1 + c) * 0.2, rtol=1e-3, atol=1e-4)
+            assert torch.equal(p.grad, torch.ones_like(p)) and torch.equal(trainer.accumulators()[n], memory[n])
+        else:
+            torch.testing.assert_close(p.grad, 1 + strength * 0.2, rtol=1e-3, atol=1e-4)
+            assert torch.equal(p.detach(), moved)
+
+
+def test_elastic_is_stable_at_any_strength(make_model, make_tasks, make_args, collator, tmp_path):
+    """A pull that entered the memory would feed on itself and end in infinity."""
+    trainer = ContinualTrainer(
+        model=make_model(), args=make_args(optim="classp"), data_collator=collator, method=Elastic(anchor_strength=1e6)
+    )
+    trainer.train_sequence(make_tasks(2))
+    anchor = ContinualTrainer(model=make_model(), args=make_args(optim="classp", output_dir=str(tmp_path / "one")), data_collator=collator)  # fmt: skip
+    anchor.train_sequence(make_tasks(1))
+    start = weights(anchor.model)
+    for n, w in weights(trainer.model).items():
+        if n != "classifier.bias":  # weights without any memory are free
+            needed = trainer.accumulators()[n] > 1e-4
+            torch.testing.assert_close(w[needed], start[n][needed], rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("optim", ["classp", "adamw_torch"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..memory import CompactCopy, like_parameter, local, mean_over_weights
+from ..optim import CLASSP
 from .base import Method, refuse_deepspeed
 
 if TYPE_CHECKING:
@@ -18,14 +19,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class Elastic(Method):
-    """EWC without a Fisher pass: gradient `strength * s_i / mean(s) * (w_i - a_i)`.
+    """EWC without a Fisher pass: a pull `strength * A_i * (w_i - a_i)`, A = s / mean(s) (Kirkpatrick et al. 2017, eq. 3).
 
     s is the accumulator (`sum |g|^p`) that CLASSP keeps, or that the trainer gathers under another optimizer; mean(s) its
-    mean over all weights at the boundary; a the weights at the boundary, held in 2 bytes a weight. The pull is added
-    after clipping, so CLASSP divides it by the root of the memory as it does any gradient.
+    mean over all weights at the boundary; a the weights at the boundary, held in 2 bytes a weight.
 
-    The first task trains freely. A run that starts from a model and its memory has both anchor and importance in them:
-    nothing else is saved.
+    Under CLASSP the pull is divided by the root of the memory as a gradient is, but kept out of the memory (it would feed on
+    itself), and applied implicitly after the step, which is stable at any strength::
+
+        c_i = lr * strength * A_i / (eps + s_i)^(1/p)
+        w_i <- w_i - c_i / (1 + c_i) * (w_i - a_i)
+
+    Under any other optimizer it is added to the clipped gradient. The first task trains freely. A run that starts from a
+    model and its memory has both anchor and importance in them: nothing else is saved.
     """
 
     name: ClassVar[str] = "elastic"
@@ -37,7 +43,6 @@ class Elastic(Method):
 
     scale: float = field(default=0.0, init=False, repr=False)
     anchor: dict[str, CompactCopy] = field(default_factory=dict, init=False, repr=False)
-    importance: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.anchor_strength >= 0:
@@ -47,7 +52,6 @@ class Elastic(Method):
         refuse_deepspeed(self, trainer)
 
     def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        self.anchor, self.importance = {}, {}
         memory = {n: s for n, s in trainer.accumulators().items() if n not in self.excluded}
         self.start(trainer.model, memory)
         self._trainer = trainer
@@ -55,6 +59,7 @@ class Elastic(Method):
     def start(self, model: nn.Module, memory: dict[str, Tensor], weights: dict[str, Tensor] | None = None) -> None:
         """Anchor `model` at `weights` (default: where it is) if `memory` (canonical name -> accumulator) is not empty."""
         mean = mean_over_weights(memory.values())
+        self.anchor = {}
         if self.anchor_strength and mean > 0:
             self.scale = self.anchor_strength / mean
             self.anchor = {
@@ -64,15 +69,30 @@ class Elastic(Method):
 
     @torch.no_grad()
     def penalty_gradient(self, model: nn.Module) -> None:
-        if not self.anchor:
+        if not self.anchor or isinstance(self._trainer.bare_optimizer, CLASSP):
             return
-        if not self.importance:  # not before: wrappers move the accumulators to their devices when training begins
-            self.importance = self._trainer.accumulators()
+        memory = self._trainer.accumulators()
         for name, p in self.parameters(model):
-            if p.grad is not None and name in self.anchor and name in self.importance:
+            if p.grad is not None and name in self.anchor and name in memory:
                 grad = local(p.grad)
-                pull = self.anchor[name].difference(local(p.detach())).mul_(local(self.importance[name]))
+                pull = self.anchor[name].difference(local(p.detach())).mul_(local(memory[name]))
                 grad.add_(pull.to(grad.dtype), alpha=self.scale)
 
+    def after_step(self, model: nn.Module) -> None:
+        if self.anchor and isinstance(self._trainer.bare_optimizer, CLASSP):
+            self.pull(model, self._trainer.bare_optimizer)
+
+    @torch.no_grad()
+    def pull(self, model: nn.Module, optimizer: CLASSP) -> None:
+        """The implicit step towards the anchor that belongs to a step of `optimizer`."""
+        names = {id(p): name for name, p in self.parameters(model)}
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                name = names.get(id(p))
+                if name in self.anchor and p in optimizer.state:
+                    s, w = local(optimizer.state[p]["accumulator"]), local(p.detach())
+                    c = (s + group["eps"]).pow_(-1 / group["power"]).mul_(s).mul_(float(group["lr"]) * self.scale)
+                    w.sub_(self.anchor[name].difference(w).mul_(c / (1 + c)))
+
     def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        self.anchor, self.importance = {}, {}
+        self.anchor = {}
