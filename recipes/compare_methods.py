@@ -115,7 +115,7 @@ ARMS: dict[str, Arm] = {
         )
         for percent in (1, 5, 10)
     },
-    "joint": Arm(ADAMW, ADAMW_LR, kind="upper bound"),
+    "joint": Arm(ADAMW, ADAMW_LR, kind="upper bound", tuned_as="adamw"),
 }
 
 
