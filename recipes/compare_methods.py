@@ -31,12 +31,12 @@ REPORTED = ("nyt>movie>tweets>amazon", "movie>nyt>amazon>tweets")
 """The first two tasks of each are the two-task sequences nyt>movie and movie>nyt: what comes later cannot change them."""
 
 BASE = (
-    "--max_steps 40 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --max_length 32 --bf16 True "
+    "--max_steps 80 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --max_length 32 --bf16 True "
     "--save_strategy no --logging_strategy no --report_to none --disable_tqdm True "
     "--dataloader_pin_memory False --log_level error"
 )
 TRAIN_EXAMPLES, EVAL_EXAMPLES, TRACE_EXAMPLES = 640, 300, 150
-TRACE_STEPS = (2, 6, 15, 30)
+TRACE_STEPS = (2, 6, 15, 30, 60)
 ADAMW, CLASSP = "--optim adamw_torch_fused --reset_optimizer", "--optim classp"
 
 
@@ -58,9 +58,9 @@ def grid(flag: str, *values: Any) -> list[str]:
     return [f"{flag} {value}" for value in values]
 
 
-ADAMW_LR = grid("--learning_rate", 1e-4, 2e-4, 3e-4)
+ADAMW_LR = grid("--learning_rate", 5e-5, 1e-4, 2e-4)
 CLASSP_LR = grid("--learning_rate", 5e-4, 1e-3, 2e-3)
-AT = f"{ADAMW} --learning_rate 2e-4"  # of the methods on AdamW; `adamw` itself chooses its own
+AT = f"{ADAMW} --learning_rate 1e-4"  # of the methods on AdamW; `adamw` itself chooses its own
 
 ARMS: dict[str, Arm] = {
     # one optimizer after another, no method
@@ -68,7 +68,7 @@ ARMS: dict[str, Arm] = {
     "sgd": Arm("--optim sgd --optim_args momentum=0.9 --reset_optimizer", grid("--learning_rate", 3e-3, 1e-2, 3e-2)),
     "adagrad": Arm("--optim adagrad --reset_optimizer", CLASSP_LR),
     "mofo": Arm(
-        "--reset_optimizer", [f"--learning_rate 2e-4 --mofo_fraction {f}" for f in (0.05, 0.15, 0.4)], optimizer="MoFO"
+        "--reset_optimizer", [f"--learning_rate 1e-4 --mofo_fraction {f}" for f in (0.05, 0.15, 0.4)], optimizer="MoFO"
     ),
     "lora": Arm(ADAMW, grid("--learning_rate", 5e-4, 1e-3, 2e-3), peft=True),
     # methods from papers, on AdamW

@@ -20,7 +20,7 @@ from classp_hf import METHODS  # noqa: E402
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(compare_methods, "BASE", compare_methods.BASE.replace("--max_steps 40", "--max_steps 2"))
+    monkeypatch.setattr(compare_methods, "BASE", compare_methods.BASE.replace("--max_steps 80", "--max_steps 2"))
     monkeypatch.setattr(compare_methods, "TRAIN_EXAMPLES", 32)
     monkeypatch.setattr(compare_methods, "EVAL_EXAMPLES", 24)
     monkeypatch.setattr(compare_methods, "TRACE_EXAMPLES", 12)
