@@ -88,13 +88,13 @@ ARMS: dict[str, Arm] = {
         f"{CLASSP} --learning_rate 1e-3", grid("--prior_strength", 0.25, 0.5, 1), "logit_adjustment"
     ),
     "classp_elastic_logit_adjustment": Arm(
-        f"{CLASSP} --learning_rate 1e-3 --prior_strength 0.5",
+        f"{CLASSP} --learning_rate 1e-3 --prior_strength 0.25",
         grid("--anchor_strength", 0.03, 0.1, 0.3),
         "elastic+logit_adjustment",
     ),
     "classp_lwf": Arm(f"{CLASSP} --learning_rate 1e-3", grid("--lwf_lambda", 0.5, 1, 2), "lwf"),
     "classp_logit_adjustment_lwf": Arm(
-        f"{CLASSP} --learning_rate 1e-3 --prior_strength 0.5",
+        f"{CLASSP} --learning_rate 1e-3 --prior_strength 0.25",
         grid("--lwf_lambda", 0.25, 0.5, 1),
         "logit_adjustment+lwf",
     ),

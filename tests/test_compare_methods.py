@@ -64,7 +64,7 @@ def test_runs_and_their_report(small, tmp_path):
     assert plain["bytes_a_weight"] == pytest.approx(8, abs=0.1)
     assert ours["bytes_a_weight"] == pytest.approx(8, abs=0.1)
     assert mofo["bytes_a_weight"] == pytest.approx(8, abs=0.1) and lora["bytes_a_weight"] < 1
-    assert ours["method"]["prior_strength"] == 0.5 and ours["optimizer"]["name"] == "CLASSP"
+    assert ours["method"]["prior_strength"] == 0.25 and ours["optimizer"]["name"] == "CLASSP"
 
     found = report_methods.collect(lines, "movie>nyt")
     assert list(found) == ["joint"] and found["joint"][0] == [joint["R"][0]]

@@ -610,7 +610,7 @@ def test_a_resumed_run_is_the_undisturbed_one(method, optim, make_model, make_ta
 
 def test_classp_trainer_adjusts_logits_where_it_can(make_model, make_args, make_tasks, collator, tmp_path):
     trainer = ClasspTrainer(model=make_model(), args=make_args(), data_collator=collator)
-    assert trainer.method.describe() == {"name": "logit_adjustment", "prior_strength": 0.5}
+    assert trainer.method.describe() == {"name": "logit_adjustment", "prior_strength": 0.25}
     trainer.train_sequence(make_tasks(2))
     stored = ContinualMemory.load(tmp_path / "run")
     assert stored.get("logit_adjustment.frequencies").keys() == {"negative", "neutral", "positive"}

@@ -37,7 +37,7 @@ class LogitAdjustment(Method):
     name: ClassVar[str] = "logit_adjustment"
 
     prior_strength: float = field(
-        default=0.5,
+        default=0.25,
         metadata={"help": "tau, in [0, 1]: how much of the drop in label frequencies the logits are spared."},
     )
 
