@@ -61,7 +61,7 @@ def test_one_process_shows_and_writes_everything(one_process):
     folder, stdout = one_process
     assert "| classp |" in stdout
     assert "| ewc    |" in stdout
-    for arm, method in (("classp", "none"), ("ewc", "ewc")):
+    for arm, method in (("classp", "logit_adjustment"), ("ewc", "ewc")):
         r = results(folder, arm)
         assert r["tasks"] == ["icwsm14/nyt", "icwsm14/movie"]
         assert r["label_names"] == ["negative", "neutral", "positive"]
@@ -192,7 +192,7 @@ def test_a_classifier_of_the_same_labels_keeps_its_rows(main, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        (["--trainer", "sgd"], "Unknown arm 'sgd' in --trainer or --compare. Known: classp, ewc"),
+        (["--trainer", "sgd"], "Unknown arm 'sgd' in --trainer or --compare. Known: classp, classp_paper, ewc"),
         (["--tasks", "icwsm14/nyt", "icwsm14/nyt"], "share a folder name"),
         (["--tasks", "imbd"], "Cannot read task 'imbd'. Built in: icwsm14/nyt"),
         (["--optim_args", "density=0.1,threshold=1e-6"], "exclude each other"),
