@@ -314,7 +314,10 @@ def test_a_memory_that_is_not_used_is_said_so(make_model, make_tasks, make_args,
     trainer = ClasspTrainer(model=make_model(), args=make_args(), data_collator=collator, method="l2sp")
     trainer.train_sequence(make_tasks(1))
     ContinualTrainer(model=make_model(), args=make_args(optim="sgd"), memory=tmp_path / "run")
-    assert "also holds accumulator, l2sp.anchor, logit_adjustment.frequencies, which optimizer 'sgd' with method 'none'" in caplog.text
+    assert (
+        "also holds accumulator, l2sp.anchor, logit_adjustment.frequencies, which optimizer 'sgd' with method 'none'"
+        in caplog.text
+    )
 
 
 def test_a_second_run_with_per_task_heads_starts_a_new_head_where_the_first_run_did(
@@ -412,7 +415,10 @@ def test_output_dir_of_another_run(make_model, make_tasks, make_args, collator):
 
 
 def test_bad_choices(make_model, make_tasks, make_args, collator):
-    with pytest.raises(ValueError, match=r"Unknown method 'ewcc'. Known: none, ewc, l2sp, elastic, merge, .*replay, and several joined by"):
+    with pytest.raises(
+        ValueError,
+        match=r"Unknown method 'ewcc'. Known: none, ewc, l2sp, elastic, merge, .*replay, and several joined by",
+    ):
         ContinualTrainer(model=make_model(), args=make_args(), method="ewcc")
     with pytest.raises(ValueError, match="heads must be 'shared' or 'per_task', got 'many'"):
         make_args(heads="many")
