@@ -348,6 +348,9 @@ class ContinualTrainer(Trainer):
         `sequence_state.json` (what is done), `00-<task>/` and so on (Trainer's checkpoints, the model and the memory
         after the task), and at the end the final model with its memory, `results.json`, plots and a model card.
 
+        With `args.learned_tasks` the first tasks are those the given model has learned already, in an earlier run or
+        anywhere else: they are evaluated and shown to the method, not trained on. Their rows of R repeat the row before.
+
         Args:
             tasks: at least one, with distinct names.
             resume_from_checkpoint: True goes on from what `args.output_dir` holds; a run killed at any point ends with
@@ -364,6 +367,7 @@ class ContinualTrainer(Trainer):
         self._check_sequence_arguments()
         label2id = dict(self.model.config.label2id)
         tasks = prepare_tasks(tasks, self.processing_class, label2id, self.args.max_length)
+        self._check_learned_tasks(tasks)
         self.method.check_trainer(self)
         base = Path(str(self.args.output_dir))
         state = self._open_state(base, tasks, resume_from_checkpoint)
@@ -387,12 +391,18 @@ class ContinualTrainer(Trainer):
                 state["seconds"] = state.get("seconds", 0.0) + time.monotonic() - started
                 self._write_state(base, state)
                 started = time.monotonic()
-                logger.info(f"***** Task {t + 1} of {len(tasks)}: {tasks[t].name} *****")
-                self._train_task(t, tasks, folders[t], resume=bool(state.pop("resumed", False)))
+                learned = t < self.args.learned_tasks
+                logger.info(
+                    f"***** Task {t + 1} of {len(tasks)}: {tasks[t].name}{' (learned)' if learned else ''} *****"
+                )
+                if learned:
+                    self._show_learned_task(tasks[t])
+                else:
+                    self._train_task(t, tasks, folders[t], resume=bool(state.pop("resumed", False)))
                 self._save_boundary(folders[t])
                 state["boundary_seconds"] = self._boundary_seconds
                 state["optimizer"] = _describe_optimizer(_unwrap(self.optimizer), self.args)
-                rows.append(self._evaluate_tasks(tasks))
+                rows.append(list(rows[-1]) if learned else self._evaluate_tasks(tasks))
             state["seconds"] = state.get("seconds", 0.0) + time.monotonic() - started
             self._write_state(base, state)
         finally:
@@ -417,6 +427,23 @@ class ContinualTrainer(Trainer):
         for problem, given in problems.items():
             if given:
                 raise ValueError(f"train_sequence cannot be used with {problem}")
+
+    def _check_learned_tasks(self, tasks: list[Task]) -> None:
+        learned = self.args.learned_tasks
+        if learned >= len(tasks):
+            raise ValueError(f"learned_tasks={learned} leaves none of the {len(tasks)} tasks to train on.")
+        if self.task_heads is not None:
+            known = self.task_heads.state_dict()
+            if unknown := [task.name for task in tasks[:learned] if task.name not in known]:
+                raise ValueError(
+                    f"With heads='per_task' the heads of learned tasks come from the memory, which has none of {unknown}. "
+                    "Pass the memory of the run that learned them."
+                )
+        if learned and self.args.optim == NAME and not self.accumulators():
+            logger.warning(
+                "learned_tasks without a memory: CLASSP knows nothing of what these tasks needed. Pass memory=, or a method "
+                "that is shown their data, such as 'ewc'."
+            )
 
     def _open_state(self, base: Path, tasks: list[Task], resume: str | bool | None) -> dict[str, Any]:
         resume = self.args.resume_from_checkpoint if resume is None else resume
@@ -450,7 +477,7 @@ class ContinualTrainer(Trainer):
 
     def _sequence_config(self, tasks: list[Task]) -> dict[str, Any]:
         """What must be the same for two runs to be the same one."""
-        keys = ["optim_args", "learning_rate", "weight_decay", "lr_scheduler_type", "num_train_epochs", "max_steps", "max_grad_norm", "heads", "reset_optimizer", "sequence_metric", "max_length", "memory", "gather_memory", "memory_power", "seed"]  # fmt: skip
+        keys = ["optim_args", "learning_rate", "weight_decay", "lr_scheduler_type", "num_train_epochs", "max_steps", "max_grad_norm", "heads", "reset_optimizer", "learned_tasks", "sequence_metric", "max_length", "memory", "gather_memory", "memory_power", "seed"]  # fmt: skip
         args = self.args.to_dict()
         config = {
             "tasks": [[t.name, len(t.train_dataset), len(t.measured_dataset)] for t in tasks],
@@ -497,10 +524,31 @@ class ContinualTrainer(Trainer):
         if task.name not in self.seen_tasks:
             self.seen_tasks.append(task.name)
 
+    def _show_learned_task(self, task: Task) -> None:
+        """What happens around a task's training, without the training."""
+        started = time.monotonic()
+        if self.task_heads is not None:
+            self.task_heads.activate(task.name)
+            self.active_label_ids = task.label_ids
+        for method in self.method.parts():
+            if task.name in self.seen_tasks and method.state_dict():
+                continue  # the memory that was loaded holds what the method knows of this task
+            method.before_task(self, task)
+            method.extend_train_dataset(task.train_dataset, [])
+            method.after_task(self, task)
+        if task.name not in self.seen_tasks:
+            self.seen_tasks.append(task.name)
+        self._boundary_seconds += time.monotonic() - started
+
     def _save_boundary(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)  # True: not yet the model to push
         persists = not self.args.reset_optimizer and not isinstance(_unwrap(self.optimizer), CLASSP)
-        if persists and self.args.should_save and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if (
+            self.optimizer is not None
+            and persists
+            and self.args.should_save
+            and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        ):
             temporary = folder / "optimizer.pt.tmp"
             torch.save(self.optimizer.state_dict(), temporary)
             temporary.replace(folder / "optimizer.pt")

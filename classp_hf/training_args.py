@@ -43,6 +43,13 @@ class ContinualTrainingArguments(TrainingArguments):
     sequence_metric: str = field(
         default="accuracy", metadata={"help": "Name of the metric, from `compute_metrics`, that fills the matrix R."}
     )
+    learned_tasks: int = field(
+        default=0,
+        metadata={
+            "help": "So many tasks, the first of the sequence, are what the model has learned already: they are evaluated and "
+            "shown to the method (Fisher, anchor, label frequencies, examples to replay), not trained on."
+        },
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "Texts are cut to this many tokens. Default: what the tokenizer allows."}
     )
@@ -70,6 +77,8 @@ class ContinualTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not self.memory_power > 0:
             raise ValueError(f"memory_power must be > 0, got {self.memory_power}")
+        if self.learned_tasks < 0:
+            raise ValueError(f"learned_tasks must be >= 0, got {self.learned_tasks}")
         if self.optim == NAME:
             register()
         if self.heads not in ("shared", "per_task"):

@@ -6,7 +6,8 @@
 
 Every finished run is a line of `--output` and is never run again; stop and restart at will. `tune` and `report` use halves of
 the training data that share no example, `tune` measures on validation data and `report` on test data (the protocol of Cha &
-Cho 2024, arXiv 2403.09066). Tables and plots: `python benchmarks/report_methods.py`.
+Cho 2024, arXiv 2403.09066). A method does nothing before the second task, so methods on the same optimizer share the first
+task's training (`--first_tasks`, a folder that may be deleted). Tables and plots: `python benchmarks/report_methods.py`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +55,8 @@ class Arm:
     optimizer: str | None = None
     tuned_as: str | None = None
     """Take over the setting chosen for this arm instead of tuning again."""
+    alone: bool = False
+    """Differs from its plain optimizer in the first task already."""
 
 
 def grid(flag: str, *values: Any) -> list[str]:
@@ -68,12 +73,15 @@ ARMS: dict[str, Arm] = {
     "sgd": Arm("--optim sgd --optim_args momentum=0.9 --reset_optimizer", grid("--learning_rate", 3e-3, 1e-2, 3e-2)),
     "adagrad": Arm("--optim adagrad --reset_optimizer", CLASSP_LR),
     "mofo": Arm(
-        "--reset_optimizer", [f"--learning_rate 1e-4 --mofo_fraction {f}" for f in (0.05, 0.15, 0.4)], optimizer="MoFO"
+        "--reset_optimizer",
+        [f"--learning_rate 1e-4 --mofo_fraction {f}" for f in (0.05, 0.15, 0.4)],
+        optimizer="MoFO",
+        alone=True,
     ),
-    "lora": Arm(ADAMW, grid("--learning_rate", 5e-4, 1e-3, 2e-3), peft=True),
+    "lora": Arm(ADAMW, grid("--learning_rate", 5e-4, 1e-3, 2e-3), peft=True, alone=True),
     # methods from papers, on AdamW
-    "ewc": Arm(AT, grid("--ewc_lambda", 0.1, 0.3, 1), method="ewc"),
-    "ewc_summed": Arm(f"{AT} --ewc_mode summed", grid("--ewc_lambda", 0.1, 0.3, 1), method="ewc", tuned_as="ewc"),
+    "ewc": Arm(AT, grid("--ewc_lambda", 0.03, 0.1, 0.3), method="ewc"),
+    "ewc_summed": Arm(f"{AT} --ewc_mode summed", grid("--ewc_lambda", 0.03, 0.1, 0.3), method="ewc", tuned_as="ewc"),
     "l2sp": Arm(AT, grid("--l2sp_alpha", 0.03, 0.1, 0.3), method="l2sp"),
     "interpolate": Arm(AT, grid("--interpolation_weight", 0.3, 0.5, 0.7), method="interpolate"),
     "ema": Arm(AT, grid("--ema_decay", 0.9, 0.95, 0.98), method="ema"),
@@ -115,7 +123,7 @@ ARMS: dict[str, Arm] = {
         )
         for percent in (1, 5, 10)
     },
-    "joint": Arm(ADAMW, ADAMW_LR, kind="upper bound", tuned_as="adamw"),
+    "joint": Arm(ADAMW, ADAMW_LR, kind="upper bound", tuned_as="adamw", alone=True),
 }
 
 
@@ -131,6 +139,30 @@ class Job:
 
     def key(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class FirstTask:
+    """The training of a first task by a plain optimizer, shared by the methods that run on it."""
+
+    stage: str
+    domain: str
+    seed: int
+    flags: str
+
+    @classmethod
+    def of(cls, job: Job) -> FirstTask | None:
+        if ARMS[job.arm].alone:
+            return None
+        words = f"{ARMS[job.arm].flags} {job.setting}".split()
+        kept = [w for i, w in enumerate(words) if {w, words[i - 1]} & {"--optim", "--optim_args", "--learning_rate"}]
+        if "--reset_optimizer" in words:
+            kept += ["--reset_optimizer", "--gather_memory"]  # for the methods that use the memory without CLASSP
+        return cls(job.stage, job.sequence.split(">")[0], job.seed, " ".join(kept))
+
+    def folder(self, cache: Path) -> Path:
+        what = f"{BASE} {self.flags} {TRAIN_EXAMPLES}"
+        return cache / f"{self.stage}_{self.domain}_{self.seed}_{hashlib.sha256(what.encode()).hexdigest()[:12]}"
 
 
 # ---- One run, in a process of its own --------------------------------------------------------------------------------
@@ -151,11 +183,13 @@ def tokenizer_and_labels():
     return AutoTokenizer.from_pretrained(embedded.model_path()), list(SENTIMENT)
 
 
-def build_model(peft: bool):
+def build_model(peft: bool, folder: Path | None = None):
     from transformers import AutoModelForSequenceClassification
 
     from classp_hf import embedded
 
+    if folder is not None:
+        return AutoModelForSequenceClassification.from_pretrained(folder)
     _, labels = tokenizer_and_labels()
     model = AutoModelForSequenceClassification.from_pretrained(
         embedded.model_path(),
@@ -193,37 +227,85 @@ def prepared_task(domain: str, stage: str, seed: int):
     return prepare_tasks([task], tokenizer, {n: i for i, n in enumerate(labels)}, max_length=32)[0]
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Train one arm over one sequence; returns the line to keep."""
+def start() -> None:
+    """Set up a worker process."""
     import torch
-    from datasets import concatenate_datasets, disable_progress_bars
-    from transformers import HfArgumentParser, PrinterCallback, TrainerCallback, set_seed
+    from datasets import disable_progress_bars
     from transformers.utils import logging
 
-    import classp_hf
-    from classp_hf import METHODS, ContinualTrainingArguments, register
+    from classp_hf import register
 
     torch.set_num_threads(1)
     disable_progress_bars()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     register()
+
+
+def parse(flags: str, seed: int, folder: str) -> tuple[Any, ...]:
+    import torch
+    from transformers import HfArgumentParser
+
+    from classp_hf import METHODS, ContinualTrainingArguments
+
+    methods = [m for m in METHODS.values() if any(f.init for f in dataclasses.fields(m))]
+    parser = HfArgumentParser((ContinualTrainingArguments, MoFOArguments, *methods))
+    device = "" if torch.cuda.is_available() else "--use_cpu True"
+    words = f"{BASE} {device} {flags} --seed {seed}".split()
+    return parser.parse_args_into_dataclasses([*words, "--output_dir", folder])
+
+
+def train_first_task(first: FirstTask, cache: Path) -> None:
+    """Train it and keep model and memory in its folder, which appears when it is complete."""
+    from transformers import PrinterCallback, set_seed
+
+    import classp_hf
+
+    start()
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        args = parse(first.flags, first.seed, folder)[0]
+        set_seed(first.seed)
+        tokenizer, _ = tokenizer_and_labels()
+        trainer = classp_hf.ContinualTrainer(model=build_model(False), args=args, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train_sequence([prepared_task(first.domain, first.stage, first.seed)])
+        for checkpoint in Path(folder).glob("00-*"):
+            shutil.rmtree(checkpoint)  # the same model once more
+        if not first.folder(cache).is_dir():
+            shutil.copytree(folder, f"{folder}.done")
+            os.rename(f"{folder}.done", first.folder(cache))
+
+
+def run(job: Job, cache: Path) -> dict[str, Any]:
+    """Train one arm over one sequence; returns the line to keep."""
+    from datasets import concatenate_datasets
+    from transformers import PrinterCallback, TrainerCallback, set_seed
+
+    import classp_hf
+
+    start()
     arm = ARMS[job.arm]
     sequence = [prepared_task(domain, job.stage, job.seed) for domain in job.sequence.split(">")]
     tokenizer, _ = tokenizer_and_labels()
-    methods = [m for m in METHODS.values() if any(f.init for f in dataclasses.fields(m))]
-    parser = HfArgumentParser((ContinualTrainingArguments, MoFOArguments, *methods))
+    first = FirstTask.of(job)
+    learned = first.folder(cache) if first is not None else None
     with tempfile.TemporaryDirectory(prefix="compare_methods_") as folder:
-        device = "" if torch.cuda.is_available() else "--use_cpu True"
-        words = f"{BASE} {device} {arm.flags} {job.setting} --seed {job.seed}".split()
-        args, mofo, *configured = parser.parse_args_into_dataclasses([*words, "--output_dir", folder])
+        flags = f"{arm.flags} {job.setting}"
+        args, mofo, *configured = parse(flags, job.seed, folder)
+        if learned is not None:
+            args.learned_tasks = 1
+            if args.optim_name == "classp" or any(
+                classp_hf.METHODS[m].uses_accumulators for m in arm.method.split("+")
+            ):
+                args.memory = str(learned)
         tasks = sequence
         if job.arm == "joint":  # as many steps as the sequence has in all
             args.max_steps *= len(sequence)
             together = concatenate_datasets([task.train_dataset for task in sequence])
             tasks = [dataclasses.replace(sequence[0], name="joint", train_dataset=together)]
         set_seed(job.seed)
-        model = build_model(arm.peft)
+        model = build_model(arm.peft, learned)
         chosen = [m for name in arm.method.split("+") for m in configured if m.name == name]
         kwargs: dict[str, Any] = {}
         if arm.optimizer == "MoFO":
@@ -274,7 +356,7 @@ def run(job: Job) -> dict[str, Any]:
             "bytes_a_weight": round(costs["bytes_a_weight"], 2),
             "optimizer": results["optimizer"],
             "method": results["method"],
-            "flags": " ".join(words),
+            "flags": f"{BASE} {flags}",
             "commit": results["commit"],
             "hardware": {k: results["hardware"][k] for k in ("cpu", "torch_threads", "gpus")},
             "torch": results["versions"]["torch"],
@@ -370,34 +452,50 @@ def main() -> None:
     parser.add_argument("--sequences", nargs="+", default=list(REPORTED), help="domains joined by '>'")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at the same time")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/compare_methods.jsonl"))
+    parser.add_argument(
+        "--first_tasks", type=Path, help="default: a folder of OUTPUT's name with .first_tasks at its end"
+    )
     options = parser.parse_args()
-
-    for stage in ["tune", "report"] if options.stage == "all" else [options.stage]:
-        lines = read_lines(options.output)
-        finished = {job_of(line).key() for line in lines}
-        todo = [job for job in dict.fromkeys(jobs(options, stage, lines)) if job.key() not in finished]
-        print(f"{stage}: {len(todo)} runs to do, {len(finished)} there already", flush=True)
-        work(todo, options)
-
-
-def work(todo: list[Job], options: argparse.Namespace) -> None:
-    from tqdm.auto import tqdm
+    cache = options.first_tasks or options.output.with_suffix(".first_tasks")
 
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     if options.output.is_file() and not options.output.read_text().endswith("\n"):
         with options.output.open("a") as file:  # a killed process left a line unfinished: begin a new one
             file.write("\n")
+
+    def keep(job: Job, line: dict[str, Any]) -> str:
+        with options.output.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return f"{job.arm} {job.sequence} {[round(100 * v, 1) for v in line['R'][-1]]}"
+
+    for stage in ["tune", "report"] if options.stage == "all" else [options.stage]:
+        lines = read_lines(options.output)
+        finished = {job_of(line).key() for line in lines}
+        todo = [job for job in dict.fromkeys(jobs(options, stage, lines)) if job.key() not in finished]
+        first = dict.fromkeys(filter(None, map(FirstTask.of, todo)))
+        first_todo = [task for task in first if not task.folder(cache).is_dir()]
+        print(
+            f"{stage}: {len(first_todo)} first tasks and {len(todo)} runs to do, {len(finished)} there already",
+            flush=True,
+        )
+        work(train_first_task, first_todo, cache, options.processes, lambda task, _: f"first {task.domain}")
+        work(run, todo, cache, options.processes, keep)
+
+
+def work(
+    function: Callable[[Any, Path], Any], todo: list, cache: Path, processes: int, done: Callable[[Any, Any], str]
+) -> None:
+    """`done(item, function(item, cache))` for all items, in several processes, in the order they finish."""
+    from tqdm.auto import tqdm
+
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, mp_context=spawn) as pool, tqdm(total=len(todo)) as bar:
-        pending = {pool.submit(run, job): job for job in todo}
+    with ProcessPoolExecutor(processes, mp_context=spawn) as pool, tqdm(total=len(todo)) as bar:
+        pending = {pool.submit(function, item, cache): item for item in todo}
         try:
-            for done in as_completed(pending):
-                job, line = pending[done], done.result()
-                with options.output.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+            for future in as_completed(pending):
+                bar.set_postfix_str(done(pending[future], future.result()))
                 bar.update()
-                bar.set_postfix_str(f"{job.arm} {job.sequence} {[round(100 * v, 1) for v in line['R'][-1]]}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -13,7 +13,7 @@ sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "benchmarks")]
 
 import compare_methods  # noqa: E402
 import report_methods  # noqa: E402
-from compare_methods import ARMS, Job, frozen_setting, job_of, read_lines  # noqa: E402
+from compare_methods import ARMS, FirstTask, Job, frozen_setting, job_of, read_lines  # noqa: E402
 
 from classp_hf import METHODS  # noqa: E402
 
@@ -44,6 +44,31 @@ def test_tuned_and_reported_runs_share_no_example(small, monkeypatch):
     assert texts(other.train_dataset) != texts(reported.train_dataset)
 
 
+def run(job, cache):
+    first = FirstTask.of(job)
+    if first is not None and not first.folder(cache).is_dir():
+        compare_methods.train_first_task(first, cache)
+    return compare_methods.run(job, cache)
+
+
+def test_a_shared_first_task_changes_no_result(small, monkeypatch, tmp_path):
+    for arm in ("adamw", "merge", "classp_logit_adjustment"):
+        job = Job("tune", arm, ARMS[arm].settings[0], "nyt>movie", 0)
+        shared = run(job, tmp_path)
+        monkeypatch.setattr(ARMS[arm], "alone", True)
+        assert FirstTask.of(job) is None
+        whole = run(job, tmp_path)
+        assert shared["R"][1:] == whole["R"][1:] and shared["bytes_a_weight"] == whole["bytes_a_weight"]
+    of = {arm: FirstTask.of(Job("tune", arm, ARMS[arm].settings[0], "nyt>movie", 0)) for arm in ("ewc", "lwf", "mofo")}
+    assert of["ewc"] == of["lwf"] and of["mofo"] is None
+    assert of["ewc"].flags == "--optim adamw_torch_fused --learning_rate 1e-4 --reset_optimizer --gather_memory"
+    assert sorted(p.name.split("_")[1] for p in tmp_path.iterdir()) == [
+        "nyt",
+        "nyt",
+        "nyt",
+    ]  # and nothing half-written
+
+
 def test_runs_and_their_report(small, tmp_path):
     lines = []
     for arm, sequence in (
@@ -54,7 +79,7 @@ def test_runs_and_their_report(small, tmp_path):
         ("joint", "movie>nyt"),
     ):
         job = Job("report", arm, ARMS[arm].settings[0], sequence, 0)
-        line = json.loads(json.dumps(compare_methods.run(job)))
+        line = json.loads(json.dumps(run(job, tmp_path)))
         assert job_of(line) == job
         lines.append(line)
     plain, ours, mofo, lora, joint = lines

@@ -298,6 +298,60 @@ def test_a_second_run_goes_on_from_the_first_ones_memory(make_model, make_tasks,
     assert continued.continual_memory().metadata["tasks"] == ["first", "second"]
 
 
+@pytest.mark.parametrize(
+    "optim, method, known",
+    [
+        ("classp", "none", "none"),
+        ("classp", "logit_adjustment+elastic", "none"),  # the first run knew nothing of the methods
+        ("classp", "logit_adjustment+merge", "logit_adjustment"),  # counted once, although shown twice
+        ("adamw_torch", "ewc", "none"),
+        ("adamw_torch", "ewc", "ewc"),
+        ("adamw_torch", "replay+lwf", "none"),
+        ("adamw_torch", "interpolate", "none"),
+    ],
+)
+def test_learned_tasks_are_protected_without_being_trained_on(
+    make_model, make_tasks, make_args, collator, tmp_path, optim, method, known
+):
+    """A run that starts from a model that learned the first task ends where one that trains on both does."""
+    tasks = make_tasks(3)
+    common = {"optim": optim, "reset_optimizer": optim != "classp"}
+    whole = ContinualTrainer(
+        make_model(), make_args(output_dir=str(tmp_path / "whole"), **common), collator, method=method
+    )
+    R = whole.train_sequence(tasks)["accuracy_matrix"]
+
+    ContinualTrainer(
+        make_model(), make_args(output_dir=str(tmp_path / "a"), **common), collator, method=known
+    ).train_sequence(tasks[:1])
+    model = type(make_model()).from_pretrained(tmp_path / "a")
+    args = make_args(output_dir=str(tmp_path / "b"), learned_tasks=1, **common)
+    memory = tmp_path / "a" if (tmp_path / "a/continual_memory.safetensors").exists() else None
+    continued = ContinualTrainer(model, args, collator, method=method, memory=memory)
+    results = continued.train_sequence(tasks)
+    assert results["accuracy_matrix"] == [R[1], *R[1:]]
+    assert_same_weights(whole.model, model)
+    assert continued.continual_memory().metadata["tasks"] == ["first", "second", "third"]
+    # and resumes
+    again = make_args(output_dir=str(tmp_path / "b"), learned_tasks=1, resume_from_checkpoint="True", **common)
+    model = type(make_model()).from_pretrained(tmp_path / "a")
+    resumed = ContinualTrainer(model, again, collator, method=method, memory=memory).train_sequence(tasks)
+    assert resumed["accuracy_matrix"] == results["accuracy_matrix"]
+
+
+def test_learned_tasks_that_cannot_be(make_model, make_tasks, make_args, collator, tmp_path, caplog):
+    with pytest.raises(ValueError, match="learned_tasks must be >= 0, got -1"):
+        make_args(learned_tasks=-1)
+    trainer = ContinualTrainer(make_model(), make_args(learned_tasks=2), collator)
+    with pytest.raises(ValueError, match="learned_tasks=2 leaves none of the 2 tasks to train on"):
+        trainer.train_sequence(make_tasks(2))
+    trainer = ContinualTrainer(make_model(), make_args(learned_tasks=1, heads="per_task"), collator)
+    with pytest.raises(ValueError, match=r"come from the memory, which has none of \['first'\]"):
+        trainer.train_sequence(make_tasks(2))
+    ClasspTrainer(make_model(), make_args(learned_tasks=1), collator).train_sequence(make_tasks(2))
+    assert "CLASSP knows nothing of what these tasks needed" in caplog.text
+
+
 def test_a_memory_covers_parameters_that_never_had_a_gradient(make_model, make_tasks, make_args, collator, tmp_path):
     """An unused layer must not make a run refuse its own memory."""
 
