@@ -17,6 +17,9 @@ __all__ = ["CLASSP"]
 # sqrt(d (1 - d) / 16384), at most 0.004.
 _DENSITY_SAMPLE = 16_384
 
+# On the CPU a tensor is updated in blocks of so many weights, whose temporaries stay in the cache.
+_BLOCK = 65_536
+
 
 class CLASSP(Optimizer):
     r"""Continual Learning through Adjustment Suppression and Sparsity Promotion (Ludwig 2024, arXiv 2405.09637).
@@ -174,6 +177,10 @@ def _check_gradients(params: list[Tensor]) -> None:
     grads = [p.grad for p in params if p.numel() > 0]
     if not grads:
         return
+    if all(type(g) is Tensor and g.device.type == "cpu" for g in grads):
+        # A 2-norm is many times faster there than the maximum; it can overflow for finite gradients, so look again then.
+        if all(torch.linalg.vector_norm(g).isfinite() for g in grads):  # type: ignore[arg-type]
+            return
     largest = [_local(torch.linalg.vector_norm(g, math.inf)) for g in grads]  # type: ignore[arg-type]
     if not all(torch.stack([x.to(largest[0].device, torch.float32) for x in largest]).isfinite().tolist()):
         bad = [tuple(g.shape) for g, x in zip(grads, largest) if not x.isfinite()]  # type: ignore[union-attr]
@@ -199,8 +206,9 @@ def _update(group: dict[str, Any], params: list[Tensor], grads: list[Any], accum
     if foreach is None:
         foreach = native and all(p.is_cuda for p in params)
     if not (foreach and native):
+        update = _blockwise_classp_ if native and not torch.compiler.is_compiling() else classp_
         for p, g, s in zip(params, grads, accumulators):
-            classp_(p, g, s, **hyperparameters)
+            update(p, g, s, **hyperparameters)
         return
     by_kind: dict[Any, list[int]] = {}
     for i, (p, g) in enumerate(zip(params, grads)):
@@ -210,31 +218,61 @@ def _update(group: dict[str, Any], params: list[Tensor], grads: list[Any], accum
         _foreach_classp_(*columns, **hyperparameters)
 
 
+def _blockwise_classp_(param: Tensor, grad: Tensor, accumulator: Tensor, **hyperparameters: Any) -> None:
+    """`classp_`, the same to the bit (p other than 1 and 2: to the last), in blocks that stay in the CPU's cache, and
+    without rows that have no gradient.
+
+    Most rows of an embedding have none. A row whose every g^2 underflows (|g| < 1e-22) counts as one of them.
+    """
+    tensors = (param, grad, accumulator)
+    if param.device.type != "cpu" or param.numel() <= _BLOCK or not all(t.is_contiguous() for t in tensors):
+        classp_(*tensors, **hyperparameters)
+        return
+    if hyperparameters["density"] is not None:
+        threshold = _density_threshold(grad.float(), hyperparameters["density"])
+        hyperparameters.update(density=None, threshold=threshold)
+    rows = [t.view(len(param), -1) for t in tensors]
+    sample = torch.linalg.vector_norm(rows[1][:: max(1, len(param) // 64)], dim=1)
+    if not hyperparameters["weight_decay"] and 2 * sample.count_nonzero() < len(sample):
+        active = torch.linalg.vector_norm(rows[1], dim=1).nonzero().squeeze(1)
+        if 2 * len(active) < len(param):
+            for index in active.split(max(1, _BLOCK // rows[0].shape[1])):
+                w, g, s = (t[index] for t in rows)
+                classp_(w, g, s, **hyperparameters)
+                rows[0][index], rows[2][index] = w, s
+            return
+    scratch = torch.empty(_BLOCK)  # allocating anew for every block costs more than the arithmetic
+    for w, g, s in zip(*(t.view(-1).split(_BLOCK) for t in tensors)):
+        classp_(w, g, s, **hyperparameters, scratch=scratch[: len(w)])
+
+
 def classp_(
     param: Tensor,
     grad: Tensor,
     accumulator: Tensor,
     *,
     lr: float | Tensor,
-    threshold: float,
+    threshold: float | Tensor,
     density: float | None,
     power: float,
     eps: float,
     apply_decay: bool,
     weight_decay: float,
     maximize: bool,
+    scratch: Tensor | None = None,
 ) -> None:
-    """Algorithm 1 on one tensor; changes `param` and `accumulator` (float32) in place."""
+    """Algorithm 1 on one tensor; changes `param` and `accumulator` (float32) in place. `scratch`: memory of their shape."""
     g = _shrink(grad, threshold, density)
-    if power == 1:
-        accumulator.add_(g.abs())
-        root = accumulator + eps
-    elif power == 2:
+    if power == 2:
         accumulator.addcmul_(g, g)
-        root = (accumulator + eps).sqrt_()
     else:
-        accumulator.add_(g.abs().pow_(power))
-        root = (accumulator + eps).pow_(1 / power)
+        powers = torch.abs(g, out=scratch)
+        accumulator.add_(powers if power == 1 else powers.pow_(power))
+    root = torch.add(accumulator, eps, out=scratch)
+    if power == 2:
+        root.sqrt_()
+    elif power != 1:
+        root.pow_(1 / power)
 
     w = param if param.dtype in (torch.float32, torch.float64) else param.float()
     if weight_decay:
@@ -297,12 +335,12 @@ def _foreach_classp_(
         torch._foreach_copy_(params, ws)
 
 
-def _shrink(grad: Tensor, threshold: float, density: float | None) -> Tensor:
+def _shrink(grad: Tensor, threshold: float | Tensor, density: float | None) -> Tensor:
     """The gradient in float32 with the coordinates that may not update set to zero."""
     g = grad.float()
     if density is not None:
         return torch.where(g.square() > _density_threshold(g, density), g, 0.0)
-    if threshold > 0:
+    if isinstance(threshold, Tensor) or threshold > 0:
         return torch.where(g.square() > threshold, g, 0.0)
     return g  # a zero gradient neither accumulates nor moves, so there is nothing to mask
 
