@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import functools
 import copy
+import functools
 import io
 import pickle
 import subprocess

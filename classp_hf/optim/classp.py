@@ -177,10 +177,9 @@ def _check_gradients(params: list[Tensor]) -> None:
     grads = [p.grad for p in params if p.numel() > 0]
     if not grads:
         return
-    if all(type(g) is Tensor and g.device.type == "cpu" for g in grads):
-        # A 2-norm is many times faster there than the maximum; it can overflow for finite gradients, so look again then.
-        if all(torch.linalg.vector_norm(g).isfinite() for g in grads):  # type: ignore[arg-type]
-            return
+    on_cpu = all(type(g) is Tensor and g.device.type == "cpu" for g in grads)
+    if on_cpu and all(torch.linalg.vector_norm(g).isfinite() for g in grads):  # type: ignore[arg-type]
+        return  # a 2-norm is many times faster there than the maximum; it may overflow for finite gradients: look again
     largest = [_local(torch.linalg.vector_norm(g, math.inf)) for g in grads]  # type: ignore[arg-type]
     if not all(torch.stack([x.to(largest[0].device, torch.float32) for x in largest]).isfinite().tolist()):
         bad = [tuple(g.shape) for g, x in zip(grads, largest) if not x.isfinite()]  # type: ignore[union-attr]
