@@ -27,6 +27,8 @@ _EXPORTS = {
     "Merge": ".methods",
     "Method": ".methods",
     "MoFO": ".optim",
+    "OLoRA": ".methods",
+    "OSF": ".methods",
     "Replay": ".methods",
     "Task": ".tasks",
     "label_names": ".tasks",
@@ -39,7 +41,21 @@ __all__ = [*_EXPORTS, "__version__"]
 if TYPE_CHECKING:
     from .callback import ContinualMemoryCallback
     from .memory import ContinualMemory
-    from .methods import EMA, EWC, L2SP, METHODS, Elastic, Interpolate, LogitAdjustment, LwF, Merge, Method, Replay
+    from .methods import (
+        EMA,
+        EWC,
+        L2SP,
+        METHODS,
+        OSF,
+        Elastic,
+        Interpolate,
+        LogitAdjustment,
+        LwF,
+        Merge,
+        Method,
+        OLoRA,
+        Replay,
+    )
     from .optim import CLASSP, MoFO
     from .registration import register
     from .tasks import Task, label_names, load_task

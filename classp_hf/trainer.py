@@ -34,6 +34,7 @@ from .memory import (
     trainable_parameters,
 )
 from .methods import METHODS, Combined, Elastic, LogitAdjustment, Merge, Method
+from .methods.adapters import folded_state_dict
 from .metrics import summarize
 from .optim import CLASSP
 from .optim_args import parse_optim_args
@@ -146,6 +147,7 @@ class ContinualTrainer(Trainer):
             for part in self.method.parts():
                 part.excluded = self.task_heads.names
         self.seen_tasks: list[str] = []
+        self._between_tasks = False
         self.sequence_results: dict[str, Any] | None = None
         self._gathered: dict[str, Tensor] = {}
         self._pending_memory: ContinualMemory | None = None
@@ -311,6 +313,16 @@ class ContinualTrainer(Trainer):
         if self.args.should_save and (memory.tensors or self.seen_tasks):
             memory.save(output_dir or str(self.args.output_dir))
         super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not (self.method.folds_adapters and self._between_tasks):
+            super()._save(output_dir, state_dict)
+            return
+        adapted, self.model = self.model, bare_model(self.model)
+        try:
+            super()._save(output_dir, folded_state_dict(adapted))
+        finally:
+            self.model = adapted
 
     # ---- Workarounds ----
 
@@ -510,6 +522,7 @@ class ContinualTrainer(Trainer):
             if self.optimizer is not None:
                 self.task_heads.forget_optimizer_state(self.optimizer)
         started = time.monotonic()
+        self._between_tasks = False
         self.method.before_task(self, task)
         earlier = [previous.train_dataset for previous in tasks[:t]]
         self.train_dataset = self.method.extend_train_dataset(task.train_dataset, earlier)
@@ -520,6 +533,7 @@ class ContinualTrainer(Trainer):
         self.train(resume_from_checkpoint=checkpoint)
         started = time.monotonic()
         self.method.after_task(self, task)
+        self._between_tasks = True
         self._boundary_seconds += boundary + time.monotonic() - started
         if task.name not in self.seen_tasks:
             self.seen_tasks.append(task.name)
@@ -536,6 +550,7 @@ class ContinualTrainer(Trainer):
             method.before_task(self, task)
             method.extend_train_dataset(task.train_dataset, [])
             method.after_task(self, task)
+        self._between_tasks = True
         if task.name not in self.seen_tasks:
             self.seen_tasks.append(task.name)
         self._boundary_seconds += time.monotonic() - started
@@ -595,7 +610,7 @@ class ContinualTrainer(Trainer):
             "tasks": names,
             "accuracy_matrix": state["accuracy_matrix"],
             "metrics": summarize(state["accuracy_matrix"]),
-            "peft": bare_model(self.model) is not self.model,
+            "peft": bare_model(self.model) is not self.model and not self.method.folds_adapters,
             "label_names": [id2label[i] for i in sorted(id2label)],
             "method": state["config"]["method"],
             "optimizer": state["optimizer"],
@@ -739,12 +754,18 @@ def _last_complete_checkpoint(folder: Path) -> str | None:
 
 
 def _load_weights(model: Any, folder: Path) -> None:
-    """Read back what `save_model` wrote into `folder`, adapters or whole models, sharded files or one."""
-    if bare_model(model) is not model:
+    """Read back what `save_model` wrote into `folder`: adapters or a whole model, sharded files or one."""
+    if bare_model(model) is model:
+        if (folder / "model.safetensors").is_file():
+            load_model(model, folder / "model.safetensors")
+        else:  # in several files
+            model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+    elif (folder / "adapter_config.json").is_file():
         from peft import load_peft_weights, set_peft_model_state_dict
 
         set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-    elif (folder / "model.safetensors").is_file():
-        load_model(model, folder / "model.safetensors")
-    else:  # in several files
-        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+    else:  # a whole model, whose adapters were folded into it
+        saved = type(bare_model(model)).from_pretrained(folder, dtype=model.dtype).state_dict()
+        with torch.no_grad():
+            for name, tensor in folded_state_dict(model).items():
+                tensor.copy_(saved[name])

@@ -51,7 +51,7 @@ class Arm:
     settings: list[str]
     method: str = "none"
     kind: str = "replay-free"  # or "stores data", "upper bound"
-    peft: bool = False
+    peft: str | None = None  # or "lora", "osf"
     optimizer: str | None = None
     tuned_as: str | None = None
     """Take over the setting chosen for this arm instead of tuning again."""
@@ -70,15 +70,19 @@ AT = f"{ADAMW} --learning_rate 1e-4"  # of the methods on AdamW; `adamw` itself 
 ARMS: dict[str, Arm] = {
     # one optimizer after another, no method
     "adamw": Arm(ADAMW, ADAMW_LR),
-    "sgd": Arm("--optim sgd --optim_args momentum=0.9 --reset_optimizer", grid("--learning_rate", 3e-3, 1e-2, 3e-2)),
-    "adagrad": Arm("--optim adagrad --reset_optimizer", CLASSP_LR),
+    "sgd": Arm("--optim sgd --optim_args momentum=0.9 --reset_optimizer", grid("--learning_rate", 1e-2, 3e-2, 0.1)),
+    "adagrad": Arm("--optim adagrad --reset_optimizer", grid("--learning_rate", 2e-4, 5e-4, 1e-3)),
     "mofo": Arm(
         "--reset_optimizer",
         [f"--learning_rate 1e-4 --mofo_fraction {f}" for f in (0.05, 0.15, 0.4)],
         optimizer="MoFO",
         alone=True,
     ),
-    "lora": Arm(ADAMW, grid("--learning_rate", 5e-4, 1e-3, 2e-3), peft=True, alone=True),
+    "lora": Arm(ADAMW, grid("--learning_rate", 5e-4, 1e-3, 2e-3), peft="lora", alone=True),
+    "olora": Arm(
+        f"{ADAMW} --learning_rate 1e-3", grid("--olora_lambda", 0.05, 0.5, 5), "olora", peft="lora", alone=True
+    ),
+    "osf": Arm(ADAMW, grid("--learning_rate", 1e-4, 3e-4, 1e-3), "osf", peft="osf", alone=True),
     # methods from papers, on AdamW
     "ewc": Arm(AT, grid("--ewc_lambda", 0.03, 0.1, 0.3), method="ewc"),
     "ewc_summed": Arm(f"{AT} --ewc_mode summed", grid("--ewc_lambda", 0.03, 0.1, 0.3), method="ewc", tuned_as="ewc"),
@@ -183,7 +187,7 @@ def tokenizer_and_labels():
     return AutoTokenizer.from_pretrained(embedded.model_path()), list(SENTIMENT)
 
 
-def build_model(peft: bool, folder: Path | None = None):
+def build_model(peft: str | None = None, folder: Path | None = None):
     from transformers import AutoModelForSequenceClassification
 
     from classp_hf import embedded
@@ -199,11 +203,12 @@ def build_model(peft: bool, folder: Path | None = None):
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    if peft:
-        from peft import LoraConfig, TaskType, get_peft_model
+    if peft is not None:
+        from peft import LoraConfig, OSFConfig, TaskType, get_peft_model
 
-        lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=16, lora_alpha=32, target_modules="all-linear")
-        model = get_peft_model(model, lora)
+        common = {"task_type": TaskType.SEQ_CLS, "target_modules": "all-linear"}
+        lora, osf = LoraConfig(r=16, lora_alpha=32, **common), OSFConfig(effective_rank=0.5, **common)
+        model = get_peft_model(model, {"lora": lora, "osf": osf}[peft])
     return model
 
 
@@ -267,7 +272,7 @@ def train_first_task(first: FirstTask, cache: Path) -> None:
         args = parse(first.flags, first.seed, folder)[0]
         set_seed(first.seed)
         tokenizer, _ = tokenizer_and_labels()
-        trainer = classp_hf.ContinualTrainer(model=build_model(False), args=args, processing_class=tokenizer)
+        trainer = classp_hf.ContinualTrainer(model=build_model(), args=args, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         trainer.train_sequence([prepared_task(first.domain, first.stage, first.seed)])
         for checkpoint in Path(folder).glob("00-*"):
@@ -306,7 +311,8 @@ def run(job: Job, cache: Path) -> dict[str, Any]:
             tasks = [dataclasses.replace(sequence[0], name="joint", train_dataset=together)]
         set_seed(job.seed)
         model = build_model(arm.peft, learned)
-        chosen = [m for name in arm.method.split("+") for m in configured if m.name == name]
+        by_name = {m.name: m for m in configured}
+        chosen = [by_name.get(name, name) for name in arm.method.split("+")]
         kwargs: dict[str, Any] = {}
         if arm.optimizer == "MoFO":
             kwargs["optimizer_cls_and_kwargs"] = (
@@ -314,7 +320,7 @@ def run(job: Job, cache: Path) -> dict[str, Any]:
                 {"lr": args.learning_rate, "fraction": mofo.mofo_fraction},
             )
         trainer = classp_hf.ContinualTrainer(
-            model=model, args=args, processing_class=tokenizer, method=chosen or None, **kwargs
+            model=model, args=args, processing_class=tokenizer, method=chosen, **kwargs
         )
         trainer.remove_callback(PrinterCallback)
 

@@ -29,6 +29,7 @@ ARMS: dict[str, tuple[type[ContinualTrainer], str, list[str]]] = {
     "classp": (ClasspTrainer, "logit_adjustment", ["--optim", "classp"]),
     "classp_paper": (ContinualTrainer, "none", ["--optim", "classp"]),
     **{name: (ContinualTrainer, name, ADAMW) for name in METHODS if name != "none"},
+    "olora": (ContinualTrainer, "olora", ["--learning_rate", "1e-3", "--reset_optimizer"]),
     "naive": (ContinualTrainer, "none", ADAMW),
 }
 DEFAULTS = (
@@ -70,13 +71,21 @@ class RecipeArguments:
         },
     )
     use_peft: bool = field(
-        default=False, metadata={"help": "Train LoRA adapters and the head instead of all weights."}
+        default=False,
+        metadata={
+            "help": "Train LoRA adapters and the head instead of all weights. The arms olora and osf use adapters anyway."
+        },
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA adapters."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout in the LoRA adapters."})
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules to adapt. Default: all linear layers."}
+    )
+
+    osf_effective_rank: float = field(
+        default=0.5,
+        metadata={"help": "Arm osf: share of each weight's singular directions that tasks may not change."},
     )
 
     def __post_init__(self) -> None:
@@ -89,7 +98,7 @@ class RecipeArguments:
             self.max_train_samples = None
 
 
-def build_model(recipe: RecipeArguments, labels: list[str]):
+def build_model(recipe: RecipeArguments, labels: list[str], method: str = "none"):
     name = recipe.model_name_or_path or embedded.model_path()
     config = AutoConfig.from_pretrained(name, revision=recipe.model_revision)
     if set(config.label2id) == set(labels):  # a classifier of these labels: its head's rows have their order
@@ -112,17 +121,17 @@ def build_model(recipe: RecipeArguments, labels: list[str]):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
-    if recipe.use_peft:
-        from peft import LoraConfig, TaskType, get_peft_model
+    if recipe.use_peft or METHODS[method].folds_adapters:
+        from peft import LoraConfig, OSFConfig, PeftConfig, TaskType, get_peft_model
 
-        lora = LoraConfig(
-            task_type=TaskType.SEQ_CLS,
-            r=recipe.lora_r,
-            lora_alpha=recipe.lora_alpha,
-            lora_dropout=recipe.lora_dropout,
-            target_modules=recipe.lora_target_modules or "all-linear",
-        )
-        model = get_peft_model(model, lora)
+        common = {"task_type": TaskType.SEQ_CLS, "target_modules": recipe.lora_target_modules or "all-linear"}
+        adapter: PeftConfig
+        if method == "osf":
+            adapter = OSFConfig(effective_rank=recipe.osf_effective_rank, **common)
+        else:
+            r, alpha, dropout = recipe.lora_r, recipe.lora_alpha, recipe.lora_dropout
+            adapter = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, **common)
+        model = get_peft_model(model, adapter)
     return model, tokenizer
 
 
@@ -169,9 +178,9 @@ def main() -> None:
         args.output_dir = str(base / arm)
         if trainer_class is ClasspTrainer and args.heads != "shared":
             method_name = "none"  # there is no shared head whose logits could be adjusted
-        method = next((m for m in configured if m.name == method_name), None)
+        method = next((m for m in configured if m.name == method_name), method_name)
         set_seed(args.seed)
-        model, tokenizer = build_model(recipe, labels)
+        model, tokenizer = build_model(recipe, labels, method_name)
         trainer = trainer_class(model=model, args=args, processing_class=tokenizer, method=method)
         if trainer.is_world_process_zero():
             print(f"\n=== {arm}: {' -> '.join(t.name for t in tasks)} ===", flush=True)

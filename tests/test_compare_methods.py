@@ -76,19 +76,22 @@ def test_runs_and_their_report(small, tmp_path):
         ("classp_logit_adjustment_lwf", "nyt>movie"),
         ("mofo", "nyt>movie"),
         ("lora", "nyt>movie"),
+        ("olora", "nyt>movie"),
+        ("osf", "nyt>movie"),
         ("joint", "movie>nyt"),
     ):
         job = Job("report", arm, ARMS[arm].settings[0], sequence, 0)
         line = json.loads(json.dumps(run(job, tmp_path)))
         assert job_of(line) == job
         lines.append(line)
-    plain, ours, mofo, lora, joint = lines
+    plain, ours, mofo, lora, olora, osf, joint = lines
     assert [len(row) for row in plain["R"]] == [2, 2, 2] and len(joint["R"]) == 1
     assert [point[0] for point in plain["trace"]] == [2]
     # optimizer state a weight: two moments, an accumulator and a teacher, adapters
     assert plain["bytes_a_weight"] == pytest.approx(8, abs=0.1)
     assert ours["bytes_a_weight"] == pytest.approx(8, abs=0.1)
     assert mofo["bytes_a_weight"] == pytest.approx(8, abs=0.1) and lora["bytes_a_weight"] < 1
+    assert lora["bytes_a_weight"] < olora["bytes_a_weight"] < 1 and osf["method"]["name"] == "osf"
     assert ours["method"]["prior_strength"] == 0.25 and ours["optimizer"]["name"] == "CLASSP"
 
     found = report_methods.collect(lines, "movie>nyt")

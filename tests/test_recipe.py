@@ -189,6 +189,17 @@ def test_a_classifier_of_the_same_labels_keeps_its_rows(main, tmp_path):
     assert AutoConfig.from_pretrained(out / "classp").id2label == dict(enumerate(names))
 
 
+def test_methods_on_adapters_get_them_and_save_plain_models(main):
+    from transformers import AutoModelForSequenceClassification
+
+    out = main("--trainer", "osf", "--compare", "olora", "--max_train_samples", "16", "--olora_lambda", "2")
+    assert results(out, "olora")["method"] == {"name": "olora", "olora_lambda": 2.0}
+    for arm in ("osf", "olora"):
+        AutoModelForSequenceClassification.from_pretrained(out / arm)
+        assert not (out / arm / "adapter_config.json").exists()
+        assert "PeftModel" not in (out / arm / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "match"),
     [

@@ -33,6 +33,9 @@ class Method:
     """Whether the method reads the memory of gradients, `trainer.accumulators()`. CLASSP has it anyway; under any other
     optimizer the trainer then gathers it."""
 
+    folds_adapters: ClassVar[bool] = False
+    """Whether a task's PEFT adapter becomes part of the base weights when the task ends: saved then is a plain model."""
+
     excluded: frozenset[str] = field(default=frozenset(), init=False, repr=False)
     """Canonical names the method must leave alone: the parameters of per-task heads."""
 
@@ -106,6 +109,7 @@ class Combined(Method):
             raise ValueError(f"A combination holds every method once, got {' + '.join(names)}.")
         self.name = "+".join(names)  # type: ignore[misc]
         self.uses_accumulators = any(m.uses_accumulators for m in self.methods)  # type: ignore[misc]
+        self.folds_adapters = any(m.folds_adapters for m in self.methods)  # type: ignore[misc]
 
     def parts(self) -> Sequence[Method]:
         return self.methods

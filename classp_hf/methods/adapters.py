@@ -1,0 +1,92 @@
+"""What methods on PEFT adapters share: the task's adapter is folded into the base weights when the task ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..memory import bare_model, canonical_name
+from .base import Method
+
+if TYPE_CHECKING:
+    from ..tasks import Task
+    from ..trainer import ContinualTrainer
+
+
+@dataclass
+class FoldedAdapters(Method):
+    """One set of adapters that every task uses afresh: added to the base weights after the task, renewed before the next.
+
+    What is saved between tasks and at the end is therefore a plain model without adapters.
+    """
+
+    folds_adapters: ClassVar[bool] = True
+    adapter_type: ClassVar[str]
+    """PEFT's name for it, as in `PeftConfig.peft_type`."""
+
+    def renew(self, layer: Any, adapter: str) -> None:
+        """Make the layer's adapter that of a new task, without effect on the layer's output."""
+        raise NotImplementedError
+
+    def neutralise(self, layer: Any, adapter: str, name: str) -> None:
+        """Take the effect out of an adapter that was just added to the base weight. `name`: of the layer."""
+        raise NotImplementedError
+
+    def layers(self, model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+        """`(canonical name, PEFT layer, name of its adapter)`."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for name, module in model.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                yield canonical_name(name), module, module.active_adapters[0]
+
+    def check_trainer(self, trainer: ContinualTrainer) -> None:
+        configs = getattr(trainer.model, "peft_config", {})
+        found = [str(getattr(c.peft_type, "value", c.peft_type)) for c in configs.values()]
+        if found != [self.adapter_type]:
+            raise ValueError(
+                f"The method {self.name!r} needs a model with one {self.adapter_type} adapter, got "
+                f"{', '.join(found) or 'none'}. Build it with peft.get_peft_model."
+            )
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            raise ValueError(
+                f"The method {self.name!r} changes the base weights, which does not run sharded yet. Use DDP."
+            )
+        if not trainer.args.reset_optimizer:
+            raise ValueError(
+                f"The method {self.name!r} begins every task with a new adapter, which an optimizer's memory of the old one "
+                "does not fit. Pass --reset_optimizer."
+            )
+        for _, layer, _ in self.layers(trainer.model):
+            if not layer.get_base_layer().weight.is_floating_point():
+                raise ValueError(f"The method {self.name!r} adds to the base weights, which are quantised here.")
+
+    @torch.no_grad()
+    def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
+        if trainer.seen_tasks:
+            for _, layer, adapter in self.layers(trainer.model):
+                self.renew(layer, adapter)
+
+    @torch.no_grad()
+    def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
+        for name, layer, adapter in self.layers(trainer.model):
+            layer.merge(adapter_names=[adapter])
+            layer.merged_adapters.clear()
+            self.neutralise(layer, adapter, name)
+
+
+def folded_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """State of the bare model inside a PEFT model whose adapters have no effect; heads that were trained in PEFT's copy."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    bare = bare_model(model)
+    adapted = tuple(f"{name}." for name, module in bare.named_modules() if isinstance(module, BaseTunerLayer))
+    return {
+        canonical_name(key): value
+        for key, value in bare.state_dict().items()
+        if ".original_module." not in key and (not key.startswith(adapted) or ".base_layer." in key)
+    }

@@ -1,0 +1,37 @@
+"""Orthogonal subspace fine-tuning: a task trains the weights' small singular directions only (Nayak et al. 2025)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .adapters import FoldedAdapters
+
+
+@dataclass
+class OSF(FoldedAdapters):
+    """ "Sculpting Subspaces" (arXiv 2504.07097) by PEFT's own tuner, decomposing the weights again before every task.
+
+    Each adapted weight is split by its SVD; the large singular directions stay, the rest is trained with gradients
+    orthogonal to them. Before the next task the weights as they then are are split anew, so what the last task learned
+    can become part of what stays. The rank that stays is `peft.OSFConfig`'s `effective_rank`, the same for all tasks (the
+    paper chooses it by layer and task). The model is one with OSF adapters.
+    """
+
+    name: ClassVar[str] = "osf"
+    adapter_type: ClassVar[str] = "OSF"
+
+    def renew(self, layer: Any, adapter: str) -> None:
+        from peft.tuners.osf.utils import decompose_weight_matrix
+
+        parts = decompose_weight_matrix(layer.get_base_layer().weight.data, layer.effective_rank[adapter])
+        for part in ("U_low", "S_low", "V_low"):
+            layer.osf_svd_params[adapter][part].copy_(parts[part])
+            getattr(layer, f"_osf_{part}_init")[adapter].copy_(parts[part])
+        for part in ("U_high", "V_high"):
+            if adapter in (kept := getattr(layer, f"_osf_{part}")):  # PEFT keeps what it cannot derive
+                kept[adapter].copy_(parts[part])
+
+    def neutralise(self, layer: Any, adapter: str, name: str) -> None:
+        for part in ("U_low", "S_low", "V_low"):
+            getattr(layer, f"_osf_{part}_init")[adapter].copy_(layer.osf_svd_params[adapter][part])
