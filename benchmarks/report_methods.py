@@ -31,7 +31,7 @@ from compare_methods import (  # noqa: E402
     read_lines,
 )
 
-BASELINE, JOINT = "adamw", "joint"
+BASELINE, JOINT, OURS = "adamw", "joint", "classp_logit_adjustment"
 
 
 def interval(values: list[float]) -> str:
@@ -67,24 +67,25 @@ def collect(lines: list[dict[str, Any]], sequence: str) -> dict[str, dict[int, l
 def table(found: dict[str, dict[int, list[list[float]]]], tasks: list[str]) -> str:
     """A Markdown table, best ACC first; replay-free methods, those that store data, and joint training."""
     two = len(tasks) == 2
-    header = ["method", "seeds", "ACC", "ACC - AdamW, paired", "LA", "BWT", "forgetting", "gap recovered G"]
-    header += [f"{tasks[0]} at the end", f"{tasks[1]} at the end"] if two else []
-    baseline, joint = found.get(BASELINE, {}), found.get(JOINT, {})
+    header = ["method", "seeds", "ACC", "ACC - AdamW's, paired", f"`{OURS}`'s ACC - its, paired", "LA", "BWT"]
+    header += [f"{task} at the end" for task in tasks] if two else ["forgetting"]
+    header.append("gap recovered G")
+    acc = {arm: {seed: float(np.mean(R[-1])) for seed, R in runs.items()} for arm, runs in found.items()}
+
+    def paired(arm: str, other: str) -> str:
+        common = [s for s in acc[arm] if s in acc.get(other, {})]
+        return interval([acc[arm][s] - acc[other][s] for s in common]) if common and arm != other else ""
+
     rows: dict[str, list[tuple[float, list[str]]]] = defaultdict(list)
     for arm, runs in found.items():
-        acc = {seed: float(np.mean(R[-1])) for seed, R in runs.items()}
-        paired = [acc[s] - float(np.mean(baseline[s][-1])) for s in acc if s in baseline]
         metrics = [summarize(R) for R in runs.values()] if arm != JOINT else []
-        common = [s for s in acc if s in baseline and s in joint]
-        gap = gap_recovered(*(float(np.mean([r[s] for s in common])) for r in (acc, means(baseline), means(joint)))) if common else None  # fmt: skip
-        cells = [f"`{arm}`", str(len(runs)), interval(list(acc.values()))]
-        cells.append(interval(paired) if paired and arm != BASELINE else "")
-        for key in ("learning_accuracy", "backward_transfer", "forgetting"):
+        cells = [f"`{arm}`", str(len(runs)), interval(list(acc[arm].values())), paired(arm, BASELINE)]
+        cells.append(paired(OURS, arm) if arm not in (BASELINE, JOINT) and OURS in acc else "")
+        for key in ("learning_accuracy", "backward_transfer", *(() if two else ("forgetting",))):
             cells.append(interval([m[key] for m in metrics]) if metrics else "")
-        cells.append(f"{gap:.2f}" if gap is not None and arm not in (BASELINE, JOINT) else "")
-        if two:
-            cells += [interval([R[-1][j] for R in runs.values()]) for j in (0, 1)]
-        rows[ARMS[arm].kind].append((float(np.mean(list(acc.values()))), cells))
+        cells += [interval([R[-1][j] for R in runs.values()]) for j in range(2 if two else 0)]
+        cells.append("" if arm in (BASELINE, JOINT) else gap(acc[arm], acc.get(BASELINE, {}), acc.get(JOINT, {})))
+        rows[ARMS[arm].kind].append((float(np.mean(list(acc[arm].values()))), cells))
     text = []
     for kind in ("replay-free", "stores data", "upper bound"):
         if rows[kind]:
@@ -93,8 +94,12 @@ def table(found: dict[str, dict[int, list[list[float]]]], tasks: list[str]) -> s
     return "\n\n".join(text)
 
 
-def means(runs: dict[int, list[list[float]]]) -> dict[int, float]:
-    return {seed: float(np.mean(R[-1])) for seed, R in runs.items()}
+def gap(acc: dict[int, float], baseline: dict[int, float], joint: dict[int, float]) -> str:
+    """G of the means over the seeds that all three have."""
+    common = [s for s in acc if s in baseline and s in joint]
+    if not common:
+        return ""
+    return f"{gap_recovered(*(float(np.mean([r[s] for s in common])) for r in (acc, baseline, joint))):.2f}"
 
 
 def traces(lines: list[dict[str, Any]], tasks: tuple[str, str]) -> dict[str, np.ndarray]:
@@ -175,6 +180,23 @@ def tuning(lines: list[dict[str, Any]]) -> str:
     return report._markdown([["method", "settings tried: validation ACC; chosen in bold"], *rows], "<<")
 
 
+def edges(frozen: dict[str, str]) -> str:
+    tuned = [a for a in ARMS if a in frozen and ARMS[a].tuned_as is None]
+    at_edge = [f"`{a}`" for a in tuned if frozen[a] in (ARMS[a].settings[0], ARMS[a].settings[-1])]
+    return (
+        f"A best setting at the edge of its grid may be bettered beyond it: {', '.join(at_edge)}. " if at_edge else ""
+    )
+
+
+def unreported(frozen: dict[str, str]) -> list[str]:
+    missing = [f"`{a}`" for a in ARMS if a not in frozen]
+    return (
+        [f"Arms of the recipe without a reported run, about which nothing is claimed: {', '.join(missing)}."]
+        if missing
+        else []
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, default=ROOT / "benchmarks/results/compare_methods.jsonl")
@@ -198,11 +220,11 @@ def main() -> None:
         f"{EVAL_EXAMPLES} test examples a task (one accuracy: binomial error 2.9 points); the training examples, their order and the new head differ from seed "
         "to seed and are the same for all methods of a seed: differences are paired. ± is the half width of the 95% interval of the mean over seeds.",
         f"Settings were chosen on {', '.join(TUNING)} by validation accuracy (mean ACC, one seed), three settings a method, on a half of the training data that no reported run "
-        "sees, and then frozen. Methods on AdamW use the learning rate 1e-4, those on CLASSP 1e-3. Which of CLASSP's additions to offer at all was searched before, also on "
-        "tuning sequences and validation data alone: that search ([log.md](log.md)) is a budget the other methods did not have. A best setting at the edge of its grid "
-        "(EWC's is) may be bettered beyond it. `joint` trains on all tasks' data together, with as many steps as the sequence has.",
-        f"Arms of the recipe without a reported run yet: {', '.join(f'`{a}`' for a in ARMS if a not in frozen)}; nothing is claimed about these, nor about longer "
-        "sequences than those below.",
+        "sees, and then frozen (table at the end). Methods on AdamW use the learning rate 1e-4, those on CLASSP 1e-3. Which of CLASSP's additions to offer at all was searched before, "
+        f"also on tuning sequences and validation data alone: that search ([log.md](log.md)) is a budget the other methods did not have. {edges(frozen)}"
+        f"`joint` trains on all tasks' data together, with as many steps as the sequence has; methods that store data take as many steps as the others. `{OURS}` is what "
+        "`ClasspTrainer` does by itself.",
+        *unreported(frozen),
         "ACC: mean accuracy at the end. LA: mean accuracy right after each task's training. BWT: change since, negative = forgetting. "
         "G: share of the gap between `adamw` and `joint` that is recovered, of the means over seeds ([metrics.md](metrics.md)). What the methods are: [methods/](methods/README.md).",
     ]
