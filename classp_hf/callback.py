@@ -13,13 +13,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .memory import (
-    MEMORY_NAME,
     ContinualMemory,
     bare_model,
     canonical_name,
     full_tensor,
     like_parameter,
-    memory_shapes,
+    match_accumulators,
     trainable_parameters,
 )
 from .methods import Elastic, Merge
@@ -48,15 +47,14 @@ class ContinualMemoryCallback(TrainerCallback):
             return
         _, uses = parse_optim_args(args.optim_args)
         start = str(bare_model(model).config.name_or_path)
-        memory = _find(uses.get("memory"), start)
+        memory = _find(uses.get("memory"), start, getattr(bare_model(model).config, "_commit_hash", None))
         self.tasks = list(memory.metadata.get("tasks", [])) if memory is not None else []
+        stored: dict[str, Tensor] = {}
+        self.kept: dict[str, Tensor] = {}
         if memory is None:
-            stored: dict[str, Tensor] = {}
             logger.info(f"No continual memory beside {start!r}: this run begins one.")
         else:
-            memory = ContinualMemory({k: t for k, t in memory.tensors.items() if k.startswith("accumulator/")})
-            memory.check_fits(memory_shapes(model))
-            stored = memory.get("accumulator")
+            stored, self.kept = match_accumulators(memory.get("accumulator"), model)
             logger.warning(
                 f"Going on from the continual memory of {', '.join(self.tasks) or 'an earlier run'} in {start!r}."
             )
@@ -101,6 +99,7 @@ class ContinualMemoryCallback(TrainerCallback):
         parameters = dict(trainable_parameters(model))
         for n, p in parameters.items():  # none yet for a parameter that never had a gradient
             accumulators.setdefault(n, torch.zeros_like(p, dtype=torch.float32))
+        memory.put("accumulator", self.kept)
         memory.put("accumulator", {n: full_tensor(s) for n, s in accumulators.items()})
         numbers = {k: v for k, v in self.optimizer.defaults.items() if isinstance(v, (int, float, bool, type(None)))}
         memory.metadata = {
@@ -111,12 +110,16 @@ class ContinualMemoryCallback(TrainerCallback):
             memory.save(folder)
 
 
-def _find(wanted: str | None, start: str) -> ContinualMemory | None:
+def _find(wanted: str | None, start: str, revision: str | None) -> ContinualMemory | None:
+    """The memory asked for, or the one beside the model that came from `start`, a folder or a Hub repository."""
     if wanted == "none":
         return None
     if wanted is not None:
         return ContinualMemory.load(wanted)
-    return ContinualMemory.load(start) if (Path(start) / MEMORY_NAME).is_file() else None
+    try:
+        return ContinualMemory.load(start, revision=None if Path(start).is_dir() else revision) if start else None
+    except FileNotFoundError:  # also without a network: most models have none
+        return None
 
 
 def _starting_weights(model: nn.Module, start: str) -> dict[str, Tensor]:

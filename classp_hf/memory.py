@@ -25,6 +25,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 MEMORY_NAME = "continual_memory.safetensors"
 FORMAT = "classp_hf.continual_memory"
@@ -181,6 +184,67 @@ class ContinualMemory:
                 "It belongs to another model, head or adapter. Load the model it was saved with, or start without a "
                 "memory."
             )
+
+
+def match_accumulators(
+    stored: Mapping[str, Tensor], model: nn.Module, excluded: frozenset[str] = frozenset(), resumed: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Which of the `stored` accumulators (canonical name -> tensor) the model trains on with, and which it only keeps.
+
+    So that full and adapter fine-tuning may alternate: the memory of base weights that are frozen now is kept for when
+    they are trained again; an adapter the model does not have any more takes its memory with it, for it was a memory of
+    other weights; and so does an earlier adapter of the same name, which is told from one that goes on by its B, zero in a
+    LoRA that has not learned yet. New adapters, and base weights of a model whose adapter was trained so far, begin
+    without a memory. Every case is logged.
+
+    Args:
+        stored: from `ContinualMemory.get("accumulator")`.
+        excluded: parameters that have no memory (per-task heads).
+        resumed: the memory is that of a checkpoint of this run, whose weights may not be in the model yet.
+
+    Returns:
+        Accumulators of parameters that are trained, and of parameters that are frozen.
+
+    Raises:
+        ValueError: anything else that differs: it belongs to another model.
+    """
+    shapes = {n: s for n, s in memory_shapes(model).items() if n not in excluded}
+    frozen = {canonical_name(n): tuple(p.shape) for n, p in model.named_parameters() if not p.requires_grad}
+    adapters = {n for n in {*stored, *shapes} if _is_adapter(n)}
+    begun = {n for n in shapes if n in adapters and (resumed or not _is_new_lora(n, model))}
+    gone = {n for n in stored if n in adapters and n not in begun}
+    kept = {n: t for n, t in stored.items() if n not in gone and n not in shapes and frozen.get(n) == tuple(t.shape)}
+    used = {n: t for n, t in stored.items() if n not in gone and n not in kept}
+    new = {n for n in shapes if n not in used and (n in adapters or gone or adapters & stored.keys())}
+    if used or not stored:
+        ContinualMemory({f"accumulator/{n}": t for n, t in used.items()}).check_fits(
+            {n: s for n, s in shapes.items() if n not in new}
+        )
+    if gone:
+        logger.warning(
+            f"The continual memory of {len(gone)} adapter weights ({_shorten(sorted(gone), 1)}) is dropped: that adapter is merged, "
+            "removed or begun anew, and its memory says nothing of the weights it was merged into."
+        )
+    if kept:
+        logger.warning(
+            f"The continual memory of {len(kept)} weights that are frozen now is kept for when they are trained."
+        )
+    if new:
+        logger.warning(f"{len(new)} weights ({_shorten(sorted(new), 1)}) begin without a continual memory.")
+    return used, kept
+
+
+def _is_adapter(name: str) -> bool:
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    return any(part.startswith(tuple(PEFT_TYPE_TO_PREFIX_MAPPING.values())) for part in name.split("."))
+
+
+def _is_new_lora(name: str, model: nn.Module) -> bool:
+    if ".lora_" not in name:
+        return False
+    B = re.sub(r"lora_(embedding_)?[AB]\b", r"lora_\1B", name)
+    return any(canonical_name(n) == B and not full_tensor(p.detach()).any() for n, p in model.named_parameters())
 
 
 def memory_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

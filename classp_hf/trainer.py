@@ -30,7 +30,7 @@ from .memory import (
     full_tensor,
     gather_,
     like_parameter,
-    memory_shapes,
+    match_accumulators,
     trainable_parameters,
 )
 from .methods import METHODS, Combined, Elastic, LogitAdjustment, Merge, Method
@@ -150,6 +150,7 @@ class ContinualTrainer(Trainer):
         self._between_tasks = False
         self.sequence_results: dict[str, Any] | None = None
         self._gathered: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
         self._pending_memory: ContinualMemory | None = None
         self._pending_optimizer: Path | None = None
         if args.memory is not None:
@@ -223,6 +224,7 @@ class ContinualTrainer(Trainer):
     def continual_memory(self) -> ContinualMemory:
         """The memory as it stands: accumulators, the method's state, per-task heads. Call it on every rank."""
         memory = ContinualMemory()
+        memory.put("accumulator", self._kept)
         memory.put("accumulator", {n: full_tensor(t) for n, t in self.accumulators().items()})
         for method in self.method.parts():
             for part, tensors in method.state_dict().items():
@@ -244,16 +246,18 @@ class ContinualTrainer(Trainer):
         }
         return memory
 
-    def load_memory(self, memory: ContinualMemory) -> None:
+    def load_memory(self, memory: ContinualMemory, resumed: bool = False) -> None:
         """Continue from `memory`: the method's state at once, accumulators when training begins.
+
+        Args:
+            memory: which of its accumulators are used, [`~classp_hf.memory.match_accumulators`] decides.
+            resumed: it is that of a checkpoint of this very run.
 
         Raises:
             ValueError: names or shapes differ from the model's trainable parameters, or the accumulators hold another
                 power of the gradients than this run's.
         """
-        shared = {n: s for n, s in memory_shapes(self.model).items() if n not in self._heads}
-        accumulators = ContinualMemory({k: t for k, t in memory.tensors.items() if k.startswith("accumulator/")})
-        accumulators.check_fits(shared)
+        stored, self._kept = match_accumulators(memory.get("accumulator"), self.model, self._heads, resumed)
         self._check_power(memory)
         used = []
         for method in self.method.parts():
@@ -277,7 +281,9 @@ class ContinualTrainer(Trainer):
                 f"{self.method.name!r} and heads={self.args.heads!r} does not use."
             )
         self.seen_tasks = list(memory.metadata.get("tasks", []))
-        self._pending_memory = memory
+        rest = {k: t for k, t in memory.tensors.items() if not k.startswith("accumulator/")}
+        self._pending_memory = ContinualMemory(rest, memory.metadata)
+        self._pending_memory.put("accumulator", stored)
 
     def _check_power(self, memory: ContinualMemory) -> None:
         stored = memory.metadata.get("optimizer", {}).get("power")
@@ -344,7 +350,7 @@ class ContinualTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, str) and (Path(resume_from_checkpoint) / MEMORY_NAME).is_file():
-            self.load_memory(ContinualMemory.load(resume_from_checkpoint))
+            self.load_memory(ContinualMemory.load(resume_from_checkpoint), resumed=True)
             self._pending_optimizer = None
         if self.args.eval_strategy != "no" and self.eval_dataset == {}:
             raise ValueError("eval_strategy needs an eval_dataset, and the trainer was given none.")
@@ -575,7 +581,7 @@ class ContinualTrainer(Trainer):
             self.task_heads.active = None
         _load_weights(self.model, folder)
         if (folder / MEMORY_NAME).is_file():
-            self.load_memory(ContinualMemory.load(folder))
+            self.load_memory(ContinualMemory.load(folder), resumed=True)
         if self.task_heads is not None:
             self.task_heads.active = task.name
         if (folder / "optimizer.pt").is_file():

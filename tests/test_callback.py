@@ -9,6 +9,8 @@ import textwrap
 import pytest
 import torch
 from conftest import weights
+from fake_hub import FakeHub
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import BertForSequenceClassification, Trainer, TrainingArguments, set_seed
 
 import classp_hf
@@ -55,6 +57,44 @@ def test_two_runs_of_an_unedited_script(make_model, tmp_path):
     assert ContinualMemory.load(tmp_path / "b" / "checkpoint-1").kinds() == ["accumulator"]
     _, alone = launch("a", "c", "--optim_args", "memory=none")
     assert alone.metadata["tasks"] == ["c"]
+
+
+def test_the_second_run_finds_the_memory_of_a_model_on_the_hub(make_model, tmp_path):
+    """Over the wire: model and memory from one commit of a repository that moves on; and a repository without one."""
+    (tmp_path / "unedited.py").write_text(textwrap.dedent(SCRIPT))
+    model = make_model(num_labels=2)
+    model.save_pretrained(tmp_path / "a")
+    memory = ContinualMemory()
+    memory.put("accumulator", {n: torch.full_like(p, 0.5) for n, p in model.named_parameters()})
+    memory.metadata = {"tasks": ["finance"], "optimizer": {"power": 2.0}}
+    memory.save(tmp_path / "a")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    without = {n: content for n, content in files.items() if n != "continual_memory.safetensors"}
+    with FakeHub({("me/a", "main"): files, ("me/plain", "main"): without}) as hub:
+        for repo, tasks in (("me/a", ["finance", "me-a"]), ("me/plain", ["me-plain"])):
+            out = tmp_path / repo.replace("/", "-")
+            command = [
+                sys.executable,
+                "-m",
+                "classp_hf",
+                str(tmp_path / "unedited.py"),
+                repo,
+                "--output_dir",
+                str(out),
+            ]
+            command += ["--max_steps", "2", "--use_cpu", "--report_to", "none", "--optim", "classp"]
+            run = subprocess.run(
+                [*command, "--learning_rate", "1e-2", "--save_strategy", "no"],
+                capture_output=True,
+                text=True,
+                timeout=300,
+                env=hub.env(tmp_path / "cache"),
+            )
+            assert run.returncode == 0, run.stderr
+            assert ("Going on from the continual memory of finance in 'me/a'" in run.stderr) == (repo == "me/a")
+            stored = ContinualMemory.load(out)
+            assert stored.metadata["tasks"] == tasks
+            assert all((s >= 0.5).all() for s in stored.get("accumulator").values()) == (repo == "me/a")
 
 
 @pytest.fixture
@@ -141,6 +181,51 @@ def test_a_memory_that_does_not_fit_stops_the_run(plain, make_model, tmp_path):
     make_model(num_labels=2).save_pretrained(start)  # another head beside the old memory
     with pytest.raises(ValueError, match=r"does not fit this model's trainable parameters"):
         second("plain", start)
+
+
+def test_full_and_adapter_fine_tuning_alternate(plain, make_tasks, collator, tmp_path, caplog):
+    """Full on A, LoRA on B, that LoRA further on C, merged and full on D."""
+    first, _, arguments, tasks = plain
+    a = first()
+    lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules="all-linear")
+
+    def train(model, output, **changes):
+        args = TrainingArguments(**arguments(output, **changes))
+        Trainer(model=model, args=args, train_dataset=tasks[1].train_dataset, data_collator=collator).train()
+        return ContinualMemory.load(tmp_path / output).get("accumulator")
+
+    of_a = ContinualMemory.load(a).get("accumulator")
+    model = get_peft_model(BertForSequenceClassification.from_pretrained(a), lora)
+    of_b = train(model, "b")  # found beside the base model
+    body = [n for n in of_a if not n.startswith("classifier")]
+    assert all(torch.equal(of_b[n], of_a[n]) for n in body)  # frozen: kept, not used
+    assert (of_b["classifier.weight"] > of_a["classifier.weight"]).any()
+    adapters = of_b.keys() - of_a.keys()
+    assert len(adapters) == 2 * 13 and any((of_b[n] > 0).any() for n in adapters)
+    assert f"memory of {len(body)} weights that are frozen now is kept" in caplog.text
+
+    model.save_pretrained(tmp_path / "b")
+    base = BertForSequenceClassification.from_pretrained(a)
+    model = PeftModel.from_pretrained(base, tmp_path / "b", is_trainable=True)
+    of_c = train(model, "c", optim_args=f"memory={tmp_path / 'b'}")
+    assert of_c.keys() == of_b.keys()
+    assert all((of_c[n] >= of_b[n]).all() for n in of_c)
+    assert "is dropped" not in caplog.text
+
+    merged = model.merge_and_unload().requires_grad_(True)  # PEFT had frozen it
+    of_d = train(merged, "d", optim_args=f"memory={tmp_path / 'c'}")
+    assert of_d.keys() == of_a.keys()
+    assert all((of_d[n] >= of_a[n]).all() for n in body) and any((of_d[n] > of_a[n]).any() for n in body)
+    assert (
+        f"memory of {len(adapters)} adapter weights" in caplog.text
+        and "is dropped: that adapter is merged" in caplog.text
+    )
+
+    caplog.clear()  # another adapter of the same name on the merged model: the old one's memory is not its own
+    model = get_peft_model(BertForSequenceClassification.from_pretrained(a), lora)
+    of_e = train(model, "e", optim_args=f"memory={tmp_path / 'c'}", max_steps=1)
+    assert "is dropped: that adapter is merged" in caplog.text
+    assert any((of_e[n] < of_c[n]).any() for n in adapters) and all(torch.equal(of_e[n], of_a[n]) for n in body)
 
 
 def test_optim_args_choose_the_uses_in_classp_trainer(make_model, make_args):
