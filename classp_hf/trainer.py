@@ -23,6 +23,7 @@ from . import report
 from .callback import ContinualMemoryCallback
 from .classification import accuracy, classification_loss, is_single_label_classifier
 from .heads import TaskHeads
+from .hub import push_folder
 from .memory import (
     MEMORY_NAME,
     ContinualMemory,
@@ -642,6 +643,38 @@ class ContinualTrainer(Trainer):
             path = Path(str(self.args.output_dir)) / "README.md"
             base_model = self.model.config.name_or_path or None
             report.write_model_card(path, results=self.sequence_results, base_model=base_model)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As Trainer's; after `train_sequence` the final model, its memory, R and the card, and not the tasks' folders.
+
+        Raises:
+            RuntimeError: the upload failed; says what to do. Nothing local is lost.
+        """
+        if self.sequence_results is None:
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        self.create_model_card()
+        if not self.is_world_process_zero():
+            return None
+        return push_folder(
+            str(self.args.output_dir),
+            str(self.hub_model_id),
+            commit_message=commit_message,
+            token=token,
+            revision=revision or self.args.hub_revision,
+            run_as_future=not blocking,
+        )
 
     def _mask_other_tasks_labels(self, logits: Any, labels: Tensor) -> Any:
         """With a head a task, the task is known: labels of other tasks are no candidates."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 
 # Before anything imports the libraries: tests need no network, and two workers must not fight over two cores.
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

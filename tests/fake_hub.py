@@ -1,5 +1,5 @@
 """A loopback stand-in for the Hub: enough of its HTTP interface for `datasets.load_dataset(repo_id)` to read
-Parquet, and for `hf_hub_download` of a model's file.
+Parquet, for `hf_hub_download` of a model's file, and for `create_repo` and `upload_folder`.
 
     with FakeHub({("owner/name", "main"): {"README.md": b"...", "data/train.parquet": b"..."}}) as hub:
         subprocess.run(..., env=hub.env(tmp_path))
@@ -9,9 +9,11 @@ Parquet, and for `hf_hub_download` of a model's file.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -31,6 +33,25 @@ class FakeHub:
             commit = hashlib.sha1(f"{repo}@{revision}".encode()).hexdigest()
             self.repos[repo, revision] = self.repos[repo, commit] = (commit, files)
         self.requests: list[str] = []
+        self.messages: dict[str, list[str]] = {}
+        """Commit messages by repository."""
+        self.tokens: set[str | None] = set()
+        """Authorization headers of what was written."""
+        self.large: dict[str, bytes] = {}
+        """Content of large files by SHA-256."""
+        self.failures: dict[str, int] = {}
+        """Last part of a path that is POSTed to ("create", "preupload", "batch", "commit") -> status, 0: drop the connection."""
+
+    def create(self, repo: str) -> None:
+        self.commit(repo, {}, "initial commit")
+
+    def commit(self, repo: str, files: dict[str, bytes], message: str) -> str:
+        _, old = self.repos.get((repo, "main"), ("", {}))
+        messages = self.messages.setdefault(repo, [])
+        messages.append(message)
+        commit = hashlib.sha1(f"{repo}@{len(messages)}".encode()).hexdigest()
+        self.repos[repo, "main"] = self.repos[repo, commit] = (commit, old | files)
+        return commit
 
     def __enter__(self) -> FakeHub:
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -90,8 +111,67 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def json(self, value) -> None:
-        self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def do_PUT(self):
+        self.hub.large[self.path.rpartition("/")[2]] = self.body()
+        self.reply(200, b"", {})
+
+    def do_POST(self):
+        self.hub.requests.append(f"POST {unquote(self.path)}")
+        body = self.body()
+        parts = urlsplit(self.path).path.strip("/").split("/")
+        action = next((a for a in ("create", "validate-yaml", "preupload", "batch", "commit") if a in parts), None)
+        if action in self.hub.failures:
+            if not self.hub.failures[action]:
+                return self.connection.shutdown(socket.SHUT_RDWR)
+            return self.error(self.hub.failures[action], "Refused")
+        self.hub.tokens.add(self.headers.get("Authorization"))
+        if action == "create":
+            given = json.loads(body)
+            repo = f"{given.get('organization') or 'me'}/{given['name']}"
+            if (repo, "main") in self.hub.repos:
+                return self.json({"url": self.url(repo)}, 409)
+            self.hub.create(repo)
+            return self.json({"url": self.url(repo)})
+        if action == "validate-yaml":
+            return self.json({"errors": [], "warnings": []})
+        if action == "batch":
+            objects = [
+                o | {"actions": {"upload": {"href": self.url(f"large/{o['oid']}")}}}
+                for o in json.loads(body)["objects"]
+            ]
+            return self.json({"objects": objects, "transfer": "basic"})
+        repo = "/".join(parts[2:4])
+        if (repo, "main") not in self.hub.repos:
+            return self.error(404, "RepoNotFound")
+        if action == "preupload":
+            files = [f["path"] for f in json.loads(body)["files"]]
+            mode = {True: "lfs", False: "regular"}
+            known = [{"path": f, "uploadMode": mode[f.endswith(".safetensors")], "shouldIgnore": False} for f in files]
+            return self.json({"files": known})
+        header, *operations = [json.loads(line) for line in body.splitlines()]
+        files = {}
+        for operation in operations:
+            value = operation["value"]
+            regular = operation["key"] == "file"
+            files[value["path"]] = base64.b64decode(value["content"]) if regular else self.hub.large[value["oid"]]
+        commit = self.hub.commit(repo, files, header["value"]["summary"])
+        return self.json({"commitUrl": self.url(f"{repo}/commit/{commit}"), "commitOid": commit})
+
+    def body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}/{path}"
+
+    def json(self, value, status: int = 200) -> None:
+        self.reply(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def file(self, commit: str, content: bytes) -> None:
         etag = f'"{hashlib.sha1(content).hexdigest()}"'

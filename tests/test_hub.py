@@ -1,0 +1,121 @@
+"""Pushing over the wire: huggingface_hub's own client against a loopback server."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from fake_hub import FakeHub
+
+TOKEN = "hf_" + "a" * 34
+
+PUSH = """
+import sys
+from test_hub import train
+trainer = train(sys.argv[1])
+try:
+    print(trainer.push_to_hub())
+except RuntimeError as error:
+    print(f"FAILED: {error}")
+"""
+
+
+def train(folder):
+    """Two tiny tasks in `folder`, as a script that pushes would train them."""
+    from conftest import collator, make_model, make_tasks
+
+    from classp_hf import ClasspTrainer, ContinualTrainingArguments
+
+    unwrapped = (fixture.__wrapped__ for fixture in (make_model, make_tasks, collator))
+    model, tasks, collate = (make() for make in unwrapped)
+    args = ContinualTrainingArguments(
+        output_dir=folder,
+        hub_model_id="me/kept",
+        hub_token=TOKEN,
+        push_to_hub=True,
+        hub_strategy="end",
+        max_steps=2,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = ClasspTrainer(model(), args, collate)
+    trainer.train_sequence(tasks())
+    return trainer
+
+
+@pytest.fixture
+def push(tmp_path):
+    def call(hub):
+        changes = {"PYTHONPATH": str(Path(__file__).parent), "HF_HUB_OFFLINE": "0"}
+        return subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(PUSH), str(tmp_path / "run")],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=hub.env(tmp_path / "cache") | changes,
+        )
+
+    return call
+
+
+def test_push_sends_model_memory_and_card_in_one_commit(push, tmp_path):
+    with FakeHub({}) as hub:
+        run = push(hub)
+        assert run.returncode == 0, run.stderr
+        assert "/me/kept/commit/" in run.stdout
+        _, files = hub.repos["me/kept", "main"]
+        assert set(files) == {
+            *("README.md", "accuracy_matrix.png", "config.json", "continual_memory.safetensors", "model.safetensors"),
+            *("results.json", "retention.png"),
+        }
+        assert all(files[n] == (tmp_path / "run" / n).read_bytes() for n in files)
+        assert hub.messages["me/kept"] == ["initial commit", "End of training"]
+        assert hub.tokens == {f"Bearer {TOKEN}"}
+        assert not any(TOKEN.encode() in content for content in files.values())
+        assert json.loads(files["results.json"])["tasks"] == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("failures", "what_to_do"),
+    [
+        ({"preupload": 401}, "Log in with a token that may write there (`hf auth login`)"),
+        ({"commit": 409}, "The repository changed meanwhile"),
+        ({"commit": 0}, "Check the network"),
+    ],
+)
+def test_a_failed_push_loses_nothing_and_says_what_to_do(push, tmp_path, failures, what_to_do):
+    with FakeHub({}) as hub:
+        hub.failures = failures
+        run = push(hub)
+        assert run.returncode == 0, run.stderr
+        assert f"FAILED: Pushing {tmp_path / 'run'} to 'me/kept' failed (" in run.stdout
+        assert f"Nothing local is lost. {what_to_do}" in run.stdout
+        assert f"and try again: hf upload me/kept {tmp_path / 'run'} . --exclude" in run.stdout
+        assert TOKEN not in run.stdout + run.stderr
+        for name in ("model.safetensors", "continual_memory.safetensors", "results.json", "README.md"):
+            assert (tmp_path / "run" / name).is_file()
+        assert hub.messages["me/kept"] == ["initial commit"]
+
+        hub.failures = {}  # the command that the message gives
+        command = run.stdout.partition("try again: ")[2].strip()
+        client = [sys.executable, "-m", "huggingface_hub.cli.hf", *shlex.split(command)[1:]]
+        again = subprocess.run(
+            client, capture_output=True, text=True, timeout=300, env=hub.env(tmp_path / "cache") | {"HF_TOKEN": TOKEN}
+        )
+        assert again.returncode == 0, again.stderr
+        assert "model.safetensors" in hub.repos["me/kept", "main"][1]
+        assert not [n for n in hub.repos["me/kept", "main"][1] if n.startswith("00-")]
+
+
+def test_a_repository_that_cannot_be_made_stops_the_run_before_training(push, tmp_path):
+    with FakeHub({}) as hub:
+        hub.failures = {"create": 401}
+        run = push(hub)
+        assert run.returncode != 0 and "401" in run.stderr
+        assert not (tmp_path / "run" / "sequence_state.json").exists()
