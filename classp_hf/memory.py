@@ -283,6 +283,24 @@ def mean_over_weights(tensors: Iterable[Tensor]) -> float:
     return total / count if count else 0.0
 
 
+def layer_means(accumulators: Mapping[str, Tensor]) -> dict[str, float]:
+    """Layer -> mean accumulator a weight, layers in the model's order.
+
+    A layer is what shares its name up to the first number (`bert.encoder.layer.3`), else up to the second part
+    (`bert.embeddings`).
+    """
+    sums: dict[str, list[float]] = {}
+    for name, t in accumulators.items():
+        numbered = re.match(r"(.*?\.\d+)\.", name)
+        parts = name.split(".")
+        layer = sums.setdefault(
+            numbered[1] if numbered else ".".join(parts[: min(2, len(parts) - 1)]) or name, [0.0, 0]
+        )
+        layer[0] += float(full_tensor(t.sum(dtype=torch.float64)))
+        layer[1] += t.numel()
+    return {layer: total / max(count, 1) for layer, (total, count) in sums.items()}
+
+
 @torch.no_grad()
 def gather_(accumulators: dict[str, Tensor], model: nn.Module, power: float) -> None:
     """`s <- s + |g|^power` for every trainable parameter that has a gradient: CLASSP's memory under any optimizer.

@@ -326,13 +326,44 @@ def plot_retention(arms: Mapping[str, Mapping[str, Any]], path: str | os.PathLik
     _save(figure, path)
 
 
+def plot_importance(importance: Mapping[str, Sequence[float]], tasks: Sequence[str], path: str | os.PathLike) -> None:
+    """Write a PNG with a line a task over the layers: how much the memory of gradients grew there, 1 = the mean layer.
+
+    Args:
+        importance: layer -> mean accumulator a weight before any training here and after every task.
+        tasks: their names; a task in which nothing grew (it was not trained on) has no line.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    layers = list(importance)
+    figure = _figure(max(5.0, 1.5 + 0.42 * len(layers)), 4.0)
+    axes = figure.subplots()
+    for t, task in enumerate(tasks):
+        grown = [max(importance[layer][t + 1] - importance[layer][t], 0.0) for layer in layers]
+        mean = sum(grown) / len(grown)
+        if mean > 0:
+            style = {"color": _PALETTE[t % 7], "marker": _MARKERS[t % 7], "linestyle": ("-", ":", "-.")[t // 7 % 3]}
+            axes.plot(range(len(layers)), [g / mean or None for g in grown], **style, label=task)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(layers)), layers, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_ylabel("growth of the memory a weight\n(1 = mean of the layers)")
+    axes.grid(axis="y", color="0.9")
+    axes.legend(frameon=False, fontsize=9)
+    axes.set_title("Which layers each task's gradients went through, and later tasks find held", fontsize=10)
+    _save(figure, path)
+
+
 def write_figures(folder: str | os.PathLike, results: Mapping[str, Any]) -> None:
-    """Write `accuracy_matrix.png` and `retention.png` of one run into `folder`; without matplotlib, say so and go on."""
+    """Write a run's `accuracy_matrix.png`, `retention.png` and, of a run with a memory of gradients, `importance.png` into
+    `folder`; without matplotlib, say so and go on."""
     method = results["method"]["name"]
     name = results["optimizer"]["name"] + ("" if method == "none" else f" + {method}")
     try:
         plot_accuracy_matrix(results["tasks"], results["accuracy_matrix"], Path(folder) / "accuracy_matrix.png", name)
         plot_retention({name: results}, Path(folder) / "retention.png")
+        if results.get("importance"):
+            plot_importance(results["importance"], results["tasks"], Path(folder) / "importance.png")
     except ImportError as error:
         logger.warning(f"No figures: {error}")
 

@@ -16,6 +16,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
 
@@ -30,6 +31,7 @@ from .memory import (
     bare_model,
     full_tensor,
     gather_,
+    layer_means,
     like_parameter,
     match_accumulators,
     trainable_parameters,
@@ -149,6 +151,9 @@ class ContinualTrainer(Trainer):
                 part.excluded = self.task_heads.names
         self.seen_tasks: list[str] = []
         self._between_tasks = False
+        self._density: float | None = None
+        self._logged_task: str | None = None
+        self._earlier_steps = 0
         self.sequence_results: dict[str, Any] | None = None
         self._gathered: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor] = {}
@@ -216,6 +221,9 @@ class ContinualTrainer(Trainer):
 
     def before_step(self) -> None:
         """Remember the gradients, if the optimizer does not, and let the method add to them."""
+        optimizer, step = _unwrap(self.optimizer), self.state.global_step + 1
+        logs = self.args.logging_strategy == "steps" and step % max(self.state.logging_steps, 1) == 0
+        self._density = optimizer.update_density() if logs and isinstance(optimizer, CLASSP) else None
         if self._gathers:
             gather_(self._gathered, self.model, self.args.memory_power)
             for n in self._heads:
@@ -331,6 +339,25 @@ class ContinualTrainer(Trainer):
         finally:
             self.model = adapted
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's, with the share of coordinates that CLASSP updated; in a sequence keys begin with the task's name,
+        and steps count on from task to task."""
+        if "loss" in logs and self._density is not None:
+            logs["update_density"] = self._density
+        if self._logged_task is None:
+            super().log(logs, start_time)
+            return
+        task, step = self._logged_task, self.state.global_step
+        named = {
+            f"eval_{task}/{k.removeprefix('eval_')}" if k.startswith("eval_") else f"{task}/{k}": v
+            for k, v in logs.items()
+        }
+        self.state.global_step = step + self._earlier_steps
+        try:
+            super().log(named, start_time)
+        finally:
+            self.state.global_step = step
+
     # ---- Workarounds ----
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
@@ -396,10 +423,15 @@ class ContinualTrainer(Trainer):
         if done:
             self.seen_tasks = [task.name for task in tasks[:done]]
             self._restore_boundary(folders[done - 1], tasks[done - 1])
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(base / "runs")  # one for all tasks, and for a resumed run
+        self._earlier_steps = sum(state.setdefault("steps", []))
         try:
             started = time.monotonic()
             self._boundary_seconds = state.setdefault("boundary_seconds", 0.0)
             if not rows:
+                self._note_importance(state, 0)
                 rows.append(self._evaluate_tasks(tasks))
             elif not done and any(abs(a - b) > 0.005 for a, b in zip(self._evaluate_tasks(tasks), rows[0])):
                 raise ValueError(
@@ -419,13 +451,18 @@ class ContinualTrainer(Trainer):
                 else:
                     self._train_task(t, tasks, folders[t], resume=bool(state.pop("resumed", False)))
                 self._save_boundary(folders[t])
+                self._note_importance(state, t + 1)
                 state["boundary_seconds"] = self._boundary_seconds
                 state["optimizer"] = _describe_optimizer(_unwrap(self.optimizer), self.args)
                 rows.append(list(rows[-1]) if learned else self._evaluate_tasks(tasks))
+                self._log_row(tasks[: t + 1], rows)
+                state["steps"].append(0 if learned else self.state.global_step)
+                self._earlier_steps = sum(state["steps"])
             state["seconds"] = state.get("seconds", 0.0) + time.monotonic() - started
             self._write_state(base, state)
         finally:
             self.args.output_dir = str(base)
+            self._logged_task = None
         return self._finish(base, tasks, state)
 
     def _check_sequence_arguments(self) -> None:
@@ -446,6 +483,19 @@ class ContinualTrainer(Trainer):
         for problem, given in problems.items():
             if given:
                 raise ValueError(f"train_sequence cannot be used with {problem}")
+
+    def _note_importance(self, state: dict[str, Any], stage: int) -> None:
+        for layer, mean in layer_means(self.accumulators()).items():
+            means = state.setdefault("importance", {}).setdefault(layer, [])
+            means += [0.0] * (stage - len(means)) + [mean]
+
+    def _log_row(self, tasks: list[Task], rows: list[list[float]]) -> None:
+        """Send what R says of the tasks so far to the loggers."""
+        known = summarize([row[: len(tasks)] for row in rows])
+        self._logged_task = "sequence"
+        values = {f"{self.args.sequence_metric}/{task.name}": value for task, value in zip(tasks, rows[-1])}
+        values |= {k: known[k] for k in ("average_accuracy", "forgetting") if known[k] is not None}
+        self.log(values)
 
     def _check_learned_tasks(self, tasks: list[Task]) -> None:
         learned = self.args.learned_tasks
@@ -529,6 +579,7 @@ class ContinualTrainer(Trainer):
             if self.optimizer is not None:
                 self.task_heads.forget_optimizer_state(self.optimizer)
         started = time.monotonic()
+        self._logged_task = task.name
         self._between_tasks = False
         self.method.before_task(self, task)
         earlier = [previous.train_dataset for previous in tasks[:t]]
@@ -597,6 +648,7 @@ class ContinualTrainer(Trainer):
             if self.task_heads is not None:
                 self.task_heads.activate(task.name)
                 self.active_label_ids = task.label_ids
+            self._logged_task = task.name
             metrics = self.evaluate(task.measured_dataset)
             if key not in metrics:
                 raise ValueError(
@@ -626,6 +678,7 @@ class ContinualTrainer(Trainer):
             **report.environment(num_processes=self.args.world_size),
             "seconds": state["seconds"],
             "boundary_seconds": state["boundary_seconds"],
+            "importance": state.get("importance", {}),
         }
         if self.is_world_process_zero():
             report.write_json(base / "results.json", results)

@@ -116,6 +116,20 @@ class CLASSP(Optimizer):
                 self.state[p]["accumulator"] = accumulator.to(device=p.device, dtype=torch.float32, copy=True)
 
     @torch.no_grad()
+    def update_density(self) -> float:
+        """Share of all coordinates, in [0, 1], that a step with the present gradients would update.
+
+        Call it after the backward pass and before `zero_grad`; it reads every gradient once, and one number back.
+        """
+        total, updated = 0, []
+        for group in self.param_groups:
+            for p in group["params"]:
+                total += p.numel()
+                if p.grad is not None and p.numel() > 0:
+                    updated.append(_local((_shrink(p.grad, group["threshold"], group["density"]) != 0).sum()))
+        return float(torch.stack([n.to(updated[0].device) for n in updated]).sum()) / total if updated else 0.0
+
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Perform one optimization step.
 
