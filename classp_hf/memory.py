@@ -66,6 +66,12 @@ def bare_model(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def is_language_model(model: nn.Module) -> bool:
+    """Whether the model writes text: causal or sequence-to-sequence."""
+    can_generate = getattr(bare_model(model), "can_generate", None)
+    return can_generate is not None and bool(can_generate())
+
+
 @dataclass
 class ContinualMemory:
     """Tensors keyed `<kind>/<parameter name>`, and JSON metadata.

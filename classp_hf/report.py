@@ -29,15 +29,60 @@ REDACTED = "REDACTED"
 
 Matrix = Sequence[Sequence[float]]
 
-# Metric -> (label, format of the value in points, meaning).
+# Metric of R -> (label, sign of its format, meaning).
 _METRICS = {
-    "average_accuracy": ("average accuracy", ".1f", "mean over all tasks at the end"),
-    "learning_accuracy": ("learning accuracy", ".1f", "mean over tasks, each right after its own training"),
-    "backward_transfer": ("backward transfer", "+.1f", "points since each earlier task was learned; negative = forgetting"),
-    "forward_transfer": ("forward transfer", "+.1f", "points over the untrained model, each task before its own training"),
-    "forgetting": ("forgetting", ".1f", "points below each earlier task's best; positive = forgetting"),
-    "retained_accuracy": ("retained accuracy", ".1f", "% of each task's own learned accuracy left at the end"),
+    "average_accuracy": ("average {metric}", "", "mean over all tasks at the end"),
+    "learning_accuracy": ("learning {metric}", "", "mean over tasks, each right after its own training"),
+    "backward_transfer": ("backward transfer", "+", "{points} since each earlier task was learned; negative = forgetting"),
+    "forward_transfer": ("forward transfer", "+", "{points} over the untrained model, each task before its own training"),
+    "forgetting": ("forgetting", "", "{points} {below} each earlier task's best; positive = forgetting"),
+    "retained_accuracy": ("retained {metric}", "", "% of each task's own learned {metric} left at the end"),
 }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How the values of R are written.
+
+    Args:
+        metric: its name.
+        percent: shares of one, written in percent; else in their own unit.
+        digits: after the point.
+        greater_is_better: of the metric.
+    """
+
+    metric: str = "accuracy"
+    percent: bool = True
+    digits: int = 1
+    greater_is_better: bool = True
+
+    @classmethod
+    def of(cls, results: Mapping[str, Any]) -> Scale:
+        """The scale for the content of a `results.json`."""
+        metric = results.get("metric", "accuracy")
+        greater = results.get("greater_is_better", True)
+        largest = max(abs(v) for row in results["accuracy_matrix"] for v in row)
+        percent = greater and largest <= 1
+        return cls(metric, percent, 1 if percent or largest >= 100 else 3, greater)
+
+    def text(self, value: float | None, sign: str = "") -> str:
+        """The value as it is shown; adding 0.0 makes -0.0 a plain zero."""
+        if value is None:
+            return "n/a"
+        return format(round((100 if self.percent else 1) * value, self.digits) + 0.0, f"{sign}.{self.digits}f")
+
+    @property
+    def title(self) -> str:
+        lower = "" if self.greater_is_better else ", lower is better"
+        return f"{self.metric} in %" if self.percent else f"{self.metric}{lower}"
+
+
+# Class to load a model with -> the Hub's name of what it does, and a text's.
+_KINDS = {
+    "AutoModelForSequenceClassification": ("text-classification", "text classifier"),
+    "AutoModelForCausalLM": ("text-generation", "language model"),
+    "AutoModelForSeq2SeqLM": ("text2text-generation", "sequence-to-sequence model"),
+}
 
 # Flags and arguments with a secret: `token` but not `tokenizer`.
 _SECRET_NAME = re.compile(r"token(?!i[sz])|password|secret|api[_-]?key", re.IGNORECASE)
@@ -49,7 +94,7 @@ _HUB_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
 # Arguments that say where a run was written or shown, not how the model was trained.
 _PLACES = {
     *("accelerator_config", "dataloader_pin_memory", "disable_tqdm", "logging_dir", "method", "output_dir"),
-    *("hub_model_id", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name"),
+    *("hub_model_id", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name", "sequence_metric"),
 }
 
 
@@ -169,19 +214,23 @@ def public_command(argv: Sequence[str]) -> str:
 # ---- Tables -----------------------------------------------------------------------------------------------------------
 
 
-def format_sequence(tasks: Sequence[str], accuracy_matrix: Matrix, metrics: Mapping[str, Any], title: str) -> str:
-    """A table for the terminal: a row a stage, a column a task, in %; then the metrics and how to read them.
+def format_sequence(
+    tasks: Sequence[str], accuracy_matrix: Matrix, metrics: Mapping[str, Any], title: str, scale: Scale | None = None
+) -> str:
+    """A table for the terminal: a row a stage, a column a task; then the metrics and how to read them.
 
     Args:
         tasks: T names.
         accuracy_matrix: R, (T+1) x T.
         metrics: of `metrics.summarize`; None is written "n/a".
         title: the first line.
+        scale: how values are written. Default: accuracy in %.
     """
     _check_matrix(tasks, accuracy_matrix)
-    rows = [[stage, *map(_points, row)] for stage, row in zip(_stages(tasks), accuracy_matrix)]
+    scale = scale or Scale()
+    rows = [[stage, *map(scale.text, row)] for stage, row in zip(_stages(tasks), accuracy_matrix)]
     table = _pad([["", *tasks], *rows], "<" + ">" * len(tasks))
-    readings = [f"{label:<17}  {value:>5}  ({meaning})" for label, value, meaning in _metric_rows(metrics)]
+    readings = [f"{label:<17}  {value:>5}  ({meaning})" for label, value, meaning in _metric_rows(metrics, scale)]
     return "\n".join([title, *("  ".join(cells) for cells in table), "", *readings])
 
 
@@ -195,28 +244,34 @@ def format_comparison(arms: Mapping[str, Mapping[str, Any]]) -> str:
         ValueError: no arms, or arms of different tasks.
     """
     tasks = _common_tasks(arms)
+    scale = Scale.of(next(iter(arms.values())))
     header = ["arm", *tasks, "ACC", "LA", "BWT", "forgetting", "seconds"]
     rows = []
     for arm, results in arms.items():
         R, metrics = results["accuracy_matrix"], results["metrics"]
-        kept = [f"{_points(R[j + 1][j])} -> {_points(R[-1][j])}" for j in range(len(tasks) - 1)]
+        kept = [f"{scale.text(R[j + 1][j])} -> {scale.text(R[-1][j])}" for j in range(len(tasks) - 1)]
         keys = ("average_accuracy", "learning_accuracy", "backward_transfer", "forgetting")
-        values = [_points(metrics[key], _METRICS[key][1]) for key in keys]
-        rows.append([arm, *kept, _points(R[-1][-1]), *values, f"{results['seconds']:.0f}"])
-    note = "Accuracy in %: right after the task's own training -> after the last task."
+        values = [scale.text(metrics[key], _METRICS[key][1]) for key in keys]
+        rows.append([arm, *kept, scale.text(R[-1][-1]), *values, f"{results['seconds']:.0f}"])
+    note = f"{scale.title[0].upper()}{scale.title[1:]}: right after the task's own training -> after the last task."
     return _markdown([header, *rows], "<" + ">" * (len(header) - 1)) + "\n\n" + note
 
 
-def _points(value: float | None, spec: str = ".1f") -> str:
-    """A share in percent (points); adding 0.0 makes -0.0 a plain zero."""
-    return "n/a" if value is None else format(round(100 * value, 1) + 0.0, spec)
+def _metric_rows(metrics: Mapping[str, Any], scale: Scale) -> list[list[str]]:
+    words = {
+        "metric": scale.metric,
+        "points": "points" if scale.percent else "difference",
+        "below": "below" if scale.greater_is_better else "above",
+    }
 
+    def text(key: str, sign: str) -> str:
+        value = metrics[key]
+        return ", ".join(map(Scale().text, value)) if isinstance(value, list) else scale.text(value, sign)
 
-def _metric_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
-    def text(value: Any, spec: str) -> str:
-        return ", ".join(_points(v, spec) for v in value) if isinstance(value, list) else _points(value, spec)
-
-    return [[label, text(metrics[key], spec), meaning] for key, (label, spec, meaning) in _METRICS.items()]
+    return [
+        [label.format(**words), text(key, sign), meaning.format(**words)]
+        for key, (label, sign, meaning) in _METRICS.items()
+    ]
 
 
 def _stages(tasks: Sequence[str]) -> list[str]:
@@ -258,13 +313,17 @@ _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKERS = "osD^vPX"
 
 
-def plot_accuracy_matrix(tasks: Sequence[str], R: Matrix, path: str | os.PathLike, title: str) -> None:
-    """Write R as a PNG heat map with the percentages in its cells; frames mark each task's own training.
+def plot_accuracy_matrix(
+    tasks: Sequence[str], R: Matrix, path: str | os.PathLike, title: str, scale: Scale | None = None
+) -> None:
+    """Write R as a PNG heat map with the values in its cells; frames mark each task's own training.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     _check_matrix(tasks, R)
+    scale = scale or Scale()
+    low, high = (0.0, 1.0) if scale.percent else (min(map(min, R)), max(map(max, R)))
     T = len(tasks)
     stages = _stages(tasks)
     longest = max(map(len, stages))
@@ -274,16 +333,16 @@ def plot_accuracy_matrix(tasks: Sequence[str], R: Matrix, path: str | os.PathLik
 
     axes = figure.add_subplot(frame_on=False)
     # Pale to dark blue; its luminance falls evenly, so it reads in grey and with any colour vision.
-    axes.imshow([[100 * v for v in row] for row in R], cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    axes.imshow(R, cmap="Blues", vmin=low, vmax=high, aspect="auto")
     for t, row in enumerate(R):
         for j, value in enumerate(row):
-            colour = "white" if value > 0.65 else "black"
-            axes.text(j, t, _points(value), ha="center", va="center", color=colour)
+            colour = "white" if value > low + 0.65 * (high - low) else "black"
+            axes.text(j, t, scale.text(value), ha="center", va="center", color=colour)
     for j in range(T):
         axes.add_patch(Rectangle((j - 0.5, j + 0.5), 1, 1, fill=False, edgecolor="#D55E00", lw=2, clip_on=False))
     axes.set_xticks(range(T), tasks, rotation=30, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(T + 1), stages)
-    axes.set_title(f"{title}\naccuracy in %, framed: the task just trained", fontsize=10)
+    axes.set_title(f"{title}\n{scale.title}, framed: the task just trained", fontsize=10)
     _save(figure, path)
 
 
@@ -298,12 +357,15 @@ def plot_retention(arms: Mapping[str, Mapping[str, Any]], path: str | os.PathLik
         ValueError: no arms, or arms of different tasks.
     """
     tasks = _common_tasks(arms)
+    scale = Scale.of(next(iter(arms.values())))
+    factor = 100 if scale.percent else 1
     T = len(tasks)
     columns = min(T, 3)
     lines = -(-T // columns)
     figure = _figure(max(1.0 + columns * max(2.6, 0.45 * (T + 1)), 5.0), 1.0 + 2.3 * lines)
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
-    lowest = min(0.0, *(100 * v for results in arms.values() for row in results["accuracy_matrix"] for v in row))
+    shown = [factor * v for results in arms.values() for row in results["accuracy_matrix"] for v in row]
+    lowest, highest = min(0.0, *shown), 100 if scale.percent else 1.05 * max(shown)
     for j, axes in enumerate(panels):
         if j >= T:
             axes.set_axis_off()
@@ -311,17 +373,17 @@ def plot_retention(arms: Mapping[str, Mapping[str, Any]], path: str | os.PathLik
         axes.axvline(j + 1, color="0.6", linestyle="--", label="the task's own training" if j == 0 else None)
         for a, (arm, results) in enumerate(arms.items()):
             style = {"color": _PALETTE[a % 7], "marker": _MARKERS[a % 7], "linestyle": ("-", ":", "-.")[a // 7 % 3]}
-            values = [100 * row[j] for row in results["accuracy_matrix"]]
+            values = [factor * row[j] for row in results["accuracy_matrix"]]
             size = max(8 - 2 * a, 4)  # earlier arms larger: seen under later ones of the same value
             # Not clipped: markers at 0 and 100 stay whole.
             axes.plot(values, **style, markersize=size, clip_on=False, label=arm if j == 0 else None)
         axes.set_title(f"{j + 1}. {tasks[j]}", fontsize=10)
-        axes.set_ylim(lowest, 100)
+        axes.set_ylim(lowest, highest)
         axes.set_xticks(range(T + 1), ["untrained", *(str(t) for t in range(1, T + 1))])
         axes.tick_params(labelbottom=True, labelsize=8)
         axes.grid(axis="y", color="0.9")
     figure.supxlabel("after task", fontsize=10)
-    figure.supylabel("accuracy in %", fontsize=10)
+    figure.supylabel(scale.title, fontsize=10)
     figure.legend(loc="outside upper center", ncols=min(len(arms) + 1, 4), frameon=False, fontsize=9)
     _save(figure, path)
 
@@ -360,7 +422,8 @@ def write_figures(folder: str | os.PathLike, results: Mapping[str, Any]) -> None
     method = results["method"]["name"]
     name = results["optimizer"]["name"] + ("" if method == "none" else f" + {method}")
     try:
-        plot_accuracy_matrix(results["tasks"], results["accuracy_matrix"], Path(folder) / "accuracy_matrix.png", name)
+        matrix, path = results["accuracy_matrix"], Path(folder) / "accuracy_matrix.png"
+        plot_accuracy_matrix(results["tasks"], matrix, path, name, Scale.of(results))
         plot_retention({name: results}, Path(folder) / "retention.png")
         if results.get("importance"):
             plot_importance(results["importance"], results["tasks"], Path(folder) / "importance.png")
@@ -422,42 +485,45 @@ def write_model_card(
     adjusted = any(m["name"] == "logit_adjustment" for m in methods)
     trainer = "ClasspTrainer" if optimizer["name"] == "CLASSP" and adjusted else "ContinualTrainer"
     repo = arguments.get("hub_model_id") or path.resolve().parent.name
-    metric = arguments.get("sequence_metric", "accuracy")
+    scale = Scale.of(results)
+    pipeline, kind = _KINDS[results.get("auto_class", "AutoModelForSequenceClassification")]
     on_hub = base_model is not None and bool(_HUB_ID.fullmatch(base_model)) and not Path(base_model).exists()
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-classification",
+        pipeline_tag=pipeline,
         tags=["continual-learning", optimizer["name"].lower(), *(m["name"] for m in methods)],
         base_model=base_model if on_hub else None,
         datasets=list(datasets) or None,
         model_name=repo.split("/")[-1],
         eval_results=[
             EvalResult(
-                task_type="text-classification",
+                task_type=pipeline,
                 dataset_type=task,
                 dataset_name=task,
-                metric_type=metric,
-                metric_name=f"{metric} after the last task",
+                metric_type=scale.metric,
+                metric_name=f"{scale.metric} after the last task",
                 metric_value=round(value, 4),
             )
             for task, value in zip(tasks, R[-1])
         ],
     )
     rows = [
-        [stage, *(f"**{_points(v)}**" if t == j + 1 else _points(v) for j, v in enumerate(row))]
+        [stage, *(f"**{scale.text(v)}**" if t == j + 1 else scale.text(v) for j, v in enumerate(row))]
         for t, (stage, row) in enumerate(zip(_stages(tasks), R))
     ]
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         repo=repo,
-        metric=metric,
+        metric=scale.title,
+        kind=kind,
+        auto_class=results.get("auto_class", "AutoModelForSequenceClassification"),
         results=results,
         base=base_model if on_hub or base_model is None else Path(base_model).name,
         optimizer_text=_call_text(optimizer),
         method_text=_call_text(method),
         matrix_table=_markdown([["", *tasks], *rows], "<" + ">" * len(tasks)),
-        metrics_table=_markdown([["metric", "value", "meaning"], *_metric_rows(results["metrics"])], "<><"),
+        metrics_table=_markdown([["metric", "value", "meaning"], *_metric_rows(results["metrics"], scale)], "<><"),
         command=public_command(shlex.split(results["command"])),
         changed=_changed_arguments(arguments),
         has_memory=(path.parent / MEMORY_NAME).is_file(),

@@ -127,7 +127,7 @@ def label_names(tasks: list[Task]) -> list[str]:
     `input_ids` and `labels`) hold ids already and add no name. Raises `ValueError` for labels without usable names.
     """
     validate_tasks(tasks)
-    named = (name for task in tasks if not _is_tokenised(task) for name in _task_names(task))
+    named = (name for task in tasks if not is_tokenised(task) for name in _task_names(task))
     return list(dict.fromkeys(named))
 
 
@@ -155,7 +155,7 @@ def prepare_tasks(tasks: list[Task], tokenizer, label2id: dict[str, int], max_le
             "label2id={n: i for i, n in enumerate(names)}, id2label=dict(enumerate(names)) where "
             f"names = label_names(tasks), here {names}."
         )
-    if tokenizer is None and not all(_is_tokenised(task) for task in tasks):
+    if tokenizer is None and not all(is_tokenised(task) for task in tasks):
         raise ValueError(
             "Tasks that hold texts need a tokenizer, got None; pass the trainer processing_class=tokenizer."
         )
@@ -163,12 +163,22 @@ def prepare_tasks(tasks: list[Task], tokenizer, label2id: dict[str, int], max_le
         max_length is None and tokenizer is not None and tokenizer.model_max_length < 1_000_000
     ):  # "no limit" is int(1e30)
         max_length = tokenizer.model_max_length
-    return [task if _is_tokenised(task) else _prepare(task, tokenizer, label2id, max_length) for task in tasks]
+    return [task if is_tokenised(task) else _prepare(task, tokenizer, label2id, max_length) for task in tasks]
 
 
 def validate_tasks(tasks: list[Task]) -> None:
+    """Raise `ValueError` for whatever `validate_splits` refuses, and for a missing column."""
+    validate_splits(tasks)
+    for task in tasks:
+        if not is_tokenised(task):
+            for split, dataset in task.splits.items():
+                wanted = [task.text_column, task.text_pair_column, task.label_column]
+                _check_columns(f"Task {task.name!r}: {split}", dataset, wanted)
+
+
+def validate_splits(tasks: list[Task]) -> None:
     """Raise `ValueError` for an empty list, an element that is not a Task, names that collide as folders, a split that
-    is empty or not a `datasets.Dataset`, a missing column."""
+    is empty or not a `datasets.Dataset`."""
     if not tasks:
         raise ValueError(f"tasks is {tasks!r}; give at least one Task, e.g. load_task('icwsm14/nyt').")
     slugs: dict[str, str] = {}
@@ -185,10 +195,6 @@ def validate_tasks(tasks: list[Task]) -> None:
                 raise ValueError(f"{where} is a {type(dataset).__name__}; give a datasets.Dataset.")
             if len(dataset) == 0:
                 raise ValueError(f"{where} is empty; give it rows (a test_dataset may be left None).")
-        if not _is_tokenised(task):
-            for split, dataset in task.splits.items():
-                wanted = [task.text_column, task.text_pair_column, task.label_column]
-                _check_columns(f"Task {task.name!r}: {split}", dataset, wanted)
 
 
 def _slug(name: str) -> str:
@@ -210,7 +216,8 @@ def _check_columns(where: str, dataset: Dataset, columns: list[str | None]) -> N
 # --- labels ---
 
 
-def _is_tokenised(task: Task) -> bool:
+def is_tokenised(task: Task) -> bool:
+    """Whether every split holds `input_ids` and `labels`."""
     return all({"input_ids", "labels"} <= set(dataset.column_names) for dataset in task.splits.values())
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +16,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_model
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils import logging
@@ -25,12 +26,14 @@ from .callback import ContinualMemoryCallback
 from .classification import accuracy, classification_loss, is_single_label_classifier
 from .heads import TaskHeads
 from .hub import push_folder
+from .language import prepare_language_tasks
 from .memory import (
     MEMORY_NAME,
     ContinualMemory,
     bare_model,
     full_tensor,
     gather_,
+    is_language_model,
     layer_means,
     like_parameter,
     match_accumulators,
@@ -63,6 +66,9 @@ class ContinualTrainer(Trainer):
             list), or None.
         memory: go on from this continual memory: a file, the folder of a model saved with one, or a Hub id. The same as
             `args.memory`.
+        task_metric: fills R instead of a metric from `compute_metrics`: `task_metric(model, processing_class, dataset)` gives
+            one number for the measured split of a task, with its own columns and, of texts, `input_ids` and `labels`. For
+            what has to be generated, for instance. Called on every rank, with the whole split, in evaluation mode.
         kwargs: every other argument of Trainer. `compute_metrics` defaults to the accuracy, and the loss of
             single-label classifiers to the cross-entropy averaged over the whole accumulated batch (see
             `docs/architecture.md`).
@@ -90,6 +96,7 @@ class ContinualTrainer(Trainer):
         *,
         method: Method | str | Sequence[Method | str] | None = None,
         memory: str | Path | None = None,
+        task_metric: Callable[[Any, Any, Any], float] | None = None,
         **kwargs: Any,
     ) -> None:
         if args is None:
@@ -131,6 +138,11 @@ class ContinualTrainer(Trainer):
                 self.method = _make_method([*(m for m in self.method.parts() if m.name != Method.name), *wanted])
         if args.eval_strategy != "no" and eval_dataset is None:
             eval_dataset = {}  # the tasks bring their own; Trainer refuses None here
+        writes = model is not None and is_language_model(model)
+        if data_collator is None and processing_class is not None and writes:
+            data_collator = DataCollatorForSeq2Seq(
+                processing_class, model
+            )  # pads labels too, of causal models as well
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
 
         self.optimizers_given = kwargs.get("optimizers", (None, None))
@@ -140,6 +152,15 @@ class ContinualTrainer(Trainer):
             if self.compute_metrics is None:
                 self.compute_metrics = accuracy
         self.classifies = is_single_label_classifier(self.model)
+        self.writes = is_language_model(self.model)
+        self.task_metric = task_metric
+        if self.args.sequence_metric is None:
+            named = getattr(task_metric, "__name__", "metric") if task_metric is not None else None
+            self.args.sequence_metric = named or ("accuracy" if self.classifies else "loss")
+        greater = self.args.sequence_metric_greater_is_better
+        self.greater_is_better = (
+            self.args.sequence_metric not in ("loss", "perplexity") if greater is None else greater
+        )
         self.method = self._complete_method(self.method)
         self.active_label_ids: list[int] | None = None
         if self.preprocess_logits_for_metrics is None:
@@ -411,8 +432,12 @@ class ContinualTrainer(Trainer):
             ValueError: bad tasks (see `prepare_tasks`), or an output directory that holds another run.
         """
         self._check_sequence_arguments()
-        label2id = dict(self.model.config.label2id)
-        tasks = prepare_tasks(tasks, self.processing_class, label2id, self.args.max_length)
+        config = self.model.config
+        if self.writes:
+            encoder_decoder = bool(config.is_encoder_decoder)
+            tasks = prepare_language_tasks(tasks, self.processing_class, encoder_decoder, self.args.max_length)
+        else:
+            tasks = prepare_tasks(tasks, self.processing_class, dict(config.label2id), self.args.max_length)
         self._check_learned_tasks(tasks)
         self.method.check_trainer(self)
         base = Path(str(self.args.output_dir))
@@ -433,7 +458,9 @@ class ContinualTrainer(Trainer):
             if not rows:
                 self._note_importance(state, 0)
                 rows.append(self._evaluate_tasks(tasks))
-            elif not done and any(abs(a - b) > 0.005 for a, b in zip(self._evaluate_tasks(tasks), rows[0])):
+            elif not done and any(
+                abs(a - b) > 0.005 * max(1.0, abs(b)) for a, b in zip(self._evaluate_tasks(tasks), rows[0])
+            ):
                 raise ValueError(
                     f"The run in {base} began with other weights than this model's: its untrained accuracies were {rows[0]}. "
                     "Build the model as then: call transformers.set_seed(...) before, so that new layers start alike."
@@ -491,7 +518,7 @@ class ContinualTrainer(Trainer):
 
     def _log_row(self, tasks: list[Task], rows: list[list[float]]) -> None:
         """Send what R says of the tasks so far to the loggers."""
-        known = summarize([row[: len(tasks)] for row in rows])
+        known = summarize([row[: len(tasks)] for row in rows], self.greater_is_better)
         self._logged_task = "sequence"
         values = {f"{self.args.sequence_metric}/{task.name}": value for task, value in zip(tasks, rows[-1])}
         values |= {k: known[k] for k in ("average_accuracy", "forgetting") if known[k] is not None}
@@ -649,6 +676,9 @@ class ContinualTrainer(Trainer):
                 self.task_heads.activate(task.name)
                 self.active_label_ids = task.label_ids
             self._logged_task = task.name
+            if self.task_metric is not None:
+                row.append(self._task_metric(task))
+                continue
             metrics = self.evaluate(task.measured_dataset)
             if key not in metrics:
                 raise ValueError(
@@ -661,14 +691,33 @@ class ContinualTrainer(Trainer):
         logger.info("Evaluation: " + ", ".join(f"{task.name} {value:.4f}" for task, value in zip(tasks, row)))
         return row
 
+    def _task_metric(self, task: Task) -> float:
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            value = float(self.task_metric(self.model, self.processing_class, task.measured_dataset))  # type: ignore[misc]
+        self.model.train(was_training)
+        if not math.isfinite(value):
+            raise ValueError(f"task_metric returned {value} for task {task.name!r}; R holds finite numbers.")
+        self.log({f"eval_{self.args.sequence_metric}": value})
+        return value
+
     def _finish(self, base: Path, tasks: list[Task], state: dict[str, Any]) -> dict[str, Any]:
         self.save_model(str(base), _internal_call=True)
         names = [task.name for task in tasks]
-        id2label = self.model.config.id2label
+        id2label = self.model.config.id2label if not self.writes else {}
+        encoder_decoder = bool(self.model.config.is_encoder_decoder)
         results = {
             "tasks": names,
             "accuracy_matrix": state["accuracy_matrix"],
-            "metrics": summarize(state["accuracy_matrix"]),
+            "metrics": summarize(state["accuracy_matrix"], self.greater_is_better),
+            "metric": self.args.sequence_metric,
+            "greater_is_better": self.greater_is_better,
+            "auto_class": "AutoModelForSequenceClassification"
+            if not self.writes
+            else "AutoModelForSeq2SeqLM"
+            if encoder_decoder
+            else "AutoModelForCausalLM",
             "peft": bare_model(self.model) is not self.model and not self.method.folds_adapters,
             "label_names": [id2label[i] for i in sorted(id2label)],
             "method": state["config"]["method"],

@@ -40,8 +40,15 @@ class ContinualTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Start every task with a fresh optimizer, as running one script after another does."},
     )
-    sequence_metric: str = field(
-        default="accuracy", metadata={"help": "Name of the metric, from `compute_metrics`, that fills the matrix R."}
+    sequence_metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the metric, from `compute_metrics`, that fills the matrix R. Default: accuracy; of language models "
+            "the loss; of a trainer with a `task_metric` that function's name."
+        },
+    )
+    sequence_metric_greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Default: False for loss and perplexity, else True."}
     )
     learned_tasks: int = field(
         default=0,

@@ -190,7 +190,11 @@ def main() -> None:
 
     if args.process_index == 0:
         for arm, result in results.items():
-            print("\n" + report.format_sequence(result["tasks"], result["accuracy_matrix"], result["metrics"], arm))
+            scale = report.Scale.of(result)
+            print(
+                "\n"
+                + report.format_sequence(result["tasks"], result["accuracy_matrix"], result["metrics"], arm, scale)
+            )
         if len(results) > 1:
             print("\n" + report.format_comparison(results))
         try:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..memory import bare_model
+from ..memory import bare_model, is_language_model
 from .base import AnchoredMethod
 
 if TYPE_CHECKING:
@@ -130,31 +130,41 @@ def sum_squared_gradients(model: nn.Module, batches, parameters: dict[str, nn.Pa
     """Sum over examples of the squared gradient of log p(y|x), float32, by parameter name.
 
     Args:
-        model: a classifier whose output has `logits` of shape (1, classes). It runs in evaluation mode.
-        batches: dicts of inputs, one example each, with an integer `labels` of shape (1,).
+        model: a classifier whose output has `logits` of shape (1, classes), or a language model with `logits` of shape
+            (1, tokens, words), whose log p(y|x) is summed over the tokens with a label. It runs in evaluation mode.
+        batches: dicts of inputs, one example each, with integer `labels` of shape (1,) or (1, tokens), -100: no label.
         parameters: what to differentiate.
-        seeds: one seed an example: draw y from the model's p(y|x) instead of taking the example's label.
+        seeds: one seed an example: draw y from the model's p(y|x) instead of taking the example's label; of a language
+            model every token given the example's tokens before it.
 
     Raises:
-        ValueError: the model is not a single-label classifier.
+        ValueError: the model is neither.
     """
     total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
     was_training = model.training
     model.eval()
+    writes = is_language_model(model)
+    shifted = (
+        writes and not bare_model(model).config.is_encoder_decoder
+    )  # a causal model's logits are the next token's
     try:
         for i, batch in enumerate(batches):
             labels = batch.pop("labels")
             with torch.enable_grad():
                 logits = model(**batch).logits
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                if writes and logits.ndim == 3:
+                    logits = logits[0, :-1] if shifted else logits[0]
+                    labels = labels[0, 1:] if shifted else labels[0]
                 if logits.ndim != 2 or logits.shape[-1] < 2 or labels.is_floating_point():
                     raise ValueError(
-                        f"EWC's Fisher needs a single-label classifier, got logits of shape {tuple(logits.shape)} and "
+                        f"EWC's Fisher needs a single-label classifier or a language model, got logits of shape {tuple(logits.shape)} and "
                         f"labels of dtype {labels.dtype}. Use --method l2sp or replay for other models."
                     )
                 if seeds is not None:
                     generator = torch.Generator().manual_seed(seeds[i])
-                    labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+                    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+                    labels = torch.where(labels.cpu() == -100, labels.cpu(), drawn)
                 log_likelihood = -F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
                 gradients = torch.autograd.grad(log_likelihood, list(parameters.values()), allow_unused=True)
             for t, g in zip(total.values(), gradients):

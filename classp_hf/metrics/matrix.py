@@ -172,11 +172,14 @@ def retained_accuracy(R: ArrayLike) -> list[float]:
 METRICS = (average_accuracy, learning_accuracy, backward_transfer, forward_transfer, forgetting, retained_accuracy)
 
 
-def summarize(R: ArrayLike) -> dict[str, Any]:
+def summarize(R: ArrayLike, greater_is_better: bool = True) -> dict[str, Any]:
     """Every metric of R by its name, ready for `json.dump`: Python floats, None where a metric is not defined.
 
     Args:
         R: accuracy matrix, shape (T+1, T), row 0 before any training.
+        greater_is_better: False for a loss or a perplexity. The two averages are then those of R, lower is better; the
+            transfers keep their sign's meaning (negative = forgetting), positive forgetting is forgetting, in the unit of R;
+            what is retained is R[j, j] / R[T, j], 1 = nothing lost.
 
     Returns:
         `average_accuracy`, `learning_accuracy`, `backward_transfer`, `forward_transfer`, `forgetting` (a float each;
@@ -192,7 +195,12 @@ def summarize(R: ArrayLike) -> dict[str, Any]:
     def or_none(value: float) -> float | None:
         return None if math.isnan(value) else value
 
-    values = {metric.__name__: metric(R) for metric in METRICS}
+    R = _check_matrix(R)
+    values: dict[str, Any] = {metric.__name__: metric(R if greater_is_better else -R) for metric in METRICS}
+    if not greater_is_better:
+        for average in ("average_accuracy", "learning_accuracy"):
+            values[average] = -values[average]
+        values["retained_accuracy"] = [1 / x if x else math.nan for x in values["retained_accuracy"]]
     return {name: [or_none(v) for v in x] if isinstance(x, list) else or_none(x) for name, x in values.items()}
 
 

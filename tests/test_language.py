@@ -1,0 +1,223 @@
+"""Sequences of tasks for causal and sequence-to-sequence language models, built on the spot."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import weights
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from classp_hf import EWC, ClasspTrainer, ContinualTrainer, Task
+from classp_hf.language import IGNORED, prepare_language_tasks
+from classp_hf.methods.ewc import sum_squared_gradients
+
+WORDS = ["<pad>", "</s>", "<user>", "<assistant>", "<end>", *"abcdefgh", "up", "down", "say", "then"]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer():
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", chat_template=TEMPLATE
+    )
+
+
+@pytest.fixture
+def make_causal():
+    def make():
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=len(WORDS), n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1, pad_token_id=0)  # fmt: skip
+        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+        return GPT2LMHeadModel(config)
+
+    return make
+
+
+@pytest.fixture
+def make_seq2seq():
+    def make():
+        torch.manual_seed(0)
+        config = T5Config(vocab_size=len(WORDS), d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)  # fmt: skip
+        return T5ForConditionalGeneration(config)
+
+    return make
+
+
+def split(word, rows, seed, form):
+    """`say x` is answered by x's neighbour in the alphabet: upwards in one task, downwards in the other."""
+    rng = np.random.default_rng(seed)
+    said = [chr(ord("b") + int(i)) for i in rng.integers(0, 6, rows)]
+    answers = [chr(ord(c) + (1 if word == "up" else -1)) for c in said]
+    pairs = [(f"{word} say {c}", answer) for c, answer in zip(said, answers)]
+    if form == "pair":
+        return Dataset.from_list([{"prompt": p, "completion": a} for p, a in pairs])
+    if form == "chat pair":
+        return Dataset.from_list(
+            [
+                {"prompt": [{"role": "user", "content": p}], "completion": [{"role": "assistant", "content": a}]}
+                for p, a in pairs
+            ]
+        )
+    return Dataset.from_list(
+        [{"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": a}]} for p, a in pairs]
+    )
+
+
+def tasks(form="pair", rows=48):
+    return [Task(word, split(word, rows, 0, form), split(word, 12, 1, form)) for word in ("up", "down")]
+
+
+def exact_match(model, tokenizer, dataset):
+    """Share of completions that greedy decoding writes."""
+    right = 0
+    for row in dataset:
+        given = tokenizer(row["prompt"], return_tensors="pt")
+        written = model.generate(**given, max_new_tokens=1, do_sample=False)[0]
+        right += tokenizer.decode(written[-1:]) == row["completion"]
+    return right / len(dataset)
+
+
+@pytest.mark.parametrize("form", ["pair", "messages", "chat pair"])
+def test_a_causal_model_learns_chats_and_completions(form, make_causal, make_args, tokenizer, tmp_path):
+    args = make_args(num_train_epochs=4, learning_rate=1e-2)
+    results = ClasspTrainer(make_causal(), args, processing_class=tokenizer).train_sequence(tasks(form))
+    R = np.array(results["accuracy_matrix"])
+    assert results["metric"] == "loss" and not results["greater_is_better"]
+    assert R[1, 0] < 0.6 * R[0, 0] and R[2, 1] < 0.6 * R[0, 1]
+    known = results["metrics"]
+    assert (
+        known["forgetting"] == pytest.approx(R[2, 0] - R[1, 0]) and known["backward_transfer"] == -known["forgetting"]
+    )
+    assert known["average_accuracy"] == pytest.approx(R[2].mean())
+    assert known["retained_accuracy"] == pytest.approx([R[1, 0] / R[2, 0], 1])
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "pipeline_tag: text-generation" in card and "A language model, fine-tuned on 2 tasks" in card
+    assert "Loss, lower is better on the held-out examples" in card and "Labels:" not in card
+    assert "AutoModelForCausalLM.from_pretrained(repo)" in card
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_a_task_metric_that_generates(kind, make_causal, make_seq2seq, make_args, tokenizer, tmp_path):
+    def generated(model, tokenizer, dataset):
+        assert not model.training
+        if kind == "causal":
+            return exact_match(model, tokenizer, dataset)
+        right = 0
+        for row in dataset:
+            written = model.generate(
+                **tokenizer(row["prompt"], return_tensors="pt"), max_new_tokens=1, do_sample=False
+            )
+            right += tokenizer.decode(written[0, -1:]) == row["completion"]
+        return right / len(dataset)
+
+    model = make_causal() if kind == "causal" else make_seq2seq()
+    args = make_args(num_train_epochs=12, optim="adamw_torch", learning_rate=5e-3)
+    trainer = ContinualTrainer(model, args, processing_class=tokenizer, task_metric=generated, method="lwf")
+    results = trainer.train_sequence(tasks())
+    R = results["accuracy_matrix"]
+    assert results["metric"] == "generated" and results["greater_is_better"]
+    assert R[0][0] < 0.6 and R[1][0] > 0.8 and R[2][1] > 0.8
+    assert results["auto_class"] == ("AutoModelForCausalLM" if kind == "causal" else "AutoModelForSeq2SeqLM")
+    with pytest.raises(ValueError, match="task_metric returned nan for task 'up'"):
+        args = make_args(output_dir=str(tmp_path / "nan"))
+        ContinualTrainer(model, args, processing_class=tokenizer, task_metric=lambda *_: float("nan")).train_sequence(
+            tasks()
+        )
+
+
+def test_the_loss_is_on_what_the_model_is_to_write(tokenizer):
+    def labels(rows, encoder_decoder=False, **kwargs):
+        given = [Task("t", Dataset.from_list(rows), Dataset.from_list(rows))]
+        prepared = prepare_language_tasks(given, tokenizer, encoder_decoder, **kwargs)[0].train_dataset
+        shown = [[tokenizer.decode([i]) if i != IGNORED else "-" for i in ids] for ids in prepared["labels"]]
+        assert list(map(len, prepared["attention_mask"])) == list(map(len, prepared["input_ids"]))
+        return shown
+
+    pair = {"prompt": "say a", "completion": "b c"}
+    assert labels([pair]) == [["-", "-", "b", "c", "</s>"]]
+    assert labels([pair], encoder_decoder=True) == [["b", "c"]]
+    assert labels([{"text": "a b"}]) == [["a", "b", "</s>"]]
+    turns = [("user", "say a"), ("assistant", "b"), ("user", "then"), ("assistant", "c d")]
+    chat = {"messages": [{"role": r, "content": c} for r, c in turns]}
+    assert labels([chat]) == [[*"----", "-", "b", "<end>", *"---", "-", "c", "d", "<end>"]]
+    # cut: what has nothing left to learn is left out
+    long = {"prompt": "say a say a say a", "completion": "b"}
+    assert labels([pair, long], max_length=4) == [["-", "-", "b", "c"]]
+
+
+def test_columns_and_tokenizers_that_do_not_fit(tokenizer):
+    def prepare(row, encoder_decoder=False, **kwargs):
+        rows = Dataset.from_list([row])
+        return prepare_language_tasks([Task("t", rows, rows)], tokenizer, encoder_decoder, **kwargs)
+
+    with pytest.raises(ValueError, match=r"train_dataset needs the columns 'messages' .* got \['story'\]"):
+        prepare({"story": "a"})
+    with pytest.raises(ValueError, match="needs the columns 'prompt' and 'completion'"):
+        prepare({"text": "a"}, encoder_decoder=True)
+    with pytest.raises(ValueError, match="no example of train_dataset has anything left to learn within max_length=1"):
+        prepare({"prompt": "say a", "completion": "b"}, max_length=1)
+    tokenizer.chat_template = "{% for m in messages %}{{ loop.length }} {{ m.content }}{% endfor %}"
+    with pytest.raises(ValueError, match="chat template writes a message differently when others follow"):
+        prepare({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="holds messages, but the tokenizer has no chat template"):
+        prepare({"messages": [{"role": "user", "content": "a"}]})
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="no pad token. Set tokenizer.pad_token"):
+        prepare({"text": "a"})
+    with pytest.raises(ValueError, match="no processing_class to tokenise them with"):
+        prepare_language_tasks(tasks(), None, False)
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_ewcs_fisher_of_a_language_model(kind, make_causal, make_seq2seq, make_args, tokenizer):
+    """The squared gradient of the model's own loss, times its number of tokens, one example at a time."""
+    model = (make_causal if kind == "causal" else make_seq2seq)().double()
+    trainer = ContinualTrainer(model, make_args(), processing_class=tokenizer, method=EWC())
+    rows = prepare_language_tasks(tasks(rows=5), tokenizer, kind == "seq2seq")[0].train_dataset
+    rows = rows.select_columns(["input_ids", "attention_mask", "labels"])
+    parameters = dict(model.named_parameters())
+    expected = {n: torch.zeros_like(p) for n, p in parameters.items()}
+    for row in rows:
+        batch = trainer.data_collator([row])
+        tokens = int((batch["labels"] != -100).sum())
+        model.zero_grad()
+        (model(**batch).loss * tokens).backward()
+        for n, p in parameters.items():
+            expected[n] += p.grad.square() if p.grad is not None else 0
+    model.zero_grad()
+    found = sum_squared_gradients(model, (trainer.data_collator([row]) for row in rows), parameters)
+    for n in parameters:
+        torch.testing.assert_close(found[n], expected[n].float(), rtol=1e-4, atol=1e-8)
+    seeds = list(range(len(rows)))
+    drawn = sum_squared_gradients(model, (trainer.data_collator([row]) for row in rows), parameters, seeds)
+    assert any(not torch.allclose(drawn[n], found[n]) for n in parameters)
+
+
+def test_ewc_holds_a_language_model_back(make_causal, make_args, tokenizer, tmp_path):
+    moved = {}
+    for strength in (0.0, 100.0):
+        args = make_args(output_dir=str(tmp_path / str(strength)), optim="adamw_torch", num_train_epochs=2)
+        trainer = ContinualTrainer(make_causal(), args, processing_class=tokenizer, method=EWC(strength))
+        trainer.train_sequence(tasks())
+        first = AutoModelForCausalLM.from_pretrained(tmp_path / str(strength) / "00-up")
+        moved[strength] = sum(
+            float((a - b).square().sum()) for a, b in zip(weights(first).values(), weights(trainer.model).values())
+        )
+    assert moved[100.0] < moved[0.0] / 2
