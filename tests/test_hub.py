@@ -25,14 +25,19 @@ except RuntimeError as error:
 """
 
 
-def train(folder):
-    """Two tiny tasks in `folder`, as a script that pushes would train them."""
+def tiny():
+    """Model, two tasks and collator, for a process of its own."""
     from conftest import collator, make_model, make_tasks
 
+    model, tasks, collate = (fixture.__wrapped__() for fixture in (make_model, make_tasks, collator))
+    return model(), tasks(), collate
+
+
+def train(folder):
+    """Two tiny tasks in `folder`, as a script that pushes would train them."""
     from classp_hf import ClasspTrainer, ContinualTrainingArguments
 
-    unwrapped = (fixture.__wrapped__ for fixture in (make_model, make_tasks, collator))
-    model, tasks, collate = (make() for make in unwrapped)
+    model, tasks, collate = tiny()
     args = ContinualTrainingArguments(
         output_dir=folder,
         hub_model_id="me/kept",
@@ -44,8 +49,8 @@ def train(folder):
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = ClasspTrainer(model(), args, collate)
-    trainer.train_sequence(tasks())
+    trainer = ClasspTrainer(model, args, collate)
+    trainer.train_sequence(tasks)
     return trainer
 
 

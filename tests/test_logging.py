@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -84,3 +90,36 @@ def test_importance_says_which_layers_grew(make_model, make_tasks, make_args, co
     assert {n: means[0] for n, means in second["importance"].items()} == pytest.approx(
         {n: means[-1] for n, means in importance.items()}
     )
+
+
+TRACKIO = """
+import json, sys
+from test_hub import tiny
+from classp_hf import ClasspTrainer
+model, tasks, collate = tiny()
+from classp_hf import ContinualTrainingArguments
+args = ContinualTrainingArguments(output_dir="run", project="kept", run_name="one", report_to="trackio", logging_steps=4,
+                                  use_cpu=True, disable_tqdm=True, learning_rate=1e-3)
+print(json.dumps(ClasspTrainer(model, args, collate).train_sequence(tasks)["accuracy_matrix"]))
+"""
+
+
+def test_trackio_gets_one_run_for_the_whole_sequence(tmp_path):
+    """Trackio's own package writes into its own database, in a process of its own."""
+    pytest.importorskip("trackio")
+    env = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": str(Path(__file__).parent)}
+    run = subprocess.run(
+        [sys.executable, "-c", TRACKIO], capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr
+    R = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("[[")))
+    read = (
+        "import json; from trackio.sqlite_storage import SQLiteStorage as S; "
+        "print(json.dumps({run: S.get_logs('kept', run) for run in S.get_runs('kept')}, default=str))"
+    )
+    shown = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, timeout=300, env=env)
+    assert shown.returncode == 0, shown.stderr
+    runs = json.loads(shown.stdout.splitlines()[-1])
+    assert list(runs) == ["one"]
+    accuracies = {e["train/global_step"]: e["eval/first/accuracy"] for e in runs["one"] if "eval/first/accuracy" in e}
+    assert accuracies == pytest.approx({8 * t * 3: R[t][0] for t in range(3)})
