@@ -94,6 +94,7 @@ _HUB_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
 # Arguments that say where a run was written or shown, not how the model was trained.
 _PLACES = {
     *("accelerator_config", "dataloader_pin_memory", "disable_tqdm", "logging_dir", "method", "output_dir"),
+    "model_license",
     *("hub_model_id", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name", "sequence_metric"),
 }
 
@@ -456,7 +457,8 @@ def write_model_card(
     *,
     results: Mapping[str, Any],
     base_model: str | None = None,
-    datasets: Sequence[str] = (),
+    license: str | None = None,
+    tags: Sequence[str] = (),
 ) -> None:
     """Write the model card, with the metadata that the Hub reads, to `path` (the model folder's README.md).
 
@@ -466,7 +468,8 @@ def write_model_card(
         path: the name of its folder is the model's, unless the arguments have a `hub_model_id`.
         results: content of `results.json`; arguments and command are stripped of secrets once more.
         base_model: Hub id, or a local folder, of which only the last part is told. None: unknown.
-        datasets: Hub ids for the metadata.
+        license: the Hub's name of the model's license, such as "apache-2.0".
+        tags: further ones.
 
     Raises:
         ValueError: R and the tasks do not fit together.
@@ -491,9 +494,10 @@ def write_model_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=pipeline,
-        tags=["continual-learning", optimizer["name"].lower(), *(m["name"] for m in methods)],
+        tags=["continual-learning", optimizer["name"].lower(), *(m["name"] for m in methods), *tags],
         base_model=base_model if on_hub else None,
-        datasets=list(datasets) or None,
+        datasets=results.get("datasets") or None,
+        license=license,
         model_name=repo.split("/")[-1],
         eval_results=[
             EvalResult(
@@ -526,6 +530,7 @@ def write_model_card(
         metrics_table=_markdown([["metric", "value", "meaning"], *_metric_rows(results["metrics"], scale)], "<><"),
         command=public_command(shlex.split(results["command"])),
         changed=_changed_arguments(arguments),
+        figures=[n for n in ("accuracy_matrix", "retention", "importance") if (path.parent / f"{n}.png").is_file()],
         has_memory=(path.parent / MEMORY_NAME).is_file(),
         memory_name=MEMORY_NAME,
         trainer=trainer,

@@ -48,6 +48,7 @@ class Task:
             an entry stays as it is. Nothing is guessed.
         label_names: Names of integer labels, index = class id. Takes precedence over a ClassLabel's own names.
         label_ids: The model's class ids that belong to this task; `prepare_tasks` fills it.
+        hub_id: Where on the Hub the data come from, for the model card; `load_task` fills it.
 
     Raises `ValueError` for a name that is not usable as a folder name.
     """
@@ -62,6 +63,7 @@ class Task:
     label_map: dict[str, str] | None = None
     label_names: list[str] | None = None
     label_ids: list[int] | None = None
+    hub_id: str | None = None
 
     def __post_init__(self):
         _slug(self.name)
@@ -305,7 +307,7 @@ def _read(spec: str) -> tuple[dict[str, Dataset], dict[str, Any]]:
             raise ValueError(f"Task {spec!r}: the original {name} format takes no options; stop after the path.")
         splits, fields = _fpb_file(path) if name == "fpb" else _imdb_folder(path)
     else:
-        fields = _parse_options(spec, options)
+        fields = _parse_options(spec, options) | {"hub_id": None if path.exists() else where[0]}
         splits = _load(*where)
     return splits, {"name": name, "label_column": "label", **fields}
 
@@ -315,9 +317,9 @@ def _built_in(name: str) -> tuple[dict[str, Dataset], dict[str, Any]]:
         # The main branch is a loading script, which datasets refuses since 4.0; this is the Hub's own conversion of it.
         files = {"train": "sentences_50agree/train/*.parquet"}
         splits = load_dataset("takala/financial_phrasebank", revision="refs/convert/parquet", data_files=files)
-        return dict(splits), _FPB
+        return dict(splits), {**_FPB, "hub_id": "takala/financial_phrasebank"}
     if name == "imdb":
-        return dict(load_dataset("stanfordnlp/imdb")), _IMDB
+        return dict(load_dataset("stanfordnlp/imdb")), {**_IMDB, "hub_id": "stanfordnlp/imdb"}
     rows: dict[str, tuple[str, float]] = {}
     for text, valence in embedded.icwsm14(name.removeprefix("icwsm14/")):
         rows.setdefault(re.sub(r"[\W_]+", " ", text.lower()).strip(), (text, valence))

@@ -709,6 +709,7 @@ class ContinualTrainer(Trainer):
         encoder_decoder = bool(self.model.config.is_encoder_decoder)
         results = {
             "tasks": names,
+            "datasets": sorted({task.hub_id for task in tasks if task.hub_id}),
             "accuracy_matrix": state["accuracy_matrix"],
             "metrics": summarize(state["accuracy_matrix"], self.greater_is_better),
             "metric": self.args.sequence_metric,
@@ -744,7 +745,14 @@ class ContinualTrainer(Trainer):
         elif self.is_world_process_zero():
             path = Path(str(self.args.output_dir)) / "README.md"
             base_model = self.model.config.name_or_path or None
-            report.write_model_card(path, results=self.sequence_results, base_model=base_model)
+            tags = kwargs.get("tags") or []
+            report.write_model_card(
+                path,
+                results=self.sequence_results,
+                base_model=base_model,
+                license=kwargs.get("license") or self.args.model_license,
+                tags=[tags] if isinstance(tags, str) else tags,
+            )
 
     def push_to_hub(  # type: ignore[override]
         self,
@@ -766,7 +774,7 @@ class ContinualTrainer(Trainer):
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         self.save_model(_internal_call=True)
-        self.create_model_card()
+        self.create_model_card(**kwargs)
         if not self.is_world_process_zero():
             return None
         return push_folder(

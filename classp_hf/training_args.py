@@ -61,6 +61,11 @@ class ContinualTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Texts are cut to this many tokens. Default: what the tokenizer allows."}
     )
 
+    model_license: str | None = field(
+        default=None,
+        metadata={"help": "The Hub's name of the license of the model, for its card, such as apache-2.0."},
+    )
+
     # The memory
     memory: str | None = field(
         default=None,

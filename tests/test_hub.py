@@ -44,6 +44,7 @@ def train(folder):
         hub_token=TOKEN,
         push_to_hub=True,
         hub_strategy="end",
+        model_license="apache-2.0",
         max_steps=2,
         use_cpu=True,
         report_to="none",
@@ -77,12 +78,15 @@ def test_push_sends_model_memory_and_card_in_one_commit(push, tmp_path):
         _, files = hub.repos["me/kept", "main"]
         assert set(files) == {
             *("README.md", "accuracy_matrix.png", "config.json", "continual_memory.safetensors", "model.safetensors"),
-            *("results.json", "retention.png"),
+            *("importance.png", "results.json", "retention.png"),
         }
         assert all(files[n] == (tmp_path / "run" / n).read_bytes() for n in files)
         assert hub.messages["me/kept"] == ["initial commit", "End of training"]
         assert hub.tokens == {f"Bearer {TOKEN}"}
         assert not any(TOKEN.encode() in content for content in files.values())
+        card = files["README.md"].decode()
+        assert "license: apache-2.0" in card and "- continual-learning\n- classp\n" in card
+        assert all(f"]({name}.png)" in card for name in ("accuracy_matrix", "retention", "importance"))
         assert json.loads(files["results.json"])["tasks"] == ["first", "second"]
 
 

@@ -29,6 +29,7 @@ def make_results(tasks=TASKS, accuracy_matrix=R, **changes):
     """results.json of CLASSP + EWC on two tasks, with secrets where a careless writer would leave them."""
     return {
         "tasks": tasks,
+        "datasets": ["takala/financial_phrasebank"],
         "accuracy_matrix": accuracy_matrix,
         "metrics": summarize(accuracy_matrix),
         "label_names": ["negative", "neutral", "positive"],
@@ -352,12 +353,12 @@ def test_write_figures_writes_both(tmp_path):
 
 @pytest.fixture
 def write_card(tmp_path):
-    def write(results, *, memory=True, base_model="sentence-transformers/all-MiniLM-L6-v2", datasets=()):
+    def write(results, *, memory=True, figures=(), base_model="sentence-transformers/all-MiniLM-L6-v2", **kwargs):
         path = tmp_path / "kept" / "README.md"
         path.parent.mkdir(exist_ok=True)
-        if memory:
-            (path.parent / MEMORY_NAME).touch()
-        report.write_model_card(path, results=results, base_model=base_model, datasets=datasets)
+        for name in [*([MEMORY_NAME] if memory else []), *figures]:
+            (path.parent / name).touch()
+        report.write_model_card(path, results=results, base_model=base_model, **kwargs)
         return path
 
     return write
@@ -367,16 +368,16 @@ def test_model_card_as_a_whole(write_card):
     """After an intended change: `UPDATE_GOLDEN=1 pytest tests/test_report.py`, and read the difference."""
     results = make_results()
     before = copy.deepcopy(results)
-    path = write_card(results, datasets=["takala/financial_phrasebank"])
+    path = write_card(results, license="apache-2.0", figures=["accuracy_matrix.png"])
     if "UPDATE_GOLDEN" in os.environ:
         GOLDEN.write_bytes(path.read_bytes())
     assert path.read_text() == GOLDEN.read_text()
     assert results == before
-    assert sorted(os.listdir(path.parent)) == ["README.md", MEMORY_NAME]
+    assert sorted(os.listdir(path.parent)) == ["README.md", "accuracy_matrix.png", MEMORY_NAME]
 
 
 def test_model_card_metadata_is_what_the_hub_reads(write_card):
-    card = ModelCard.load(write_card(make_results(), datasets=["takala/financial_phrasebank"]))
+    card = ModelCard.load(write_card(make_results()))
     data = card.data.to_dict()
     index = data.pop("model-index")
     assert data == {
@@ -404,7 +405,7 @@ def test_model_card_never_holds_a_secret(write_card):
 def test_model_card_of_a_run_without_memory_method_or_hub(write_card, tmp_path, monkeypatch):
     (tmp_path / "private" / "my-base").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    results = make_results(method={"name": "none"}, optimizer={"name": "AdamW", "lr": 1e-4}, commit=None)
+    results = make_results(method={"name": "none"}, optimizer={"name": "AdamW", "lr": 1e-4}, commit=None, datasets=[])
     del results["arguments"]["hub_model_id"]
     results["hardware"] = {**results["hardware"], "gpus": [], "num_processes": 1}
     path = write_card(results, memory=False, base_model="private/my-base")  # a folder that looks like a Hub id
