@@ -135,6 +135,16 @@ def build_model(recipe: RecipeArguments, labels: list[str], method: str = "none"
     return model, tokenizer
 
 
+def memory_beside(recipe: RecipeArguments) -> str | None:
+    """The model's own folder or repository, if a continual memory is there."""
+    try:
+        classp_hf.ContinualMemory.load(recipe.model_name_or_path, revision=recipe.model_revision)
+    except FileNotFoundError:
+        return None
+    print(f"Going on from the continual memory in {recipe.model_name_or_path}.")
+    return recipe.model_name_or_path
+
+
 def main() -> None:
     prepare_cpu_launch()
     classp_hf.register()
@@ -181,6 +191,8 @@ def main() -> None:
         method = next((m for m in configured if m.name == method_name), method_name)
         set_seed(args.seed)
         model, tokenizer = build_model(recipe, labels, method_name)
+        if args.memory is None and recipe.model_name_or_path and "classp" in (args.optim_name, arm):
+            args.memory = memory_beside(recipe)
         trainer = trainer_class(model=model, args=args, processing_class=tokenizer, method=method)
         if trainer.is_world_process_zero():
             print(f"\n=== {arm}: {' -> '.join(t.name for t in tasks)} ===", flush=True)
