@@ -146,8 +146,10 @@ def plot_front(found: dict[str, np.ndarray], tasks: tuple[str, str], path: Path)
 
 def costs(lines: list[dict[str, Any]]) -> str:
     by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for line in lines:
-        if line["arm"] != JOINT and line["stage"] == "report":
+    reported = [line for line in lines if line["stage"] == "report" and line["arm"] != JOINT]
+    newest = [line["commit"] for line in reported if line["arm"] == BASELINE][-1:]  # what is compared ran together
+    for line in reported:
+        if line["commit"] in newest:
             by_arm[line["arm"]].append(line)
     base = np.median([line["seconds_a_step"] for line in by_arm.get(BASELINE, [])]) if by_arm.get(BASELINE) else None
     rows = []
@@ -180,6 +182,47 @@ def tuning(lines: list[dict[str, Any]]) -> str:
     return report._markdown([["method", "settings tried: validation ACC; chosen in bold"], *rows], "<<")
 
 
+README_ARMS = {
+    OURS: "`ClasspTrainer`",
+    "classp": "CLASSP, the paper's rule alone",
+    "logit_adjustment": "logit adjustment",
+    "lwf": "LwF",
+    "ewc": "EWC",
+    "merge": "merge",
+    "interpolate": "interpolation (WiSE-FT)",
+    "l2sp": "L2-SP",
+    BASELINE: "nothing (AdamW)",
+    "classp_replay_5": "`ClasspTrainer` + replay of 5%",
+    "replay_5": "replay of 5%",
+    JOINT: "joint training (upper bound)",
+}
+MARKS = ("<!-- results: written by benchmarks/report_methods.py -->", "<!-- end of results -->")
+
+
+def readme_table(lines: list[dict[str, Any]]) -> str:
+    """Old and new task and their mean on two tasks; ACC on four: the rows of `README_ARMS`, best first in their kind."""
+    sequences = [">".join(s.split(">")[:2]) for s in REPORTED] + list(REPORTED)
+    found = {sequence: collect(lines, sequence) for sequence in sequences}
+    shown = [sequence for sequence in sequences if BASELINE in found[sequence]]
+    header = ["method", *(f"{s.replace('>', ', ')}: {'old / new / ' if s.count('>') == 1 else ''}ACC" for s in shown)]
+    rows = []
+    for arm, name in README_ARMS.items():
+        cells, order = [name], []
+        for sequence in shown:
+            runs = found[sequence].get(arm)
+            if runs is None:
+                cells.append("")
+                continue
+            tasks = [f"{100 * np.mean([R[-1][j] for R in runs.values()]):.1f}" for j in (0, 1)]
+            acc = [float(np.mean(R[-1])) for R in runs.values()]
+            cells.append(" / ".join([*(tasks if sequence.count(">") == 1 else []), interval(acc)]))
+            order.append(float(np.mean(acc)))
+        if order:
+            kind = ["replay-free", "stores data", "upper bound"].index(ARMS[arm].kind)
+            rows.append((kind, -order[0], cells))
+    return report._markdown([header, *(cells for *_, cells in sorted(rows))], "<" + ">" * len(shown))
+
+
 def edges(frozen: dict[str, str]) -> str:
     tuned = [a for a in ARMS if a in frozen and ARMS[a].tuned_as is None]
     at_edge = [f"`{a}`" for a in tuned if frozen[a] in (ARMS[a].settings[0], ARMS[a].settings[-1])]
@@ -201,6 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, default=ROOT / "benchmarks/results/compare_methods.jsonl")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/results.md")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="its table is written anew")
     options = parser.parse_args()
     lines = read_lines(options.input)
     frozen = {arm: frozen_setting(arm, lines) for arm in {line["arm"] for line in lines if line["stage"] == "report"}}
@@ -246,12 +290,15 @@ def main() -> None:
     if reported:
         parts += [
             "## Cost",
-            "Time of a step (forward, backward, optimizer; runs side by side on the machine's cores, so ratios rather than seconds), "
-            "time of a method before and after a task, and what optimizer and method hold beside weights and gradients.",
+            "Time of a step (forward, backward, optimizer; runs side by side on the machine's cores, so ratios rather than seconds; of the runs at the commit "
+            "that ran `adamw` last), time of a method before and after a task, and what optimizer and method hold beside weights and gradients.",
             costs(lines),
         ]
     parts += ["## Settings", tuning(lines)]
     options.output.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    before, mark, rest = options.readme.read_text(encoding="utf-8").partition(MARKS[0])
+    text = f"{before}{mark}\n\n{readme_table(lines)}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
+    options.readme.write_text(text, encoding="utf-8")
     print(f"{options.output}: {len(lines)} runs")
 
 

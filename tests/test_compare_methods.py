@@ -146,10 +146,23 @@ def test_every_method_has_an_arm_and_every_arm_three_settings():
 
 
 def test_the_committed_results_give_the_committed_tables(tmp_path, monkeypatch):
-    """docs/results.md is what the script makes of the raw runs."""
+    """docs/results.md and README's table are what the script makes of the raw runs."""
     results = ROOT / "benchmarks/results/compare_methods.jsonl"
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
     monkeypatch.setattr(
-        sys, "argv", ["report_methods.py", "--input", str(results), "--output", str(tmp_path / "results.md")]
+        sys,
+        "argv",
+        [
+            "report_methods.py",
+            "--input",
+            str(results),
+            "--output",
+            str(tmp_path / "results.md"),
+            "--readme",
+            str(readme),
+        ],
     )
     report_methods.main()
+    assert readme.read_text() == (ROOT / "README.md").read_text()
     assert (tmp_path / "results.md").read_text() == (ROOT / "docs/results.md").read_text()
