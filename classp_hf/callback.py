@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .memory import (
     ContinualMemory,
+    NoMemoryError,
     bare_model,
     canonical_name,
     full_tensor,
@@ -45,6 +46,12 @@ class ContinualMemoryCallback(TrainerCallback):
         self.optimizer = optimizer if isinstance(optimizer, CLASSP) else None
         if self.optimizer is None:
             return
+        if (
+            getattr(self.optimizer, "_memory_callback", self) is not self
+        ):  # a second callback would do everything twice
+            self.optimizer = None
+            return
+        self.optimizer._memory_callback = self  # type: ignore[attr-defined]
         _, uses = parse_optim_args(args.optim_args)
         start = str(bare_model(model).config.name_or_path)
         memory = _find(uses.get("memory"), start, getattr(bare_model(model).config, "_commit_hash", None))
@@ -116,10 +123,23 @@ def _find(wanted: str | None, start: str, revision: str | None) -> ContinualMemo
         return None
     if wanted is not None:
         return ContinualMemory.load(wanted)
+    found = None
     try:
-        return ContinualMemory.load(start, revision=None if Path(start).is_dir() else revision) if start else None
-    except FileNotFoundError:  # also without a network: most models have none
-        return None
+        found = ContinualMemory.load(start, revision=None if Path(start).is_dir() else revision) if start else None
+    except NoMemoryError:  # most models have none
+        pass
+    except FileNotFoundError as error:
+        logger.warning(
+            f"Whether a continual memory belongs to {start!r} could not be found out, so none is used. {error}"
+        )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        there = [found is not None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(there, found is not None)
+        if any(there) and not all(there):  # ranks that begin differently would train different models
+            raise RuntimeError(
+                f"Only some processes could read the continual memory of {start!r}. Start the run again."
+            )
+    return found
 
 
 def _starting_weights(model: nn.Module, start: str) -> dict[str, Tensor]:

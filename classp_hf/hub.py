@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+# What an earlier push of another kind of model may have left; a file that is pushed now stays.
+DELETED = ["adapter_*", "training_args.bin"]
 # A folder for every task, Trainer's checkpoints, the loggers' files, and a pickle that may hold the user's token.
 NOT_PUSHED = [
     "[0-9][0-9]-*/*",
@@ -31,11 +33,14 @@ def push_folder(folder: str | Path, repo_id: str, **kwargs: Any) -> Any:
     from huggingface_hub import HfApi
 
     try:
-        return HfApi().upload_folder(folder_path=str(folder), repo_id=repo_id, ignore_patterns=NOT_PUSHED, **kwargs)
+        return HfApi().upload_folder(
+            folder_path=str(folder), repo_id=repo_id, ignore_patterns=NOT_PUSHED, delete_patterns=DELETED, **kwargs
+        )
     except Exception as error:  # of the Hub, its HTTP client, the file system
         exclude = " ".join(f"--exclude '{pattern}'" for pattern in NOT_PUSHED)
+        said = " ".join(str(error).split()) or "no message"
         raise RuntimeError(
-            f"Pushing {folder} to {repo_id!r} failed ({type(error).__name__}: {str(error).strip().splitlines()[0]}). Nothing local is "
+            f"Pushing {folder} to {repo_id!r} failed ({type(error).__name__}: {said}). Nothing local is "
             f"lost. {_remedy(error)} and try again: hf upload {repo_id} {folder} . {exclude}"
         ) from error
 
@@ -46,4 +51,7 @@ def _remedy(error: Exception) -> str:
         return "Log in with a token that may write there (`hf auth login`)"
     if status == 409:
         return "The repository changed meanwhile, or has another type: look at it"
+    response = getattr(error, "response", None)
+    if isinstance(error, ValueError) or (response is not None and (status or 500) < 500):
+        return "Correct what the message names"
     return "Check the network"

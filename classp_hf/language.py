@@ -20,7 +20,7 @@ COLUMNS = "'messages' (a chat), 'prompt' and 'completion', or 'text'"
 def prepare_language_tasks(
     tasks: list[Task], tokenizer: Any, encoder_decoder: bool, max_length: int | None = None
 ) -> list[Task]:
-    """Tokenise every split; other columns stay, for a `task_metric` to read.
+    """Tokenise every split; other columns go.
 
     Args:
         tasks: of rows with `messages` (a list of `{"role": ..., "content": ...}`: the loss is on what the assistant says,
@@ -28,7 +28,8 @@ def prepare_language_tasks(
             (the loss is on all of it). Splits that hold `input_ids` and `labels` pass untouched.
         tokenizer: with a pad token; for messages with a chat template.
         encoder_decoder: the prompt goes into the encoder, the completion is what the decoder writes.
-        max_length: longer examples lose their end; those that lose all of what the model is to write are left out.
+        max_length: longer examples lose their end; those that lose all of what the model is to write are left out. Default:
+            what the tokenizer allows.
 
     Raises:
         ValueError: other columns, or a tokenizer without what they need.
@@ -40,6 +41,8 @@ def prepare_language_tasks(
         raise ValueError("The tasks are texts, and the trainer has no processing_class to tokenise them with.")
     if tokenizer.pad_token is None:
         raise ValueError("The tokenizer has no pad token. Set tokenizer.pad_token = tokenizer.eos_token.")
+    if max_length is None and tokenizer.model_max_length < 1_000_000:  # "no limit" is int(1e30)
+        max_length = tokenizer.model_max_length
     return [task if is_tokenised(task) else _prepare(task, tokenizer, encoder_decoder, max_length) for task in tasks]
 
 
@@ -51,7 +54,10 @@ def _prepare(task: Task, tokenizer: Any, encoder_decoder: bool, max_length: int 
         def tokenise(row: dict[str, Any], encode=encode) -> dict[str, list[int]]:
             return {k: ids[:max_length] for k, ids in encode(row).items()}
 
-        tokenised = dataset.map(tokenise, load_from_cache_file=False, desc=f"Tokenising {task.name}")
+        own = dataset.column_names
+        tokenised = dataset.map(
+            tokenise, remove_columns=own, load_from_cache_file=False, desc=f"Tokenising {task.name}"
+        )
         splits[field] = tokenised.filter(_has_loss, input_columns="labels", load_from_cache_file=False)
         if lost := len(tokenised) - len(splits[field]):
             if lost == len(tokenised):

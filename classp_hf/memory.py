@@ -131,7 +131,7 @@ class ContinualMemory:
             revision: branch, tag or commit of the Hub repository.
 
         Raises:
-            FileNotFoundError: no memory there.
+            FileNotFoundError: no memory there ([`NoMemoryError`]), or it could not be found out.
             ValueError: not a memory, a truncated or altered one, or one of another format version.
         """
         path = _resolve(path_or_repo, revision)
@@ -284,9 +284,13 @@ def mean_over_weights(tensors: Iterable[Tensor]) -> float:
     """The mean over all elements of all tensors; 0.0 for none."""
     total, count = 0.0, 0
     for t in tensors:
-        total += float(full_tensor(t.sum(dtype=torch.float64)))
+        total += _total(t)
         count += t.numel()
     return total / count if count else 0.0
+
+
+def _total(t: Tensor) -> float:
+    return float(full_tensor(t.sum(dtype=torch.float32 if t.device.type == "mps" else torch.float64)))
 
 
 def layer_means(accumulators: Mapping[str, Tensor]) -> dict[str, float]:
@@ -302,7 +306,7 @@ def layer_means(accumulators: Mapping[str, Tensor]) -> dict[str, float]:
         layer = sums.setdefault(
             numbered[1] if numbered else ".".join(parts[: min(2, len(parts) - 1)]) or name, [0.0, 0]
         )
-        layer[0] += float(full_tensor(t.sum(dtype=torch.float64)))
+        layer[0] += _total(t)
         layer[1] += t.numel()
     return {layer: total / max(count, 1) for layer, (total, count) in sums.items()}
 
@@ -350,6 +354,10 @@ class CompactCopy:
         return weight.float() - copied.reshape(weight.shape)
 
 
+class NoMemoryError(FileNotFoundError):
+    """There is none at that place; other errors leave open whether there is one."""
+
+
 def _resolve(path_or_repo: str | os.PathLike, revision: str | None) -> Path:
     path = Path(path_or_repo)
     if path.is_dir():
@@ -358,14 +366,22 @@ def _resolve(path_or_repo: str | os.PathLike, revision: str | None) -> Path:
         return path
     looks_local = path.exists() or path.name == MEMORY_NAME or os.fspath(path_or_repo).startswith((".", "/", "~"))
     if looks_local or len(path.parts) > 2:
-        raise FileNotFoundError(f"There is no continual memory at {path}. Pass the folder of a model saved with one.")
+        raise NoMemoryError(f"There is no continual memory at {path}. Pass the folder of a model saved with one.")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(hf_hub_download(str(path_or_repo), MEMORY_NAME, revision=revision))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
+        certain = isinstance(error, (EntryNotFoundError, HFValidationError, RepositoryNotFoundError))
+        certain = certain and not isinstance(error, LocalEntryNotFoundError)
+        raise (NoMemoryError if certain else FileNotFoundError)(
             f"{path_or_repo!r} is neither a local folder with a {MEMORY_NAME} nor a Hub repository that holds one "
             f"({type(error).__name__}: {error})."
         ) from error

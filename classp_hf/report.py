@@ -534,6 +534,7 @@ def write_model_card(
         has_memory=(path.parent / MEMORY_NAME).is_file(),
         memory_name=MEMORY_NAME,
         trainer=trainer,
+        folds=any(m["name"] in ("olora", "osf") for m in methods),
         method_call=_method_call(methods),
         argument_calls=[
             _keyword(k, arguments[k])
@@ -542,6 +543,7 @@ def write_model_card(
                 ("optim", "classp" if trainer == "ClasspTrainer" else None),
                 ("optim_args", None),
                 ("heads", "shared"),
+                ("reset_optimizer", False),
             )
             if arguments.get(k, default) != default
         ],

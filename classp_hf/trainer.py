@@ -67,8 +67,8 @@ class ContinualTrainer(Trainer):
         memory: go on from this continual memory: a file, the folder of a model saved with one, or a Hub id. The same as
             `args.memory`.
         task_metric: fills R instead of a metric from `compute_metrics`: `task_metric(model, processing_class, dataset)` gives
-            one number for the measured split of a task, with its own columns and, of texts, `input_ids` and `labels`. For
-            what has to be generated, for instance. Called on every rank, with the whole split, in evaluation mode.
+            one number for the measured split of a task as it was given, with its own columns: for what has to be generated, for
+            instance. Called on every rank, with the whole split, in evaluation mode.
         kwargs: every other argument of Trainer. `compute_metrics` defaults to the accuracy, and the loss of
             single-label classifiers to the cross-entropy averaged over the whole accumulated batch (see
             `docs/architecture.md`).
@@ -156,7 +156,9 @@ class ContinualTrainer(Trainer):
         self.task_metric = task_metric
         if self.args.sequence_metric is None:
             named = getattr(task_metric, "__name__", "metric") if task_metric is not None else None
-            self.args.sequence_metric = named or ("accuracy" if self.classifies else "loss")
+            self.args.sequence_metric = named or (
+                "loss" if self.writes or self.compute_metrics is None else "accuracy"
+            )
         greater = self.args.sequence_metric_greater_is_better
         self.greater_is_better = (
             self.args.sequence_metric not in ("loss", "perplexity") if greater is None else greater
@@ -242,14 +244,14 @@ class ContinualTrainer(Trainer):
 
     def before_step(self) -> None:
         """Remember the gradients, if the optimizer does not, and let the method add to them."""
-        optimizer, step = _unwrap(self.optimizer), self.state.global_step + 1
-        logs = self.args.logging_strategy == "steps" and step % max(self.state.logging_steps, 1) == 0
-        self._density = optimizer.update_density() if logs and isinstance(optimizer, CLASSP) else None
         if self._gathers:
             gather_(self._gathered, self.model, self.args.memory_power)
             for n in self._heads:
                 self._gathered.pop(n, None)
         self.method.penalty_gradient(self.model)
+        optimizer, step = _unwrap(self.optimizer), self.state.global_step + 1
+        logs = self.args.logging_strategy == "steps" and step % max(self.state.logging_steps, 1) == 0
+        self._density = optimizer.update_density() if logs and isinstance(optimizer, CLASSP) else None
 
     def continual_memory(self) -> ContinualMemory:
         """The memory as it stands: accumulators, the method's state, per-task heads. Call it on every rank."""
@@ -354,6 +356,10 @@ class ContinualTrainer(Trainer):
         if not (self.method.folds_adapters and self._between_tasks):
             super()._save(output_dir, state_dict)
             return
+        for stale in Path(output_dir or str(self.args.output_dir)).glob(
+            "adapter_*"
+        ):  # of a checkpoint that was pushed
+            stale.unlink(missing_ok=True)
         adapted, self.model = self.model, bare_model(self.model)
         try:
             super()._save(output_dir, folded_state_dict(adapted))
@@ -396,6 +402,7 @@ class ContinualTrainer(Trainer):
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """As Trainer's; a checkpoint that holds a continual memory gives back the method's state too."""
+        self._between_tasks = False
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if isinstance(resume_from_checkpoint, str) and (Path(resume_from_checkpoint) / MEMORY_NAME).is_file():
@@ -433,6 +440,7 @@ class ContinualTrainer(Trainer):
         """
         self._check_sequence_arguments()
         config = self.model.config
+        self._measured = {task.name: task.measured_dataset for task in tasks if isinstance(task, Task)}
         if self.writes:
             encoder_decoder = bool(config.is_encoder_decoder)
             tasks = prepare_language_tasks(tasks, self.processing_class, encoder_decoder, self.args.max_length)
@@ -445,6 +453,8 @@ class ContinualTrainer(Trainer):
         rows: list[list[float]] = state["accuracy_matrix"]
         folders = [base / f"{t:02d}-{task.slug}" for t, task in enumerate(tasks)]
         done = max(len(rows) - 1, 0)
+        methods = [method.name for method in self.method.parts() if method.state_dict()]
+        state.setdefault("informed", {"tasks": list(self.seen_tasks), "methods": methods})
         if done:
             self.seen_tasks = [task.name for task in tasks[:done]]
             self._restore_boundary(folders[done - 1], tasks[done - 1])
@@ -474,7 +484,7 @@ class ContinualTrainer(Trainer):
                     f"***** Task {t + 1} of {len(tasks)}: {tasks[t].name}{' (learned)' if learned else ''} *****"
                 )
                 if learned:
-                    self._show_learned_task(tasks[t])
+                    self._show_learned_task(tasks[t], state["informed"])
                 else:
                     self._train_task(t, tasks, folders[t], resume=bool(state.pop("resumed", False)))
                 self._save_boundary(folders[t])
@@ -597,6 +607,8 @@ class ContinualTrainer(Trainer):
         set_seed(self.args.seed + t)
         if self.args.reset_optimizer:
             self.optimizer = None
+            if self.args.optim == NAME and t > self.args.learned_tasks:
+                self._pending_memory = None  # of a resumed run: the last task's
         elif self.optimizer is not None:
             for group in self.optimizer.param_groups:  # schedules other than LambdaLR would go on from the last value
                 group["lr"] = group.get("initial_lr", self.args.learning_rate)
@@ -607,7 +619,6 @@ class ContinualTrainer(Trainer):
                 self.task_heads.forget_optimizer_state(self.optimizer)
         started = time.monotonic()
         self._logged_task = task.name
-        self._between_tasks = False
         self.method.before_task(self, task)
         earlier = [previous.train_dataset for previous in tasks[:t]]
         self.train_dataset = self.method.extend_train_dataset(task.train_dataset, earlier)
@@ -623,14 +634,18 @@ class ContinualTrainer(Trainer):
         if task.name not in self.seen_tasks:
             self.seen_tasks.append(task.name)
 
-    def _show_learned_task(self, task: Task) -> None:
-        """What happens around a task's training, without the training."""
+    def _show_learned_task(self, task: Task, informed: dict[str, list[str]]) -> None:
+        """What happens around a task's training, without the training.
+
+        Args:
+            informed: `tasks` of the memory the run began with, and `methods` that had a state in it.
+        """
         started = time.monotonic()
         if self.task_heads is not None:
             self.task_heads.activate(task.name)
             self.active_label_ids = task.label_ids
         for method in self.method.parts():
-            if task.name in self.seen_tasks and method.state_dict():
+            if task.name in informed["tasks"] and method.name in informed["methods"]:
                 continue  # the memory that was loaded holds what the method knows of this task
             method.before_task(self, task)
             method.extend_train_dataset(task.train_dataset, [])
@@ -656,6 +671,7 @@ class ContinualTrainer(Trainer):
 
     def _restore_boundary(self, folder: Path, task: Task) -> None:
         """Weights, memory and optimizer as the finished `task` left them."""
+        self._between_tasks = True
         if self.task_heads is not None:
             self.task_heads.active = None
         _load_weights(self.model, folder)
@@ -695,7 +711,7 @@ class ContinualTrainer(Trainer):
         was_training = self.model.training
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            value = float(self.task_metric(self.model, self.processing_class, task.measured_dataset))  # type: ignore[misc]
+            value = float(self.task_metric(self.model, self.processing_class, self._measured[task.name]))  # type: ignore[misc]
         self.model.train(was_training)
         if not math.isfinite(value):
             raise ValueError(f"task_metric returned {value} for task {task.name!r}; R holds finite numbers.")

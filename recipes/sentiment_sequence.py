@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 import classp_hf
 from classp_hf import METHODS, ClasspTrainer, ContinualTrainer, ContinualTrainingArguments, embedded, report
 from classp_hf.launch import prepare_cpu_launch
+from classp_hf.memory import NoMemoryError
 
 # What each arm is: trainer, method, and the flags it starts from. Learning rates: docs/log.md says how they were chosen.
 ADAMW = ["--learning_rate", "1e-4", "--reset_optimizer"]
@@ -139,7 +140,7 @@ def memory_beside(recipe: RecipeArguments) -> str | None:
     """The model's own folder or repository, if a continual memory is there."""
     try:
         classp_hf.ContinualMemory.load(recipe.model_name_or_path, revision=recipe.model_revision)
-    except FileNotFoundError:
+    except NoMemoryError:
         return None
     print(f"Going on from the continual memory in {recipe.model_name_or_path}.")
     return recipe.model_name_or_path
@@ -192,7 +193,7 @@ def main() -> None:
         set_seed(args.seed)
         model, tokenizer = build_model(recipe, labels, method_name)
         if args.memory is None and recipe.model_name_or_path and "classp" in (args.optim_name, arm):
-            args.memory = memory_beside(recipe)
+            args.memory, args.memory_revision = memory_beside(recipe), recipe.model_revision
         trainer = trainer_class(model=model, args=args, processing_class=tokenizer, method=method)
         if trainer.is_world_process_zero():
             print(f"\n=== {arm}: {' -> '.join(t.name for t in tasks)} ===", flush=True)

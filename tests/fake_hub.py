@@ -105,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         entries |= {name: _entry("directory", name, b"") for name in folders}
         recursive = parse_qs(url.query).get("recursive", ["false"])[0].lower() == "true"
         inside = [e for name, e in entries.items() if not path or name.startswith(path + "/")]
-        if not inside:
+        if not inside and path:
             return self.error(404, "EntryNotFound")
         return self.json([e for e in inside if recursive or str(Path(e["path"]).parent) == (path or ".")])
 

@@ -124,7 +124,34 @@ def test_osf_keeps_the_large_singular_directions_of_every_boundary(make_trainer,
     assert len(starts) == 3
 
 
-def test_models_and_arguments_that_do_not_fit(make_trainer, make_model, make_args, make_tasks, collator):
+@pytest.mark.parametrize("method", ["olora", "osf"])
+def test_resuming_a_finished_sequence_leaves_the_plain_model(method, make_trainer, make_tasks, collator, tmp_path):
+    trainer = make_trainer(method)
+    tasks = make_tasks(2)
+    trainer.train_sequence(tasks)
+    expected = logits(trainer.model, tasks, collator)
+    (tmp_path / "run" / "adapter_config.json").write_text("{}")  # a pushed checkpoint's
+    make_trainer(method, resume_from_checkpoint="True").train_sequence(tasks)
+    assert not (tmp_path / "run" / "adapter_config.json").exists()
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    torch.testing.assert_close(logits(plain, tasks, collator), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_that_was_loaded_is_kept(make_trainer, make_tasks, collator):
+    trainer = make_trainer("olora")
+    for _, layer, adapter in trainer.method.layers(trainer.model):
+        torch.nn.init.normal_(layer.lora_B[adapter].weight, std=0.1)
+    tasks = make_tasks(2)
+    before = logits(trainer.model, tasks, collator)
+    trainer.seen_tasks = ["an earlier one"]
+    trainer.method.before_task(trainer, tasks[0])
+    torch.testing.assert_close(logits(trainer.model, tasks, collator), before, rtol=1e-4, atol=1e-5)
+    assert len(trainer.method.directions) == 13
+
+
+def test_models_and_arguments_that_do_not_fit(
+    make_trainer, make_model, make_args, make_tasks, collator, tmp_path, caplog
+):
     plain = ContinualTrainer(make_model(), make_args(reset_optimizer=True, optim="sgd"), collator, method="olora")
     with pytest.raises(ValueError, match="'olora' needs a model with one LORA adapter, got none"):
         plain.train_sequence(make_tasks(2))
@@ -132,6 +159,17 @@ def test_models_and_arguments_that_do_not_fit(make_trainer, make_model, make_arg
         make_trainer("osf", adapter="olora").train_sequence(make_tasks(2))
     with pytest.raises(ValueError, match="Pass --reset_optimizer"):
         make_trainer("olora", reset_optimizer=False).train_sequence(make_tasks(2))
+    with pytest.raises(ValueError, match="cannot be combined with ewc, which hold on"):
+        make_trainer("olora+ewc", adapter="olora").train_sequence(make_tasks(2))
+    make_trainer("olora+replay", adapter="olora", output_dir=str(tmp_path / "replay")).train_sequence(make_tasks(2))
+    trainer = make_trainer("olora")
+    trainer.model.get_base_model().bfloat16()
+    trainer.method.check_trainer(trainer)
+    assert "rounds away much of what a task learned" in caplog.text
+    model = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["word_embeddings", "query"]))
+    embedding = ContinualTrainer(model, make_args(reset_optimizer=True, optim="sgd"), collator, method="olora")
+    with pytest.raises(ValueError, match="'bert.embeddings.word_embeddings' is an embedding or has one"):
+        embedding.train_sequence(make_tasks(2))
     trainer = make_trainer("olora")
     memory = ContinualMemory({"olora.directions/bert.pooler.dense": torch.ones(4, 7)})
     with pytest.raises(

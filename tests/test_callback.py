@@ -183,6 +183,41 @@ def test_a_memory_that_does_not_fit_stops_the_run(plain, make_model, tmp_path):
         second("plain", start)
 
 
+def test_a_second_callback_does_nothing_twice(plain, make_tasks, collator):
+    first, second, arguments, tasks = plain
+    start = first()
+    given = {"optim_args": "anchor_strength=0.3,merge_weight=1"}
+    one = second("one", start, **given)
+    set_seed(42)
+    model = BertForSequenceClassification.from_pretrained(start)
+    args = TrainingArguments(**arguments("two", **given))
+    trainer = Trainer(model=model, args=args, train_dataset=tasks[1].train_dataset, data_collator=collator)
+    trainer.add_callback(ContinualMemoryCallback())
+    set_seed(42)
+    trainer.train()
+    assert all(torch.equal(w, weights(one.model)[n]) for n, w in weights(trainer.model).items())
+
+
+def test_an_adapter_run_with_an_anchor_resumes(plain, collator, tmp_path):
+    first, _, arguments, tasks = plain
+    a = first()
+
+    def run(output, resume=None):
+        set_seed(42)
+        lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules="all-linear")
+        model = get_peft_model(BertForSequenceClassification.from_pretrained(a), lora)
+        given = {"optim_args": "anchor_strength=0.3", "save_strategy": "steps", "save_steps": 5}
+        args = TrainingArguments(**arguments(output, **given))
+        trainer = Trainer(model=model, args=args, train_dataset=tasks[1].train_dataset, data_collator=collator)
+        trainer.train(resume_from_checkpoint=resume)
+        return weights(model)
+
+    whole = run("whole")
+    resumed = run("resumed", resume=str(tmp_path / "whole" / "checkpoint-5"))
+    for n, w in resumed.items():
+        torch.testing.assert_close(w, whole[n], rtol=1e-4, atol=1e-6)
+
+
 def test_full_and_adapter_fine_tuning_alternate(plain, make_tasks, collator, tmp_path, caplog):
     """Full on A, LoRA on B, that LoRA further on C, merged and full on D."""
     first, _, arguments, tasks = plain

@@ -122,6 +122,29 @@ def test_a_failed_push_loses_nothing_and_says_what_to_do(push, tmp_path, failure
         assert not [n for n in hub.repos["me/kept", "main"][1] if n.startswith("00-")]
 
 
+def test_errors_without_text_and_of_the_card_say_what_they_are(tmp_path, monkeypatch):
+    from huggingface_hub import HfApi
+
+    from classp_hf.hub import push_folder
+
+    def failing(error):
+        def upload(self, **kwargs):
+            raise error
+
+        return upload
+
+    for error, said in (
+        (TimeoutError(), r"TimeoutError: no message\). Nothing local is lost. Check the network"),
+        (
+            ValueError("Invalid metadata.\n- license is wrong"),
+            r"Invalid metadata. - license is wrong\).* Correct what the",
+        ),
+    ):
+        monkeypatch.setattr(HfApi, "upload_folder", failing(error))
+        with pytest.raises(RuntimeError, match=said):
+            push_folder(tmp_path, "me/kept")
+
+
 def test_a_repository_that_cannot_be_made_stops_the_run_before_training(push, tmp_path):
     with FakeHub({}) as hub:
         hub.failures = {"create": 401}

@@ -10,6 +10,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
@@ -208,6 +209,24 @@ def test_ewcs_fisher_of_a_language_model(kind, make_causal, make_seq2seq, make_a
     seeds = list(range(len(rows)))
     drawn = sum_squared_gradients(model, (trainer.data_collator([row]) for row in rows), parameters, seeds)
     assert any(not torch.allclose(drawn[n], found[n]) for n in parameters)
+
+
+@pytest.mark.parametrize("method", ["ewc", "lwf"])
+def test_encoder_decoders_need_no_decoder_inputs_from_the_collator(method, make_seq2seq, make_args, tokenizer):
+    collator = DataCollatorForSeq2Seq(tokenizer)  # without the model it makes none
+    args = make_args(optim="adamw_torch")
+    ContinualTrainer(make_seq2seq(), args, collator, processing_class=tokenizer, method=method).train_sequence(tasks())
+
+
+def test_columns_of_their_own_reach_neither_collator_nor_replay(make_causal, make_args, tokenizer):
+    first = Dataset.from_list([{"text": "a b c", "label": 1, "id": 7}] * 16)
+    second = Dataset.from_list([{"prompt": "say a", "completion": "b", "id": "seven"}] * 16)
+    given = [Task("one", first, first), Task("two", second, second)]
+    trainer = ContinualTrainer(make_causal(), make_args(), processing_class=tokenizer, method="replay")
+    trainer.train_sequence(given)
+    tokenizer.model_max_length = 3
+    prepared = prepare_language_tasks(given[:1], tokenizer, False)[0].train_dataset
+    assert prepared.column_names == ["input_ids", "attention_mask", "labels"] and len(prepared[0]["input_ids"]) == 3
 
 
 def test_ewc_holds_a_language_model_back(make_causal, make_args, tokenizer, tmp_path):

@@ -240,6 +240,7 @@ class Kill(TrainerCallback):
         ("adamw_torch", "replay", {}),
         ("adamw_torch", "l2sp", {"save_strategy": "steps", "save_steps": 3}),
         ("classp", "l2sp", {"heads": "per_task"}),
+        ("classp", "none", {"reset_optimizer": True, "save_strategy": "steps", "save_steps": 3}),
         ("classp", "none", {"heads": "per_task", "save_strategy": "steps", "save_steps": 3}),
         ("adamw_torch", "none", {"heads": "per_task"}),
         ("adamw_torch", "none", {"save_strategy": "steps", "save_steps": 3, "save_only_model": True}),
@@ -337,6 +338,45 @@ def test_learned_tasks_are_protected_without_being_trained_on(
     model = type(make_model()).from_pretrained(tmp_path / "a")
     resumed = ContinualTrainer(model, again, collator, method=method, memory=memory).train_sequence(tasks)
     assert resumed["accuracy_matrix"] == results["accuracy_matrix"]
+
+
+def test_a_method_is_shown_every_learned_task_it_does_not_know(make_model, make_tasks, make_args, collator, tmp_path):
+    """The memory names two tasks, and knows nothing of the methods; the run is resumed between the two."""
+    tasks = make_tasks(3)
+    first = make_args(output_dir=str(tmp_path / "a"), optim="classp")
+    ContinualTrainer(make_model(), first, collator).train_sequence(tasks[:2])
+
+    def second(callbacks=(), **changes):
+        args = make_args(output_dir=str(tmp_path / "b"), optim="classp", learned_tasks=2, **changes)
+        model = type(make_model()).from_pretrained(tmp_path / "a")
+        return ContinualTrainer(
+            model, args, collator, method="logit_adjustment", memory=tmp_path / "a", callbacks=list(callbacks)
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        second([Kill(1, 2)]).train_sequence(tasks)
+    state = tmp_path / "b" / "sequence_state.json"
+    kept = json.loads(state.read_text())
+    kept["accuracy_matrix"], kept["steps"] = (
+        kept["accuracy_matrix"][:2],
+        kept["steps"][:1],
+    )  # as if killed after the first
+    state.write_text(json.dumps(kept))
+    trainer = second(resume_from_checkpoint="True")
+    trainer.train_sequence(tasks)
+    assert sum(float(f) for f in trainer.method.frequencies.values()) == pytest.approx(3)
+
+
+def test_the_metric_of_a_users_own_model_is_the_accuracy_it_computes(make_model, make_args, collator):
+    class Own(type(make_model())):
+        pass
+
+    model = make_model()
+    model.__class__ = Own
+    given = ContinualTrainer(model, make_args(), collator, compute_metrics=lambda p: {"accuracy": 0.5})
+    assert given.args.sequence_metric == "accuracy" and given.greater_is_better
+    alone = ContinualTrainer(model, make_args(), collator)
+    assert alone.args.sequence_metric == "loss" and not alone.greater_is_better
 
 
 def test_learned_tasks_that_cannot_be(make_model, make_tasks, make_args, collator, tmp_path, caplog):

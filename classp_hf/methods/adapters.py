@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..memory import bare_model, canonical_name
 from .base import Method
@@ -15,6 +16,11 @@ from .base import Method
 if TYPE_CHECKING:
     from ..tasks import Task
     from ..trainer import ContinualTrainer
+
+
+logger = logging.get_logger(__name__)
+
+COMPANIONS = ("replay", "lwf", "logit_adjustment")  # methods that do not look at weights
 
 
 @dataclass
@@ -61,19 +67,36 @@ class FoldedAdapters(Method):
                 f"The method {self.name!r} begins every task with a new adapter, which an optimizer's memory of the old one "
                 "does not fit. Pass --reset_optimizer."
             )
+        others = [m.name for m in trainer.method.parts() if m.name not in (self.name, *COMPANIONS)]
+        if others:
+            raise ValueError(
+                f"The method {self.name!r} begins every task with a new adapter and cannot be combined with {', '.join(others)}, which "
+                f"hold on to the old one's weights; {', '.join(COMPANIONS)} can."
+            )
         for _, layer, _ in self.layers(trainer.model):
-            if not layer.get_base_layer().weight.is_floating_point():
+            dtype = layer.get_base_layer().weight.dtype
+            if not dtype.is_floating_point:
                 raise ValueError(f"The method {self.name!r} adds to the base weights, which are quantised here.")
+            if dtype.itemsize < 4:
+                logger.warning(
+                    f"Adding adapters to base weights in {dtype} rounds away much of what a task learned. Load the model in float32."
+                )
+                break
 
     @torch.no_grad()
     def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
         if trainer.seen_tasks:
+            self.fold(trainer.model)  # an adapter that was loaded is part of what the new task begins with
             for _, layer, adapter in self.layers(trainer.model):
                 self.renew(layer, adapter)
 
-    @torch.no_grad()
     def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        for name, layer, adapter in self.layers(trainer.model):
+        self.fold(trainer.model)
+
+    @torch.no_grad()
+    def fold(self, model: nn.Module) -> None:
+        """Add the adapters to the base weights; what the model answers stays."""
+        for name, layer, adapter in self.layers(model):
             layer.merge(adapter_names=[adapter])
             layer.merged_adapters.clear()
             self.neutralise(layer, adapter, name)

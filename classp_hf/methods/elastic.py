@@ -65,6 +65,7 @@ class Elastic(Method):
             self.anchor = {
                 n: CompactCopy(p.detach() if weights is None else like_parameter(weights[n], p.detach(), p.dtype))
                 for n, p in self.parameters(model)
+                if n in memory  # a new adapter has none, and was nowhere when the run started
             }
 
     @torch.no_grad()

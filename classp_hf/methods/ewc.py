@@ -144,14 +144,14 @@ def sum_squared_gradients(model: nn.Module, batches, parameters: dict[str, nn.Pa
     was_training = model.training
     model.eval()
     writes = is_language_model(model)
-    shifted = (
-        writes and not bare_model(model).config.is_encoder_decoder
-    )  # a causal model's logits are the next token's
+    encoder_decoder = writes and bare_model(model).config.is_encoder_decoder
+    shifted = writes and not encoder_decoder  # a causal model's logits are the next token's
     try:
         for i, batch in enumerate(batches):
             labels = batch.pop("labels")
             with torch.enable_grad():
-                logits = model(**batch).logits
+                given = {"labels": labels} if encoder_decoder else {}  # the decoder's inputs are made from them
+                logits = model(**batch, **given).logits
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 if writes and logits.ndim == 3:
                     logits = logits[0, :-1] if shifted else logits[0]

@@ -24,7 +24,7 @@ class LwF(Method):
 
     `old` are the logits of a frozen copy of the model as the task found it. No data of earlier tasks; the cost is one
     more forward pass a step and one more copy of the weights. With logits a token, the mean is over the tokens that
-    `attention_mask` shows.
+    `attention_mask` shows, of encoder-decoders over those that have a label.
     """
 
     name: ClassVar[str] = "lwf"
@@ -64,12 +64,15 @@ class LwF(Method):
         new = outputs["logits"]
         self.teacher.to(new.device)
         with torch.no_grad(), self._autocast():
-            old = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"})["logits"]
+            encoder_decoder = getattr(
+                self.teacher.config, "is_encoder_decoder", False
+            )  # whose inputs are made from labels
+            old = self.teacher(**{k: v for k, v in inputs.items() if k != "labels" or encoder_decoder})["logits"]
         T = self.lwf_temperature
         divergence = F.kl_div(
             F.log_softmax(new.float() / T, -1), F.log_softmax(old.float() / T, -1), reduction="none", log_target=True
         ).sum(-1)
-        shown = inputs.get("attention_mask")
+        shown = inputs["labels"] != -100 if encoder_decoder else inputs.get("attention_mask")
         if divergence.ndim > 1 and shown is not None and shown.shape == divergence.shape:
             divergence = divergence[shown.bool()]
         return self.lwf_lambda * T * T * divergence.mean()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..memory import bare_model
 from .adapters import FoldedAdapters
+
+if TYPE_CHECKING:
+    from ..trainer import ContinualTrainer
 
 
 @dataclass
@@ -34,12 +37,21 @@ class OLoRA(FoldedAdapters):
         if not self.olora_lambda >= 0:
             raise ValueError(f"olora_lambda must be >= 0, got {self.olora_lambda}")
 
+    def check_trainer(self, trainer: ContinualTrainer) -> None:
+        super().check_trainer(trainer)
+        for name, layer, adapter in self.layers(trainer.model):
+            if adapter not in layer.lora_A or layer.lora_bias.get(adapter):
+                raise ValueError(
+                    f"The method 'olora' adapts linear layers without lora_bias, and {name!r} is an embedding or has one. Leave it out "
+                    "of target_modules."
+                )
+
     @torch.no_grad()
     def penalty_gradient(self, model: nn.Module) -> None:
         if not self.directions or not self.olora_lambda:
             return
         for name, layer, adapter in self.layers(model):
-            if name in self.directions and adapter in layer.lora_A:
+            if name in self.directions:
                 A = layer.lora_A[adapter].weight
                 old = self.directions[name] = self.directions[name].to(A.device)
                 A.grad.add_((A.float() @ old.T @ old).to(A.dtype), alpha=2 * self.olora_lambda)
@@ -48,7 +60,7 @@ class OLoRA(FoldedAdapters):
         layer.reset_lora_parameters(adapter, init_lora_weights=True)
 
     def neutralise(self, layer: Any, adapter: str, name: str) -> None:
-        if adapter in layer.lora_A and layer.lora_B[adapter].weight.any():  # else it was never trained
+        if layer.lora_B[adapter].weight.any():  # else it was never trained
             A = layer.lora_A[adapter].weight.detach().float().clone()
             old = self.directions.get(name)
             self.directions[name] = A if old is None else torch.cat([old.to(A.device), A])
@@ -58,7 +70,7 @@ class OLoRA(FoldedAdapters):
         modules = dict(bare_model(model).named_modules())
         for name, old in state.get("directions", {}).items():
             layer: Any = modules.get(name)
-            width = layer.get_base_layer().weight.shape[1] if hasattr(layer, "get_base_layer") else None
+            width = layer.in_features if hasattr(layer, "get_base_layer") else None
             if old.ndim != 2 or old.shape[1] != width:
                 raise ValueError(
                     f"The continual memory holds LoRA directions of shape {tuple(old.shape)} for {name!r}, where the model "
