@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import shlex
+import statistics
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ _METRICS = {
     "average_accuracy": ("average {metric}", "", "mean over all tasks at the end"),
     "learning_accuracy": ("learning {metric}", "", "mean over tasks, each right after its own training"),
     "backward_transfer": ("backward transfer", "+", "{points} since each earlier task was learned; negative = forgetting"),
-    "forward_transfer": ("forward transfer", "+", "{points} over the untrained model, each task before its own training"),
+    "forward_transfer": ("forward transfer", "+", "{points} over the model at the start, each task before its own training"),
     "forgetting": ("forgetting", "", "{points} {below} each earlier task's best; positive = forgetting"),
     "retained_accuracy": ("retained {metric}", "", "% of each task's own learned {metric} left at the end"),
 }  # fmt: skip
@@ -276,7 +277,7 @@ def _metric_rows(metrics: Mapping[str, Any], scale: Scale) -> list[list[str]]:
 
 
 def _stages(tasks: Sequence[str]) -> list[str]:
-    return ["untrained", *(f"after {task}" for task in tasks)]
+    return ["at the start", *(f"after {task}" for task in tasks)]
 
 
 def _check_matrix(tasks: Sequence[str], R: Matrix) -> None:
@@ -380,7 +381,7 @@ def plot_retention(arms: Mapping[str, Mapping[str, Any]], path: str | os.PathLik
             axes.plot(values, **style, markersize=size, clip_on=False, label=arm if j == 0 else None)
         axes.set_title(f"{j + 1}. {tasks[j]}", fontsize=10)
         axes.set_ylim(lowest, highest)
-        axes.set_xticks(range(T + 1), ["untrained", *(str(t) for t in range(1, T + 1))])
+        axes.set_xticks(range(T + 1), ["start", *(str(t) for t in range(1, T + 1))])
         axes.tick_params(labelbottom=True, labelsize=8)
         axes.grid(axis="y", color="0.9")
     figure.supxlabel("after task", fontsize=10)
@@ -390,30 +391,31 @@ def plot_retention(arms: Mapping[str, Mapping[str, Any]], path: str | os.PathLik
 
 
 def plot_importance(importance: Mapping[str, Sequence[float]], tasks: Sequence[str], path: str | os.PathLike) -> None:
-    """Write a PNG with a line a task over the layers: how much the memory of gradients grew there, 1 = the mean layer.
+    """Write a PNG with a line a task over the layers: how much the memory of gradients grew there, 1 = the median layer.
 
     Args:
         importance: layer -> mean accumulator a weight before any training here and after every task.
-        tasks: their names; a task in which nothing grew (it was not trained on) has no line.
+        tasks: their names; a task in which nothing grew (it was not trained on) has no line. What was there before has one.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     layers = list(importance)
-    figure = _figure(max(5.0, 1.5 + 0.42 * len(layers)), 4.0)
+    figure = _figure(max(5.5, 1.5 + 0.42 * len(layers)), 4.4)
     axes = figure.subplots()
-    for t, task in enumerate(tasks):
-        grown = [max(importance[layer][t + 1] - importance[layer][t], 0.0) for layer in layers]
-        mean = sum(grown) / len(grown)
-        if mean > 0:
+    for t, name in enumerate(["earlier runs", *tasks]):
+        means = [importance[layer] for layer in layers]
+        grown = [max(m[t] - m[t - 1], 0.0) if t else m[0] for m in means]
+        middle = statistics.median(grown)
+        if middle > 0:
             style = {"color": _PALETTE[t % 7], "marker": _MARKERS[t % 7], "linestyle": ("-", ":", "-.")[t // 7 % 3]}
-            axes.plot(range(len(layers)), [g / mean or None for g in grown], **style, label=task)
+            axes.plot(range(len(layers)), [g / middle or None for g in grown], **style, label=name)
     axes.set_yscale("log")
     axes.set_xticks(range(len(layers)), layers, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
-    axes.set_ylabel("growth of the memory a weight\n(1 = mean of the layers)")
+    axes.set_ylabel("growth of the memory a weight\n(1 = median of the layers)")
     axes.grid(axis="y", color="0.9")
     axes.legend(frameon=False, fontsize=9)
-    axes.set_title("Which layers each task's gradients went through, and later tasks find held", fontsize=10)
+    axes.set_title("What each task leaves in the memory, layer by layer", fontsize=10)
     _save(figure, path)
 
 

@@ -431,7 +431,7 @@ class ContinualTrainer(Trainer):
                 the same R. Default: `args.resume_from_checkpoint`.
 
         Returns:
-            The content of `results.json`: `tasks`, `accuracy_matrix` (T+1 rows x T columns, row 0 = untrained, values
+            The content of `results.json`: `tasks`, `accuracy_matrix` (T+1 rows x T columns, row 0 = before any training here, values
             in the metric's own unit), `metrics`, `seconds`, `boundary_seconds` (the method's, before and after tasks), and what
             describes the run.
 

@@ -221,14 +221,14 @@ def test_format_sequence_is_aligned():
     assert report.format_sequence(TASKS, R, summarize(R), "classp") == (
         "classp\n"
         "                   icwsm14/nyt   fpb\n"
-        "untrained                 33.1  31.0\n"
+        "at the start              33.1  31.0\n"
         "after icwsm14/nyt         67.8  40.2\n"
         "after fpb                 44.2  78.8\n"
         "\n"
         "average accuracy    61.5  (mean over all tasks at the end)\n"
         "learning accuracy   73.3  (mean over tasks, each right after its own training)\n"
         "backward transfer  -23.6  (points since each earlier task was learned; negative = forgetting)\n"
-        "forward transfer    +9.2  (points over the untrained model, each task before its own training)\n"
+        "forward transfer    +9.2  (points over the model at the start, each task before its own training)\n"
         "forgetting          23.6  (points below each earlier task's best; positive = forgetting)\n"
         "retained accuracy  65.2, 100.0  (% of each task's own learned accuracy left at the end)"
     )
@@ -237,7 +237,7 @@ def test_format_sequence_is_aligned():
 def test_format_sequence_of_one_task_has_undefined_metrics():
     one = [[0.0], [1.0]]
     text = report.format_sequence(["a"], one, summarize(one), "title")
-    assert "after a    100.0\n" in text
+    assert "after a       100.0\n" in text
     for metric in ("backward transfer", "forward transfer ", "forgetting       "):
         assert f"\n{metric}    n/a  (" in text
 
@@ -302,7 +302,7 @@ def test_accuracy_matrix_figure_puts_the_numbers_in_their_cells(tmp_path, monkey
     assert {text.get_position(): text.get_text() for text in axes.texts} == {
         (j, t): f"{100 * R[t][j]:.1f}" for t in range(3) for j in range(2)
     }
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["untrained", "after icwsm14/nyt", "after fpb"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["at the start", "after icwsm14/nyt", "after fpb"]
 
 
 def test_retention_figure_has_a_panel_a_task_and_a_line_an_arm(tmp_path, monkeypatch):
