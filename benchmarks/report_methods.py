@@ -131,11 +131,14 @@ def equal_plasticity(found: dict[str, np.ndarray], slack: float = 0.02) -> str:
 def plot_front(found: dict[str, np.ndarray], tasks: tuple[str, str], path: Path) -> None:
     figure = report._figure(8, 5.2)
     axes = figure.subplots()
-    for i, (arm, runs) in enumerate(found.items()):
+    for i, (arm, runs) in enumerate(
+        (arm, found[arm]) for arm in README_ARMS if arm in found
+    ):  # more would hide each other
         mean = 100 * runs.mean(0)
         colour, line = report._PALETTE[i % 7], ("-", "--", ":")[i // 7 % 3]
-        axes.plot(mean[1:, 2], mean[1:, 1], color=colour, linestyle=line, linewidth=1, alpha=0.7)
-        axes.plot(mean[-1, 2], mean[-1, 1], report._MARKERS[i % 7], color=colour, label=arm, markersize=7)
+        axes.plot(mean[1:, 2], mean[1:, 1], color=colour, linestyle=line, linewidth=3 if arm == OURS else 1, alpha=0.7)
+        style = {"marker": report._MARKERS[i % 7], "linestyle": line, "markersize": 11 if arm == OURS else 7}
+        axes.plot(mean[-1:, 2], mean[-1:, 1], color=colour, label=arm, **style)
     axes.set_xlabel(f"accuracy on the new task ({tasks[1]}), %")
     axes.set_ylabel(f"accuracy on the old task ({tasks[0]}), %")
     axes.set_title(f"{tasks[0]}, then {tasks[1]}: each line follows one training, the marker is its end", fontsize=10)

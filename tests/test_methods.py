@@ -232,7 +232,9 @@ def test_ewc_over_several_tasks(mode, make_model, make_tasks, make_args, collato
 
 
 def test_ewc_refuses_models_it_cannot_measure(make_model):
-    with pytest.raises(ValueError, match=r"single-label classifier or a language model, got .* labels of dtype torch.float32"):
+    with pytest.raises(
+        ValueError, match=r"single-label classifier or a language model, got .* labels of dtype torch.float32"
+    ):
         sum_squared_gradients(make_model(), batches(1, torch.float32), {})
 
 
