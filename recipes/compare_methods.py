@@ -31,8 +31,8 @@ from typing import Any
 
 TUNING = ("nyt>amazon", "tweets>amazon")
 REPORTED = ("nyt>movie>tweets>amazon", "movie>nyt>amazon>tweets", "amazon>tweets")
-"""The first two tasks of the long ones are the two-task sequences nyt>movie and movie>nyt: what comes later cannot change them. On
-the last one little is forgotten, as on its reverse, on which settings are chosen."""
+"""The first two tasks of the long ones are the two-task sequences nyt>movie and movie>nyt: what comes later cannot change them. The
+last is the reverse of a tuning sequence on which little is forgotten."""
 
 BASE = (
     "--max_steps 80 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --max_length 32 --bf16 True "
