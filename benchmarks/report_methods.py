@@ -150,9 +150,12 @@ def plot_front(found: dict[str, np.ndarray], tasks: tuple[str, str], path: Path)
 def costs(lines: list[dict[str, Any]]) -> str:
     by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
     reported = [line for line in lines if line["stage"] == "report" and line["arm"] != JOINT]
-    newest = [line["commit"] for line in reported if line["arm"] == BASELINE][-1:]  # what is compared ran together
+    arms: dict[str, set[str]] = defaultdict(set)
     for line in reported:
-        if line["commit"] in newest:
+        arms[line["commit"]].add(line["arm"])
+    together = max((c for c in arms if BASELINE in arms[c]), key=lambda c: len(arms[c]), default=None)
+    for line in reported:
+        if line["commit"] == together:
             by_arm[line["arm"]].append(line)
     base = np.median([line["seconds_a_step"] for line in by_arm.get(BASELINE, [])]) if by_arm.get(BASELINE) else None
     rows = []
@@ -299,7 +302,7 @@ def main() -> None:
         parts += [
             "## Cost",
             "Time of a step (forward, backward, optimizer; runs side by side on the machine's cores, so ratios rather than seconds; of the runs at the commit "
-            "that ran `adamw` last), time of a method before and after a task, and what optimizer and method hold beside weights and gradients.",
+            "at which most methods ran), time of a method before and after a task, and what optimizer and method hold beside weights and gradients.",
             costs(lines),
         ]
     parts += ["## Settings", tuning(lines)]
