@@ -131,9 +131,8 @@ def equal_plasticity(found: dict[str, np.ndarray], slack: float = 0.02) -> str:
 def plot_front(found: dict[str, np.ndarray], tasks: tuple[str, str], path: Path) -> None:
     figure = report._figure(8, 5.2)
     axes = figure.subplots()
-    for i, (arm, runs) in enumerate(
-        (arm, found[arm]) for arm in README_ARMS if arm in found
-    ):  # more would hide each other
+    shown = [(arm, found[arm]) for arm in README_ARMS if arm in found]  # more would hide each other
+    for i, (arm, runs) in enumerate(shown):
         mean = 100 * runs.mean(0)
         colour, line = report._PALETTE[i % 7], ("-", "--", ":")[i // 7 % 3]
         axes.plot(mean[1:, 2], mean[1:, 1], color=colour, linestyle=line, linewidth=3 if arm == OURS else 1, alpha=0.7)

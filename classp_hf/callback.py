@@ -46,9 +46,8 @@ class ContinualMemoryCallback(TrainerCallback):
         self.optimizer = optimizer if isinstance(optimizer, CLASSP) else None
         if self.optimizer is None:
             return
-        if (
-            getattr(self.optimizer, "_memory_callback", self) is not self
-        ):  # a second callback would do everything twice
+        # a second callback would do everything twice
+        if getattr(self.optimizer, "_memory_callback", self) is not self:
             self.optimizer = None
             return
         self.optimizer._memory_callback = self  # type: ignore[attr-defined]

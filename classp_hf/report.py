@@ -536,7 +536,7 @@ def write_model_card(
         has_memory=(path.parent / MEMORY_NAME).is_file(),
         memory_name=MEMORY_NAME,
         trainer=trainer,
-        folds=any(m["name"] in ("olora", "osf") for m in methods),
+        folds=results.get("folds_adapters", False),
         method_call=_method_call(methods),
         argument_calls=[
             _keyword(k, arguments[k])

@@ -140,9 +140,8 @@ class ContinualTrainer(Trainer):
             eval_dataset = {}  # the tasks bring their own; Trainer refuses None here
         writes = model is not None and is_language_model(model)
         if data_collator is None and processing_class is not None and writes:
-            data_collator = DataCollatorForSeq2Seq(
-                processing_class, model
-            )  # pads labels too, of causal models as well
+            # pads labels too, of causal models as well
+            data_collator = DataCollatorForSeq2Seq(processing_class, model)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
 
         self.optimizers_given = kwargs.get("optimizers", (None, None))
@@ -356,9 +355,8 @@ class ContinualTrainer(Trainer):
         if not (self.method.folds_adapters and self._between_tasks):
             super()._save(output_dir, state_dict)
             return
-        for stale in Path(output_dir or str(self.args.output_dir)).glob(
-            "adapter_*"
-        ):  # of a checkpoint that was pushed
+        folder = Path(output_dir or str(self.args.output_dir))
+        for stale in folder.glob("adapter_*"):  # of a checkpoint that was pushed
             stale.unlink(missing_ok=True)
         adapted, self.model = self.model, bare_model(self.model)
         try:
@@ -472,7 +470,7 @@ class ContinualTrainer(Trainer):
                 abs(a - b) > 0.005 * max(1.0, abs(b)) for a, b in zip(self._evaluate_tasks(tasks), rows[0])
             ):
                 raise ValueError(
-                    f"The run in {base} began with other weights than this model's: its untrained accuracies were {rows[0]}. "
+                    f"The run in {base} began with other weights than this model's: row 0 of its R was {rows[0]}. "
                     "Build the model as then: call transformers.set_seed(...) before, so that new layers start alike."
                 )
             for t in range(done, len(tasks)):
@@ -722,7 +720,6 @@ class ContinualTrainer(Trainer):
         self.save_model(str(base), _internal_call=True)
         names = [task.name for task in tasks]
         id2label = self.model.config.id2label if not self.writes else {}
-        encoder_decoder = bool(self.model.config.is_encoder_decoder)
         results = {
             "tasks": names,
             "datasets": sorted({task.hub_id for task in tasks if task.hub_id}),
@@ -730,11 +727,8 @@ class ContinualTrainer(Trainer):
             "metrics": summarize(state["accuracy_matrix"], self.greater_is_better),
             "metric": self.args.sequence_metric,
             "greater_is_better": self.greater_is_better,
-            "auto_class": "AutoModelForSequenceClassification"
-            if not self.writes
-            else "AutoModelForSeq2SeqLM"
-            if encoder_decoder
-            else "AutoModelForCausalLM",
+            "auto_class": _auto_class(self.model),
+            "folds_adapters": self.method.folds_adapters,
             "peft": bare_model(self.model) is not self.model and not self.method.folds_adapters,
             "label_names": [id2label[i] for i in sorted(id2label)],
             "method": state["config"]["method"],
@@ -910,6 +904,13 @@ def _describe_optimizer(optimizer: Any, args: ContinualTrainingArguments) -> dic
         return {"name": args.optim_name, "lr": args.learning_rate}
     values = {k: v for k, v in optimizer.defaults.items() if isinstance(v, (int, float, str, bool, tuple, type(None)))}
     return {"name": type(optimizer).__name__, **values, "lr": args.learning_rate}
+
+
+def _auto_class(model: nn.Module) -> str:
+    """The class of Transformers to load the model with."""
+    if not is_language_model(model):
+        return "AutoModelForSequenceClassification"
+    return "AutoModelForSeq2SeqLM" if bare_model(model).config.is_encoder_decoder else "AutoModelForCausalLM"
 
 
 def _last_complete_checkpoint(folder: Path) -> str | None:

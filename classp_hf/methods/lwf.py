@@ -64,9 +64,8 @@ class LwF(Method):
         new = outputs["logits"]
         self.teacher.to(new.device)
         with torch.no_grad(), self._autocast():
-            encoder_decoder = getattr(
-                self.teacher.config, "is_encoder_decoder", False
-            )  # whose inputs are made from labels
+            # the inputs of an encoder-decoder are made from the labels
+            encoder_decoder = getattr(self.teacher.config, "is_encoder_decoder", False)
             old = self.teacher(**{k: v for k, v in inputs.items() if k != "labels" or encoder_decoder})["logits"]
         T = self.lwf_temperature
         divergence = F.kl_div(

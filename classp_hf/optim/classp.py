@@ -254,9 +254,8 @@ def _blockwise_classp_(param: Tensor, grad: Tensor, accumulator: Tensor, **hyper
                 classp_(w, g, s, **hyperparameters)
                 rows[0][index], rows[2][index] = w, s
             return
-    scratch = torch.empty(
-        _BLOCK, dtype=torch.float32, device="cpu"
-    )  # allocating anew for every block costs more than the arithmetic
+    # allocating anew for every block costs more than the arithmetic
+    scratch = torch.empty(_BLOCK, dtype=torch.float32, device="cpu")
     for w, g, s in zip(*(t.view(-1).split(_BLOCK) for t in tensors)):
         classp_(w, g, s, **hyperparameters, scratch=scratch[: len(w)])
 
