@@ -68,8 +68,7 @@ class ContinualMemoryCallback(TrainerCallback):
         if not resumed:
             for n, p in trainable_parameters(model):
                 if n in stored:
-                    restored = like_parameter(stored[n], p.detach(), torch.float32)
-                    self.optimizer.state[p]["accumulator"] = restored
+                    self.optimizer.set_accumulator(p, like_parameter(stored[n], p.detach(), torch.float32))
         self.merge = Merge(uses["merge_weight"]) if stored and uses.get("merge_weight") else None
         self.elastic = Elastic(uses["anchor_strength"]) if stored and uses.get("anchor_strength") else None
         weights = _starting_weights(model, start) if resumed and (self.merge or self.elastic) else None
@@ -95,19 +94,17 @@ class ContinualMemoryCallback(TrainerCallback):
 
     def _accumulators(self, model: nn.Module) -> dict[str, Tensor]:
         assert self.optimizer is not None
-        state = self.optimizer.state
-        return {n: state[p]["accumulator"] for n, p in trainable_parameters(model) if state.get(p)}
+        return {n: self.optimizer.accumulator(p) for n, p in trainable_parameters(model)}
 
     def _write(self, folder: Path, args: Any, model: nn.Module) -> None:
         assert self.optimizer is not None
         memory = ContinualMemory()
         accumulators = self._accumulators(model)
-        parameters = dict(trainable_parameters(model))
-        for n, p in parameters.items():  # none yet for a parameter that never had a gradient
-            accumulators.setdefault(n, torch.zeros_like(p, dtype=torch.float32))
         memory.put("accumulator", self.kept)
         memory.put("accumulator", {n: full_tensor(s) for n, s in accumulators.items()})
-        numbers = {k: v for k, v in self.optimizer.defaults.items() if isinstance(v, (int, float, bool, type(None)))}
+        numbers = {
+            k: v for k, v in self.optimizer.defaults.items() if isinstance(v, (int, float, bool, str, type(None)))
+        }
         memory.metadata = {
             "tasks": [*self.tasks, Path(args.output_dir).resolve().name],
             "optimizer": {"name": "CLASSP", **numbers, "lr": args.learning_rate},

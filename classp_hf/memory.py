@@ -2,7 +2,8 @@
 
 `continual_memory.safetensors` holds tensors named `<kind>/<parameter name>`: `accumulator/…` (the CLASSP optimizer's
 state), `<method>.<part>/…` (such as `ewc.fisher/…` and `ewc.anchor/…`) and `head.<task>/…` (per-task heads). Its
-metadata carry a format version, the hyperparameters and a digest of everything else in the file.
+metadata carry a format version, the hyperparameters and a digest of everything else in the file. Accumulators are stored
+in the optimizer's `state_dtype`; those of one byte come with `accumulator_base/…` and make a file of format version 2.
 
 Names, not positions: `torch.optim.Optimizer.load_state_dict` maps state by order (pytorch#1489), which a new head or
 adapter shifts.
@@ -27,11 +28,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .optim.state import STATE_DTYPES, compress, expand, random_bits
+
 logger = logging.get_logger(__name__)
 
 MEMORY_NAME = "continual_memory.safetensors"
 FORMAT = "classp_hf.continual_memory"
-FORMAT_VERSION = 1
+FORMAT_VERSION, LOW_BIT_VERSION = "1", "2"
 
 # Wrappers put these into parameter names: DDP, torch.compile, activation checkpointing, FSDP, PEFT.
 _WRAPPERS = re.compile(
@@ -102,17 +105,18 @@ class ContinualMemory:
         """Write `continual_memory.safetensors` into `folder` (created if missing), by atomic rename."""
         path = Path(folder) / MEMORY_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = self._stored()
         header = {
             "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
+            "format_version": FORMAT_VERSION if tensors.keys() == self.tensors.keys() else LOW_BIT_VERSION,
             "content": json.dumps(self.metadata, sort_keys=True),
         }
-        header["sha256"] = _digest(self.tensors, header)
+        header["sha256"] = _digest(tensors, header)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{MEMORY_NAME}.")
         os.close(handle)
         try:
             # clone: safetensors refuses tensors that share storage (tied weights)
-            save_file({k: t.clone() for k, t in self.tensors.items()}, temporary, metadata=header)
+            save_file({k: t.clone() for k, t in tensors.items()}, temporary, metadata=header)
             umask = os.umask(0)
             os.umask(umask)
             os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would keep collaborators out
@@ -121,6 +125,16 @@ class ContinualMemory:
             Path(temporary).unlink(missing_ok=True)
             raise
         return path
+
+    def _stored(self) -> dict[str, Tensor]:
+        """The tensors as the file has them."""
+        dtype = STATE_DTYPES[self.metadata.get("optimizer", {}).get("state_dtype", "float32")]
+        stored = dict(self.tensors)
+        for name, t in self.get("accumulator").items() if dtype != torch.float32 else ():
+            stored[f"accumulator/{name}"], base = compress(t, dtype, random_bits(t, t))
+            if base is not None:
+                stored[f"accumulator_base/{name}"] = base
+        return stored
 
     @classmethod
     def load(cls, path_or_repo: str | os.PathLike, revision: str | None = None) -> ContinualMemory:
@@ -149,10 +163,10 @@ class ContinualMemory:
                 f"{path} is not a continual memory (its `format` is {header.get('format')!r}, not {FORMAT!r}). "
                 f"Pass the {MEMORY_NAME} that a run of classp_hf wrote, or the folder that holds it."
             )
-        if header.get("format_version") != str(FORMAT_VERSION):
+        if header.get("format_version") not in (FORMAT_VERSION, LOW_BIT_VERSION):
             raise ValueError(
                 f"{path} has format version {header.get('format_version')!r}; this version of classp_hf reads "
-                f"{FORMAT_VERSION}. Install the version of classp_hf that wrote it."
+                f"{FORMAT_VERSION} and {LOW_BIT_VERSION}. Install the version of classp_hf that wrote it."
             )
         expected = header.pop("sha256", None)
         if _digest(tensors, header) != expected:
@@ -160,7 +174,18 @@ class ContinualMemory:
                 f"The content of {path} does not match its own digest: it was altered or damaged after it was "
                 "written. Copy it again from where the run wrote it."
             )
-        return cls(tensors, json.loads(header["content"]))
+        memory = cls(tensors, json.loads(header["content"]))
+        bases = {key: tensors.pop(f"accumulator_base/{key}") for key in memory.get("accumulator_base")}
+        for name, t in memory.get("accumulator").items():
+            base = bases.pop(name, None)
+            if (t.dtype == torch.uint8) != (base is not None) or (
+                base is not None and (base.dtype != torch.int16 or base.shape != (-(-t.numel() // 256),))
+            ):
+                raise ValueError(f"{path}: the accumulator of {name!r} and its base do not belong together.")
+            tensors[f"accumulator/{name}"] = expand(t, base)
+        if bases:
+            raise ValueError(f"{path} holds bases of accumulators that it does not hold: {_shorten(sorted(bases))}.")
+        return memory
 
     def check_fits(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise a ValueError that says which names or shapes differ, unless every kind fits the model.

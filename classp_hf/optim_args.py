@@ -26,6 +26,8 @@ OPTIM_ARGS: dict[str, Callable[[str], Any]] = {
     "density": float,
     "maximize": _boolean,
     "foreach": _boolean,
+    "fused": _boolean,
+    "state_dtype": str,
 }
 """What `--optim_args` may set of the optimizer, and how it is read. `lr` and `weight_decay` have flags of their own."""
 

@@ -216,7 +216,7 @@ class ContinualTrainer(Trainer):
         """Canonical name -> `sum |g|^p` over all training so far, float32; empty before any.
 
         CLASSP's own state, or, under another optimizer, what is gathered beside it if `args.gather_memory` or the method
-        asks for it. While training these are the tensors that change, on their devices.
+        asks for it. While training these are the tensors that change, on their devices (copies of low-bit ones).
         """
         optimizer = _unwrap(self.optimizer)
         if self._pending_memory is not None:
@@ -225,12 +225,8 @@ class ContinualTrainer(Trainer):
             return dict(self._gathered)
         if not optimizer.state:
             return {}
-        accumulators = {}
-        for n, p in trainable_parameters(self.model):
-            if n not in self._heads:  # a head a task: no task uses another one's
-                state = optimizer.state.get(p)  # none for a parameter that never had a gradient
-                accumulators[n] = state["accumulator"] if state else torch.zeros_like(p, dtype=torch.float32)
-        return accumulators
+        # a head a task: no task uses another one's
+        return {n: optimizer.accumulator(p) for n, p in trainable_parameters(self.model) if n not in self._heads}
 
     @property
     def _heads(self) -> frozenset[str]:
@@ -333,7 +329,7 @@ class ContinualTrainer(Trainer):
             restored = {n: like_parameter(stored[n], p.detach(), torch.float32) for n, p in parameters.items()}
             if isinstance(optimizer, CLASSP):
                 for n, p in parameters.items():
-                    optimizer.state[p]["accumulator"] = restored[n]
+                    optimizer.set_accumulator(p, restored[n])
             else:
                 self._gathered = restored
         if self._pending_optimizer is not None:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "classp_hf"
 # room -> rooms it may import
 ARROWS = {
     "optim": set(),
-    "memory": set(),
+    "memory": {"optim"},
     "embedded": set(),
     "launch": set(),
     "metrics": set(),

@@ -245,6 +245,7 @@ class Kill(TrainerCallback):
         ("adamw_torch", "none", {"heads": "per_task"}),
         ("adamw_torch", "none", {"save_strategy": "steps", "save_steps": 3, "save_only_model": True}),
         ("sgd", "none", {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3}),
+        ("classp", "elastic", {"optim_args": "state_dtype=uint8", "save_strategy": "steps", "save_steps": 3}),
     ],
 )
 @pytest.mark.parametrize("where", [(1, 2), (2, 5), (3, 1)], ids=["task1", "task2", "task3"])

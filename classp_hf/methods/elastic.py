@@ -91,7 +91,7 @@ class Elastic(Method):
             for p in group["params"]:
                 name = names.get(id(p))
                 if name in self.anchor and p in optimizer.state:
-                    s, w = local(optimizer.state[p]["accumulator"]), local(p.detach())
+                    s, w = local(optimizer.accumulator(p)), local(p.detach())
                     c = (s + group["eps"]).pow_(-1 / group["power"]).mul_(s).mul_(float(group["lr"]) * self.scale)
                     w.sub_(self.anchor[name].difference(w).mul_(c / (1 + c)))
 

@@ -1,4 +1,7 @@
-"""The CLASSP optimizer: Algorithm 1 of arXiv 2405.09637 as one pure function on tensors, and its foreach form."""
+"""The CLASSP optimizer: Algorithm 1 of arXiv 2405.09637 as one pure function on tensors, and its foreach form.
+
+The compiled CPU form is in kernels.py, low-bit accumulators in state.py.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import kernels
+from .state import STATE_DTYPES, compress, expand, random_bits
+
 __all__ = ["CLASSP"]
 
 # Sample size of the quantile that `density` needs: the standard error of an estimated density d is about
 # sqrt(d (1 - d) / 16384), at most 0.004.
 _DENSITY_SAMPLE = 16_384
-
-# On the CPU a tensor is updated in blocks of so many weights, whose temporaries stay in the cache.
-_BLOCK = 65_536
 
 
 class CLASSP(Optimizer):
@@ -37,8 +40,8 @@ class CLASSP(Optimizer):
     The current gradient enters s before it scales the step (the paper's equation 1 sums to t-1; its Algorithm 1 is
     followed here). With `power=2, threshold=0` this is `torch.optim.Adagrad(initial_accumulator_value=eps, eps=0)`.
 
-    The math runs in float32 and is cast to the parameter's dtype once, at the end. State: one float32 tensor of the
-    parameter's shape, `state[p]["accumulator"]`, float32 after `load_state_dict` too.
+    The math runs in float32 and is cast to the parameter's dtype once, at the end. State: one tensor of the parameter's
+    shape and `state_dtype`, `state[p]["accumulator"]`; of that dtype after `load_state_dict` too.
 
     Args:
         params: parameters, named parameters or parameter groups. Every hyperparameter may differ from group to group.
@@ -56,13 +59,18 @@ class CLASSP(Optimizer):
             (1 - density) quantile of g^2 over them, estimated per tensor and step from a fixed strided sample of up
             to 16,384 coordinates, without host synchronisation. Excludes `threshold`.
         maximize: ascend instead of descend.
-        foreach: use the multi-tensor kernels. Default: on for GPU tensors, off on CPU, where whole-model temporaries
-            make them slower.
+        foreach: use PyTorch's multi-tensor operations. Default: on for GPU tensors, off on CPU, where whole-model
+            temporaries make them slower.
+        fused: update CPU tensors (float32, bfloat16) with the compiled step, in one pass. Default: where it was built.
+        state_dtype: `"float32"`; `"bfloat16"` or `"uint8"` keep the memory in two bytes or one a weight, rounded at
+            random so that small increments count on average (error bounds: `classp_hf/optim/state.py`).
 
     Raises:
-        ValueError: a hyperparameter out of its range, or both `threshold` and `density`; a complex parameter.
-        RuntimeError: from `step`, before anything is changed: a sparse gradient; a gradient with NaN or infinity,
-            which would stay in the memory for ever.
+        ValueError: a hyperparameter out of its range, both `threshold` and `density`, or both `foreach` and `fused`; a
+            complex parameter.
+        RuntimeError: `fused=True` where the compiled step was not built. From `step`: a sparse gradient; a NaN or
+            infinite gradient. Those never reach a weight or the memory, where they would stay for ever; the compiled
+            step has updated the other coordinates when it finds them.
     """
 
     def __init__(
@@ -78,6 +86,8 @@ class CLASSP(Optimizer):
         density: float | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
+        state_dtype: str = "float32",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -89,6 +99,8 @@ class CLASSP(Optimizer):
             "density": density,
             "maximize": maximize,
             "foreach": foreach,
+            "fused": fused,
+            "state_dtype": state_dtype,
         }
         _check_hyperparameters(defaults)
         super().__init__(params, defaults)
@@ -101,19 +113,60 @@ class CLASSP(Optimizer):
                 self.param_groups.pop()
                 raise ValueError(f"CLASSP does not support complex parameters, got one of dtype {p.dtype}")
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, keeping the accumulators in float32.
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("fused", None)
+            group.setdefault("state_dtype", "float32")
 
-        `torch.optim.Optimizer` casts floating-point state to the parameter's dtype, which would truncate the memory of
-        a bf16 model at every round trip (accelerate makes one when it wraps the optimizer).
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, keeping the accumulators in their own dtype.
+
+        `torch.optim.Optimizer` casts state to the parameter's dtype, which would truncate the memory of a bf16 model at
+        every round trip (accelerate makes one when it wraps the optimizer).
         """
         super().load_state_dict(state_dict)
         saved_ids = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
         params = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
         for saved_id, p in zip(saved_ids, params):
-            if saved_id in state_dict["state"]:
-                accumulator = state_dict["state"][saved_id]["accumulator"]
-                self.state[p]["accumulator"] = accumulator.to(device=p.device, dtype=torch.float32, copy=True)
+            for key, tensor in state_dict["state"].get(saved_id, {}).items():
+                self.state[p][key] = tensor.to(device=p.device, copy=True)
+
+    @torch.no_grad()
+    def accumulator(self, p: Tensor) -> Tensor:
+        """The memory of parameter `p`, float32, of its shape and sharding; zeros before its first step.
+
+        With `state_dtype="float32"` this is the state itself, which the next step changes; otherwise a copy.
+        """
+        state = self.state.get(p)
+        if not state:
+            return torch.zeros_like(p, dtype=torch.float32, memory_format=torch.preserve_format)
+        return expand(state["accumulator"], state.get("base"))
+
+    @torch.no_grad()
+    def set_accumulator(self, p: Tensor, values: Tensor) -> None:
+        """Make `values` (float32, >= 0, of the shape, device and sharding of `p`) its memory."""
+        group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
+        self._init_state(p, group["state_dtype"])
+        self._store(p, values, random_bits(values, values) if group["state_dtype"] != "float32" else values)
+
+    def _init_state(self, p: Tensor, state_dtype: str) -> None:
+        state, dtype = self.state[p], STATE_DTYPES[state_dtype]
+        if state_dtype == "uint8" and type(p.detach()) is not Tensor:
+            raise ValueError("state_dtype='uint8' is not supported on sharded (DTensor) parameters. Use 'bfloat16'.")
+        state["accumulator"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        if dtype == torch.uint8:
+            state["base"] = torch.zeros(-(-p.numel() // 256), dtype=torch.int16, device=p.device)
+
+    def _store(self, p: Tensor, values: Tensor, random: Tensor) -> None:
+        state = self.state[p]
+        if state["accumulator"].dtype == torch.float32:
+            state["accumulator"] = values
+            return
+        compressed, base = compress(_local(values), state["accumulator"].dtype, random)
+        _local(state["accumulator"]).copy_(compressed)
+        if base is not None:
+            state["base"].copy_(base)
 
     @torch.no_grad()
     def update_density(self) -> float:
@@ -126,7 +179,7 @@ class CLASSP(Optimizer):
             for p in group["params"]:
                 total += p.numel()
                 if p.grad is not None and p.numel() > 0:
-                    updated.append(_local((_shrink(p.grad, group["threshold"], group["density"]) != 0).sum()))
+                    updated.append(_whole((_shrink(p.grad, _threshold(p.grad, group)) != 0).sum()))
         return float(torch.stack([n.to(updated[0].device) for n in updated]).sum()) / total if updated else 0.0
 
     @torch.no_grad()
@@ -141,18 +194,63 @@ class CLASSP(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        with_gradient = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        _check_gradients([p for params in with_gradient for p in params])
-        for group, params in zip(self.param_groups, with_gradient):
-            for p in params:
+        work: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
+        for group in self.param_groups:
+            compiled: list[Tensor] = []
+            others: list[Tensor] = []
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.is_sparse:
+                    raise RuntimeError(
+                        f"CLASSP does not support sparse gradients (parameter of shape {tuple(p.shape)}). "
+                        "Build the embedding with sparse=False."
+                    )
                 if not self.state[p]:
                     # Also when nothing passes the threshold: distributed checkpoints initialise the state with a
                     # zero-gradient step and expect to find it.
-                    self.state[p]["accumulator"] = torch.zeros_like(
-                        p, dtype=torch.float32, memory_format=torch.preserve_format
-                    )
-            _update(group, params, [p.grad for p in params], [self.state[p]["accumulator"] for p in params])
+                    self._init_state(p, group["state_dtype"])
+                wants = group["fused"] is not False and not group["foreach"]
+                takes = wants and kernels.takes(_local(p.detach()), _local(p.grad))
+                (compiled if takes else others).append(p)
+            work.append((group, compiled, others))
+        _check_gradients([p.grad for _, _, others in work for p in others])  # type: ignore[misc]
+
+        bad = 0
+        for group, compiled, others in work:
+            # in one order on every rank: of sharded gradients it takes a collective call
+            thresholds = {p: _threshold(p.grad, group) for p in group["params"] if p.grad is not None}
+            names = ("lr", "power", "eps", "apply_decay", "weight_decay", "maximize")
+            hyperparameters = {name: group[name] for name in names}
+            if compiled:
+                states = [self.state[p] for p in compiled]
+                bad += kernels.classp_step_(
+                    [_local(p.detach()) for p in compiled],
+                    [_local(p.grad) for p in compiled],  # type: ignore[arg-type]
+                    [_local(state["accumulator"]) for state in states],
+                    [state.get("base") for state in states],
+                    [float(thresholds[p]) for p in compiled],
+                    **{**hyperparameters, "lr": float(group["lr"])},
+                )
+            for params in _batches(others, group["foreach"]):
+                self._step_with_torch(params, [thresholds[p] for p in params], hyperparameters)
+        if bad:
+            raise _non_finite(f"{bad} coordinates", "They were passed over, and did not enter the memory.")
         return loss
+
+    def _step_with_torch(self, params: list[Tensor], thresholds: list[Any], hyperparameters: dict[str, Any]) -> None:
+        weights = [_local(p.detach()) for p in params]
+        grads = [_local(p.grad) for p in params]  # type: ignore[arg-type]
+        low_bit = self.state[params[0]]["accumulator"].dtype != torch.float32
+        random = [random_bits(g, w) for g, w in zip(grads, weights)] if low_bit else []
+        accumulators = [_local(self.accumulator(p)) for p in params]
+        shrunk = [_shrink(g, threshold) for g, threshold in zip(grads, thresholds)]
+        if len(params) > 1:
+            _foreach_classp_(weights, shrunk, accumulators, **hyperparameters)
+        else:
+            classp_(weights[0], shrunk[0], accumulators[0], **hyperparameters)
+        for p, values, bits in zip(params, accumulators, random):
+            self._store(p, values, bits)
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:
@@ -167,6 +265,15 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
     tiny = torch.finfo(torch.float32).tiny
     if not (math.isfinite(group["eps"]) and group["eps"] >= tiny):
         raise ValueError(f"eps must be finite and > 0 in float32 (at least {tiny:.2e}), got {group['eps']}")
+    if group["state_dtype"] not in STATE_DTYPES:
+        raise ValueError(f"state_dtype must be one of {', '.join(STATE_DTYPES)}, got {group['state_dtype']!r}")
+    if group["fused"] and group["foreach"]:
+        raise ValueError("foreach=True and fused=True exclude each other. Pass one of them.")
+    if group["fused"] and not kernels.BUILT:
+        raise RuntimeError(
+            "fused=True, but CLASSP's compiled step was not built: there was no C compiler when classp_hf was installed. "
+            "Install one (gcc or clang) and then classp_hf again, or leave fused out."
+        )
     density = group["density"]
     if density is not None:
         if not 0 < density <= 1:
@@ -178,111 +285,68 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
             )
 
 
-def _check_gradients(params: list[Tensor]) -> None:
+def _check_gradients(grads: list[Tensor]) -> None:
     """Refuse what would corrupt the memory, before any weight or accumulator changes."""
-    for p in params:
-        if p.grad.is_sparse:  # type: ignore[union-attr]
-            raise RuntimeError(
-                f"CLASSP does not support sparse gradients (parameter of shape {tuple(p.shape)}). "
-                "Build the embedding with sparse=False."
-            )
     if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return  # reading a value back to the host is not possible there
-    grads = [p.grad for p in params if p.numel() > 0]
+    grads = [g for g in grads if g.numel() > 0]
     if not grads:
         return
-    on_cpu = all(type(g) is Tensor and g.device.type == "cpu" for g in grads)
-    if on_cpu and all(torch.linalg.vector_norm(g).isfinite() for g in grads):  # type: ignore[arg-type]
-        return  # a 2-norm is many times faster there than the maximum; it may overflow for finite gradients: look again
-    largest = [_local(torch.linalg.vector_norm(g, math.inf)) for g in grads]  # type: ignore[arg-type]
+    largest = [_whole(torch.linalg.vector_norm(g, math.inf)) for g in grads]
     if not all(torch.stack([x.to(largest[0].device, torch.float32) for x in largest]).isfinite().tolist()):
-        bad = [tuple(g.shape) for g, x in zip(grads, largest) if not x.isfinite()]  # type: ignore[union-attr]
-        raise RuntimeError(
-            f"CLASSP got NaN or infinite gradients in {len(bad)} of {len(grads)} tensors (first shape: {bad[0]}). "
-            "They would stay in the accumulators for ever, so nothing was updated. Lower the learning rate, clip the "
-            "gradients, or check the data and the loss."
-        )
+        bad = [tuple(g.shape) for g, x in zip(grads, largest) if not x.isfinite()]
+        raise _non_finite(f"{len(bad)} of {len(grads)} tensors (first shape: {bad[0]})", "Nothing was updated.")
+
+
+def _non_finite(where: str, what_happened: str) -> RuntimeError:
+    return RuntimeError(
+        f"CLASSP got NaN or infinite gradients in {where}. {what_happened} Lower the learning rate, clip the gradients, or "
+        "check the data and the loss."
+    )
 
 
 def _local(x: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor (DTensor), sharing its memory; any other tensor as it is."""
+    if type(x) is Tensor:
+        return x
+    from torch.distributed.tensor import DTensor  # not loaded by a plain run
+
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _whole(x: Tensor) -> Tensor:
     """A full tensor from a sharded (DTensor) reduction."""
     return x if type(x) is Tensor else x.full_tensor()  # type: ignore[attr-defined]
 
 
-def _update(group: dict[str, Any], params: list[Tensor], grads: list[Any], accumulators: list[Tensor]) -> None:
-    hyperparameters = {
-        k: group[k] for k in ("lr", "threshold", "density", "power", "eps", "apply_decay", "weight_decay", "maximize")
-    }
-    foreach = group["foreach"]
-    # foreach kernels refuse lists that mix tensors and DTensors (pytorch#183207)
-    native = all(type(p) in (Tensor, torch.nn.Parameter) for p in params)
-    if foreach is None:
-        foreach = native and all(p.is_cuda for p in params)
-    if not (foreach and native):
-        update = _blockwise_classp_ if native and not torch.compiler.is_compiling() else classp_
-        for p, g, s in zip(params, grads, accumulators):
-            update(p, g, s, **hyperparameters)
-        return
-    by_kind: dict[Any, list[int]] = {}
-    for i, (p, g) in enumerate(zip(params, grads)):
-        by_kind.setdefault((p.device, p.dtype, g.dtype), []).append(i)
-    for indices in by_kind.values():
-        columns = ([column[i] for i in indices] for column in (params, grads, accumulators))
-        _foreach_classp_(*columns, **hyperparameters)
-
-
-def _blockwise_classp_(param: Tensor, grad: Tensor, accumulator: Tensor, **hyperparameters: Any) -> None:
-    """`classp_`, the same to the bit (p other than 1 and 2: to the last), in blocks that stay in the CPU's cache, and
-    without rows that have no gradient.
-
-    Most rows of an embedding have none. A row whose every g^2 underflows (|g| < 1e-22) counts as one of them.
-    """
-    tensors = (param, grad, accumulator)
-    if param.device.type != "cpu" or param.numel() <= _BLOCK or not all(t.is_contiguous() for t in tensors):
-        classp_(*tensors, **hyperparameters)
-        return
-    if hyperparameters["density"] is not None:
-        threshold = _density_threshold(grad.float(), hyperparameters["density"])
-        hyperparameters.update(density=None, threshold=threshold)
-    rows = [t.view(len(param), -1) for t in tensors]
-    sample = torch.linalg.vector_norm(rows[1][:: max(1, len(param) // 64)], dim=1)
-    if not hyperparameters["weight_decay"] and 2 * sample.count_nonzero() < len(sample):
-        active = torch.linalg.vector_norm(rows[1], dim=1).nonzero().squeeze(1)
-        if 2 * len(active) < len(param):
-            for index in active.split(max(1, _BLOCK // rows[0].shape[1])):
-                w, g, s = (t[index] for t in rows)
-                classp_(w, g, s, **hyperparameters)
-                rows[0][index], rows[2][index] = w, s
-            return
-    # allocating anew for every block costs more than the arithmetic
-    scratch = torch.empty(_BLOCK, dtype=torch.float32, device="cpu")
-    for w, g, s in zip(*(t.view(-1).split(_BLOCK) for t in tensors)):
-        classp_(w, g, s, **hyperparameters, scratch=scratch[: len(w)])
+def _batches(params: list[Tensor], foreach: bool | None) -> list[list[Tensor]]:
+    """What goes into one call: tensors of one device and dtype with foreach, else one tensor."""
+    if not (all(_local(p.detach()).is_cuda for p in params) if foreach is None else foreach):
+        return [[p] for p in params]
+    by_kind: dict[Any, list[Tensor]] = {}
+    for p in params:
+        by_kind.setdefault((p.device, p.dtype, p.grad.dtype), []).append(p)  # type: ignore[union-attr]
+    return list(by_kind.values())
 
 
 def classp_(
     param: Tensor,
-    grad: Tensor,
+    g: Tensor,
     accumulator: Tensor,
     *,
     lr: float | Tensor,
-    threshold: float | Tensor,
-    density: float | None,
     power: float,
     eps: float,
     apply_decay: bool,
     weight_decay: float,
     maximize: bool,
-    scratch: Tensor | None = None,
 ) -> None:
-    """Algorithm 1 on one tensor; changes `param` and `accumulator` (float32) in place. `scratch`: memory of their shape."""
-    g = _shrink(grad, threshold, density)
+    """Algorithm 1 on one tensor; changes `param` and `accumulator` (float32) in place. `g`: from `_shrink`, float32."""
     if power == 2:
         accumulator.addcmul_(g, g)
     else:
-        powers = torch.abs(g, out=scratch)
-        accumulator.add_(powers if power == 1 else powers.pow_(power))
-    root = torch.add(accumulator, eps, out=scratch)
+        accumulator.add_(g.abs() if power == 1 else g.abs().pow_(power))
+    root = accumulator + eps
     if power == 2:
         root.sqrt_()
     elif power != 1:
@@ -304,12 +368,10 @@ def classp_(
 
 def _foreach_classp_(
     params: list[Tensor],
-    grads: list[Tensor],
+    gs: list[Tensor],
     accumulators: list[Tensor],
     *,
     lr: float | Tensor,
-    threshold: float,
-    density: float | None,
     power: float,
     eps: float,
     apply_decay: bool,
@@ -317,7 +379,6 @@ def _foreach_classp_(
     maximize: bool,
 ) -> None:
     """`classp_` over lists of tensors of one device and dtype."""
-    gs = [_shrink(grad, threshold, density) for grad in grads]
     if power == 1:
         torch._foreach_add_(accumulators, torch._foreach_abs(gs))
         roots = torch._foreach_add(accumulators, eps)
@@ -349,11 +410,14 @@ def _foreach_classp_(
         torch._foreach_copy_(params, ws)
 
 
-def _shrink(grad: Tensor, threshold: float | Tensor, density: float | None) -> Tensor:
+def _threshold(grad: Tensor, group: dict[str, Any]) -> float | Tensor:
+    """What g^2 has to exceed."""
+    return group["threshold"] if group["density"] is None else _density_threshold(grad.float(), group["density"])
+
+
+def _shrink(grad: Tensor, threshold: float | Tensor) -> Tensor:
     """The gradient in float32 with the coordinates that may not update set to zero."""
     g = grad.float()
-    if density is not None:
-        return torch.where(g.square() > _density_threshold(g, density), g, 0.0)
     if isinstance(threshold, Tensor) or threshold > 0:
         return torch.where(g.square() > threshold, g, 0.0)
     return g  # a zero gradient neither accumulates nor moves, so there is nothing to mask

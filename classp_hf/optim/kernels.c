@@ -1,0 +1,202 @@
+/* One CLASSP step (Algorithm 1 of arXiv 2405.09637) over a list of CPU tensors, each weight read and written once.
+ *
+ * The same operations in the same order as `classp_` in classp.py, none contracted: the same results to the bit where
+ * power is 1, to the last place elsewhere (torch's square root and power are of another library). Work goes in blocks of
+ * BLOCK weights, those of the uint8 accumulator; a block in which no gradient passes costs reading its gradients.
+ * Low-bit accumulators: see state.py. No Python in here: kernels.py calls it through ctypes.
+ */
+#include <float.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <string.h>
+
+#define BLOCK 256
+#define U8_SHIFT 19
+#define BF16_SHIFT 16
+#define MAX_THREADS 256
+#define VERSION 1 /* of the two structs below; kernels.py has the same */
+
+enum { F32 = 0, BF16 = 1, U8 = 2 };
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+
+typedef struct {
+    void *w;
+    const void *g;
+    void *s;
+    int16_t *base;     /* of uint8 accumulators, one a block */
+    int64_t n;
+    float threshold;   /* on g^2; 0: every g that is not 0 passes */
+    int32_t w_dtype, g_dtype, s_dtype;
+} classp_tensor;
+
+typedef struct {
+    float step;        /* -lr, or lr to maximize */
+    float decay;       /* 1 - lr * weight_decay */
+    float power, eps;
+    int32_t apply_decay;
+} classp_hyper;
+
+int classp_version(void) { return VERSION; }
+
+static inline float from_bits(uint32_t b) { float x; memcpy(&x, &b, 4); return x; }
+static inline uint32_t to_bits(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
+
+/* 32 bits that look random, from the gradient, the weight and its index: the same run rounds the same way */
+static inline uint32_t hash(uint32_t g, uint32_t w, uint32_t index) {
+    uint32_t x = g ^ (w << 16 | w >> 16) ^ index * 0x9E3779B1u;
+    x = (x ^ x >> 16) * 0x7FEB352Du;
+    x = (x ^ x >> 15) * 0x846CA68Bu;
+    return x ^ x >> 16;
+}
+
+/* The arithmetic of one weight. `kind` is a constant once inlined: the power if it is 1 or 2, 0 for any other. */
+static inline __attribute__((always_inline)) float moved(int kind, const classp_hyper h, float w, float g, float s) {
+    const float root = !h.apply_decay ? 1.0f : kind == 2 ? sqrtf(s + h.eps) : kind == 1 ? s + h.eps : powf(s + h.eps, 1 / h.power);
+    return w * h.decay + h.step * g / root;
+}
+static inline __attribute__((always_inline)) float grown(int kind, const classp_hyper h, float s, float g) {
+    return s + (kind == 2 ? g * g : kind == 1 ? fabsf(g) : g == 0 ? 0 : powf(fabsf(g), h.power));
+}
+
+static inline __attribute__((always_inline)) void block(
+    int kind, const classp_hyper h, int n, float threshold, float *restrict w, const float *restrict g, float *restrict s
+) {
+    for (int i = 0; i < n; i++) {
+        const float x = (fabsf(g[i]) <= FLT_MAX) & ((threshold == 0) | (g[i] * g[i] > threshold)) ? g[i] : 0.0f;
+        s[i] = grown(kind, h, s[i], x);
+        w[i] = moved(kind, h, w[i], x, s[i]);
+    }
+}
+
+/* Returns the number of gradients that are not finite, which are passed over. */
+CLONES static int64_t update(const classp_tensor *t, const classp_hyper *hyper, int64_t begin, int64_t end) {
+    const classp_hyper h = *hyper;
+    const float threshold = t->threshold;
+    const int w_dtype = t->w_dtype, g_dtype = t->g_dtype, s_dtype = t->s_dtype;
+    float g_copy[BLOCK], w_copy[BLOCK], s_copy[BLOCK];
+    uint32_t random[BLOCK];
+    int32_t code[BLOCK];
+    int64_t bad = 0;
+    for (int64_t at = begin; at < end; at += BLOCK) {
+        const int n = (int)(end - at < BLOCK ? end - at : BLOCK);
+        const float *g = (const float *)t->g + at;
+        if (g_dtype == BF16) {
+            const uint16_t *in = (const uint16_t *)t->g + at;
+            for (int i = 0; i < n; i++) g_copy[i] = from_bits((uint32_t)in[i] << 16);
+            g = g_copy;
+        }
+        uint32_t passed = 0, infinite = 0;
+        for (int i = 0; i < n; i++) {
+            infinite |= !(fabsf(g[i]) <= FLT_MAX);
+            passed |= g[i] * g[i] > threshold;
+        }
+        if (!passed && threshold == 0)  /* squares may underflow */
+            for (int i = 0; i < n; i++) passed |= g[i] != 0;
+        if (infinite)
+            for (int i = 0; i < n; i++) bad += !(fabsf(g[i]) <= FLT_MAX);
+        if (!passed && h.decay == 1.0f) continue;
+
+        float *w = (float *)t->w + at, *s = (float *)t->s + at;
+        uint16_t *w16 = (uint16_t *)t->w + at, *s16 = (uint16_t *)t->s + at;
+        uint8_t *s8 = (uint8_t *)t->s + at;
+        if (w_dtype == BF16) {
+            w = w_copy;
+            for (int i = 0; i < n; i++) w[i] = from_bits((uint32_t)w16[i] << 16);
+        }
+        if (s_dtype != F32) {
+            s = s_copy;
+            const int32_t offset = s_dtype == U8 ? t->base[at / BLOCK] : 0;
+            if (s_dtype == BF16)
+                for (int i = 0; i < n; i++) s[i] = from_bits((uint32_t)s16[i] << BF16_SHIFT);
+            else
+                for (int i = 0; i < n; i++) {
+                    const uint32_t bits = (uint32_t)(s8[i] + offset) << U8_SHIFT;
+                    s[i] = from_bits(s8[i] ? bits : 0);
+                }
+            for (int i = 0; i < n; i++) random[i] = hash(to_bits(g[i]), to_bits(w[i]), (uint32_t)(at + i));
+        }
+
+        if (h.power == 2) block(2, h, n, threshold, w, g, s);
+        else if (h.power == 1) block(1, h, n, threshold, w, g, s);
+        else block(0, h, n, threshold, w, g, s);
+
+        if (w_dtype == BF16)
+            for (int i = 0; i < n; i++) {  /* to the nearest, ties to even */
+                const uint32_t b = to_bits(w[i]);
+                w16[i] = w[i] != w[i] ? 0x7FC0 : (uint16_t)((b + 0x7FFF + (b >> 16 & 1)) >> 16);
+            }
+        if (s_dtype == BF16) {
+            for (int i = 0; i < n; i++)
+                s16[i] = (uint16_t)((to_bits(s[i]) + (random[i] >> (32 - BF16_SHIFT))) >> BF16_SHIFT);
+        } else if (s_dtype == U8) {
+            int32_t top = 0;
+            for (int i = 0; i < n; i++) {
+                code[i] = (int32_t)((to_bits(s[i]) + (random[i] >> (32 - U8_SHIFT))) >> U8_SHIFT);
+                code[i] = s[i] == 0 ? 0 : code[i];
+                top = code[i] > top ? code[i] : top;
+            }
+            const int32_t b = top > 255 ? top - 255 : 0;
+            uint32_t below = 0;
+            for (int i = 0; i < n; i++) {
+                below |= (code[i] <= b) & (s[i] > 0);
+                s8[i] = (uint8_t)(code[i] > b ? code[i] - b : 0);
+            }
+            if (below) {  /* the lowest code or none, right on average */
+                const float lowest = from_bits((uint32_t)(b + 1) << U8_SHIFT);
+                for (int i = 0; i < n; i++) {
+                    const float u = (float)(random[i] * 0x9E3779B1u >> 8) * 0x1p-24f;
+                    s8[i] = code[i] <= b ? u * lowest < s[i] : s8[i];
+                }
+            }
+            t->base[at / BLOCK] = (int16_t)b;
+        }
+    }
+    return bad;
+}
+
+typedef struct {
+    const classp_tensor *tensors;
+    const classp_hyper *hyper;
+    int64_t count, begin, end, bad;  /* blocks of all tensors, numbered through */
+} job;
+
+static void *run(void *argument) {
+    job *j = argument;
+    int64_t first = 0;
+    for (int64_t k = 0; k < j->count && first < j->end; k++) {
+        const classp_tensor *t = j->tensors + k;
+        const int64_t blocks = (t->n + BLOCK - 1) / BLOCK;
+        const int64_t from = j->begin > first ? j->begin - first : 0;
+        const int64_t to = j->end - first < blocks ? j->end - first : blocks;
+        if (from < to) j->bad += update(t, j->hyper, from * BLOCK, to * BLOCK < t->n ? to * BLOCK : t->n);
+        first += blocks;
+    }
+    return NULL;
+}
+
+int64_t classp_step(const classp_tensor *tensors, int64_t count, const classp_hyper *hyper, int threads) {
+    int64_t blocks = 0, bad = 0;
+    for (int64_t k = 0; k < count; k++) blocks += (tensors[k].n + BLOCK - 1) / BLOCK;
+    if (threads > blocks / 128) threads = (int)(blocks / 128);  /* starting one costs as much as some 30,000 weights */
+    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    if (threads < 1) threads = 1;
+    job jobs[MAX_THREADS];
+    pthread_t ids[MAX_THREADS];
+    int started[MAX_THREADS];
+    for (int k = 0; k < threads; k++) {
+        jobs[k] = (job){tensors, hyper, count, blocks * k / threads, blocks * (k + 1) / threads, 0};
+        started[k] = k + 1 < threads && pthread_create(ids + k, NULL, run, jobs + k) == 0;
+        if (!started[k]) run(jobs + k);
+    }
+    for (int k = 0; k < threads; k++) {
+        if (started[k]) pthread_join(ids[k], NULL);
+        bad += jobs[k].bad;
+    }
+    return bad;
+}
