@@ -25,6 +25,7 @@ from .memory import (
 from .methods import Elastic, Merge
 from .optim import CLASSP
 from .optim_args import parse_optim_args
+from .redaction import UNPRINTABLE
 
 logger = logging.get_logger(__name__)
 
@@ -106,7 +107,7 @@ class ContinualMemoryCallback(TrainerCallback):
             k: v for k, v in self.optimizer.defaults.items() if isinstance(v, (int, float, bool, str, type(None)))
         }
         memory.metadata = {
-            "tasks": [*self.tasks, Path(args.output_dir).resolve().name],
+            "tasks": [*self.tasks, UNPRINTABLE.sub("?", Path(args.output_dir).resolve().name) or "root"],
             "optimizer": {"name": "CLASSP", **numbers, "lr": args.learning_rate},
         }
         if args.should_save:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .memory import bare_model, canonical_name, trainable_parameters
+from .memory import ContinualMemory, bare_model, canonical_name, trainable_parameters
 
 
 class TaskHeads:
@@ -61,5 +61,14 @@ class TaskHeads:
         return dict(self.saved)
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take back what `state_dict` gave. The head in the model, and which task's it is, stay as they are."""
-        self.saved = {task: {canonical_name(n): t for n, t in head.items()} for task, head in state.items()}
+        """Take back what `state_dict` gave. The head in the model, and which task's it is, stay as they are.
+
+        Raises:
+            ValueError: a head of other names or shapes than the model's.
+        """
+        saved = {task: {canonical_name(n): t for n, t in head.items()} for task, head in state.items()}
+        for task, head in saved.items():
+            ContinualMemory({f"head of {task}/{n}": t for n, t in head.items()}).check_fits(
+                {n: tuple(p.shape) for n, p in self.parameters.items()}
+            )
+        self.saved = saved

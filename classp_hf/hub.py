@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .redaction import redact
+
 # What an earlier push of another kind of model may have left; a file that is pushed now stays.
 DELETED = ["adapter_*", "training_args.bin"]
 # A folder for every task, Trainer's checkpoints, the loggers' files, and a pickle that may hold the user's token.
@@ -38,11 +40,13 @@ def push_folder(folder: str | Path, repo_id: str, **kwargs: Any) -> Any:
         )
     except Exception as error:  # of the Hub, its HTTP client, the file system
         exclude = " ".join(f"--exclude '{pattern}'" for pattern in NOT_PUSHED)
-        said = " ".join(str(error).split()) or "no message"
+        heard = " ".join(str(error).split()) or "no message"
+        token = kwargs.get("token")
+        said = redact(heard, [token] if isinstance(token, str) else [])
         raise RuntimeError(
             f"Pushing {folder} to {repo_id!r} failed ({type(error).__name__}: {said}). Nothing local is "
             f"lost. {_remedy(error)} and try again: hf upload {repo_id} {folder} . {exclude}"
-        ) from error
+        ) from (error if said == heard else None)  # a traceback would show the secret again
 
 
 def _remedy(error: Exception) -> str:

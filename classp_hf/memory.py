@@ -16,6 +16,8 @@ import json
 import math
 import os
 import re
+import reprlib
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,12 +31,19 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .optim.state import STATE_DTYPES, compress, expand, random_bits
+from .redaction import UNPRINTABLE, redact
 
 logger = logging.get_logger(__name__)
+
+_limited = reprlib.Repr()
+_limited.maxstring = _limited.maxother = 200
+_quoted = _limited.repr  # of text from a file, which may be long
 
 MEMORY_NAME = "continual_memory.safetensors"
 FORMAT = "classp_hf.continual_memory"
 FORMAT_VERSION, LOW_BIT_VERSION = "1", "2"
+# Some 150,000 tensors. A header of safetensors' own limit, 100 MB, takes 7 s and 1 GB to parse.
+MAX_HEADER_BYTES = 16 << 20
 
 # Wrappers put these into parameter names: DDP, torch.compile, activation checkpointing, FSDP, PEFT.
 _WRAPPERS = re.compile(
@@ -146,26 +155,33 @@ class ContinualMemory:
 
         Raises:
             FileNotFoundError: no memory there ([`NoMemoryError`]), or it could not be found out.
-            ValueError: not a memory, a truncated or altered one, or one of another format version.
+            ValueError: not a memory, a truncated or altered one, one of another format version, or one with content that
+                no run writes: other metadata, NaN, infinite or negative accumulators, a path as a name. The digest tells
+                damage, not intent: whoever alters a file can make it anew.
         """
         path = _resolve(path_or_repo, revision)
         try:
+            with open(path, "rb") as start:
+                length = int.from_bytes(start.read(8), "little")
+            if length > MAX_HEADER_BYTES:
+                raise ValueError(f"a header of {length:,} bytes, more than {MAX_HEADER_BYTES:,}")
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
+            said = UNPRINTABLE.sub(" ", str(error).partition("\n")[0])[:300]  # PyTorch's goes on with frames of C++
             raise ValueError(
-                f"{path} is not a readable safetensors file ({error}): it is truncated or damaged. "
+                f"{path} is not a readable safetensors file ({said}): it is truncated or damaged. "
                 "Copy it again from where the run wrote it."
             ) from error
         if header.get("format") != FORMAT:
             raise ValueError(
-                f"{path} is not a continual memory (its `format` is {header.get('format')!r}, not {FORMAT!r}). "
+                f"{path} is not a continual memory (its `format` is {_quoted(header.get('format'))}, not {FORMAT!r}). "
                 f"Pass the {MEMORY_NAME} that a run of classp_hf wrote, or the folder that holds it."
             )
         if header.get("format_version") not in (FORMAT_VERSION, LOW_BIT_VERSION):
             raise ValueError(
-                f"{path} has format version {header.get('format_version')!r}; this version of classp_hf reads "
+                f"{path} has format version {_quoted(header.get('format_version'))}; this version of classp_hf reads "
                 f"{FORMAT_VERSION} and {LOW_BIT_VERSION}. Install the version of classp_hf that wrote it."
             )
         expected = header.pop("sha256", None)
@@ -174,18 +190,17 @@ class ContinualMemory:
                 f"The content of {path} does not match its own digest: it was altered or damaged after it was "
                 "written. Copy it again from where the run wrote it."
             )
-        memory = cls(tensors, json.loads(header["content"]))
-        bases = {key: tensors.pop(f"accumulator_base/{key}") for key in memory.get("accumulator_base")}
-        for name, t in memory.get("accumulator").items():
-            base = bases.pop(name, None)
-            if (t.dtype == torch.uint8) != (base is not None) or (
-                base is not None and (base.dtype != torch.int16 or base.shape != (-(-t.numel() // 256),))
-            ):
-                raise ValueError(f"{path}: the accumulator of {name!r} and its base do not belong together.")
-            tensors[f"accumulator/{name}"] = expand(t, base)
-        if bases:
-            raise ValueError(f"{path} holds bases of accumulators that it does not hold: {_shorten(sorted(bases))}.")
-        return memory
+        try:
+            metadata = json.loads(header.get("content", ""), object_pairs_hook=_distinct)
+            _check_metadata(metadata)
+            tensors = _expanded(tensors)
+            _check_tensors(tensors)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{path} holds what no run of classp_hf writes: {error}. Use the memory that a run wrote, or start without "
+                "a memory."
+            ) from error
+        return cls(tensors, metadata)
 
     def check_fits(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise a ValueError that says which names or shapes differ, unless every kind fits the model.
@@ -385,11 +400,13 @@ class NoMemoryError(FileNotFoundError):
 
 def _resolve(path_or_repo: str | os.PathLike, revision: str | None) -> Path:
     path = Path(path_or_repo)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path's own raise for a name that is too long
         path = path / MEMORY_NAME
-    if path.is_file():
+    if os.path.isfile(path):
         return path
-    looks_local = path.exists() or path.name == MEMORY_NAME or os.fspath(path_or_repo).startswith((".", "/", "~"))
+    looks_local = (
+        os.path.exists(path) or path.name == MEMORY_NAME or os.fspath(path_or_repo).startswith((".", "/", "~"))
+    )
     if looks_local or len(path.parts) > 2:
         raise NoMemoryError(f"There is no continual memory at {path}. Pass the folder of a model saved with one.")
     from huggingface_hub import hf_hub_download
@@ -406,10 +423,11 @@ def _resolve(path_or_repo: str | os.PathLike, revision: str | None) -> Path:
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         certain = isinstance(error, (EntryNotFoundError, HFValidationError, RepositoryNotFoundError))
         certain = certain and not isinstance(error, LocalEntryNotFoundError)
+        said = redact(str(error))
         raise (NoMemoryError if certain else FileNotFoundError)(
-            f"{path_or_repo!r} is neither a local folder with a {MEMORY_NAME} nor a Hub repository that holds one "
-            f"({type(error).__name__}: {error})."
-        ) from error
+            f"{redact(repr(str(path_or_repo)))} is neither a local folder with a {MEMORY_NAME} nor a Hub repository that "
+            f"holds one ({type(error).__name__}: {said})."
+        ) from (error if said == str(error) else None)  # a traceback would show the secret again
 
 
 def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
@@ -424,5 +442,77 @@ def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("its metadata hold a key twice")
+    return dict(pairs)
+
+
+def _check_metadata(metadata: Any) -> None:
+    parts = {"the metadata": metadata}
+    if isinstance(metadata, dict):
+        parts |= {key: metadata.get(key, {}) for key in ("optimizer", "method")}
+    for part, value in parts.items():
+        if not isinstance(value, dict):
+            raise ValueError(f"{part} must be a JSON object, got {_quoted(value)}")
+    tasks = metadata.get("tasks", [])
+    if not isinstance(tasks, list) or not all(isinstance(t, str) and t and not UNPRINTABLE.search(t) for t in tasks):
+        raise ValueError(f"tasks must be a list of names, got {_quoted(tasks)}")
+    power = metadata.get("optimizer", {}).get("power", 1.0)
+    if type(power) not in (int, float) or not 0 < power <= sys.float_info.max:
+        raise ValueError(f"the optimizer's power must be a finite number > 0, got {_quoted(power)}")
+    state_dtype = metadata.get("optimizer", {}).get("state_dtype", "float32")
+    if not isinstance(state_dtype, str) or state_dtype not in STATE_DTYPES:
+        raise ValueError(f"the optimizer's state_dtype must be one of {', '.join(STATE_DTYPES)}, got {_quoted(state_dtype)}")
+    if _is_nested(metadata, 20):
+        raise ValueError("the metadata are nested more than 20 deep")
+
+
+def _is_nested(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_is_nested(v, levels - 1) for v in inner)
+
+
+def _expanded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file with its accumulators in float32."""
+    result = {key: t for key, t in tensors.items() if not key.startswith("accumulator_base/")}
+    bases = {key: t for key, t in tensors.items() if key not in result}
+    for key, t in result.items():
+        if key.startswith("accumulator/"):
+            base = bases.pop(key.replace("accumulator/", "accumulator_base/", 1), None)
+            fits = base is None or (base.dtype == torch.int16 and base.shape == (-(-t.numel() // 256),))
+            if (t.dtype == torch.uint8) != (base is not None) or not fits:
+                raise ValueError(f"{_quoted(key)} has dtype {t.dtype} and not the base that belongs to it")
+            if t.dtype in (torch.uint8, torch.bfloat16):
+                result[key] = expand(t, base)
+    if bases:
+        raise ValueError(f"there are bases of accumulators that are not there: {_shorten(sorted(bases))}")
+    return result
+
+
+def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """What holds for every memory; whether it fits the model, `check_fits` and `Method.check_state` say."""
+    for key, t in tensors.items():
+        kind, _, name = key.partition("/")
+        own = kind in ("accumulator", "initial_head") or kind.startswith("head.")
+        # names are keys and never become paths; one that could is no parameter's or task's
+        names = [kind, name, kind.removeprefix("head.").replace("%2F", "/")] if own else [kind]
+        parts = [part for n in names for part in n.replace("\\", "/").split("/")]
+        if not name or any(part in ("", ".", "..") or UNPRINTABLE.search(part) for part in parts):
+            raise ValueError(f"{_quoted(key)} is no name of a tensor")
+        if t.ndim > 64:
+            raise ValueError(f"{_quoted(key)} has {t.ndim} dimensions")
+        real = t.is_floating_point() and t.dtype.itemsize > 1
+        if not real and (own or t.is_floating_point() or t.is_complex()):
+            raise ValueError(f"{_quoted(key)} has dtype {t.dtype}, not one for real numbers in 16 bits or more")
+        if real and t.numel():
+            low, high = (float(x) for x in t.reshape(-1).float().aminmax())
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError(f"{_quoted(key)} holds NaN or infinity")
+            if low < 0 and (kind == "accumulator" or kind.endswith(".importance")):
+                raise ValueError(f"{_quoted(key)} holds {low:g}, and sums of powers of |g| are never negative")
+
+
 def _shorten(items: list[str], limit: int = 5) -> str:
-    return ", ".join(items[:limit]) + (f", … ({len(items) - limit} more)" if len(items) > limit else "")
+    shown = [item if item.isprintable() and len(item) < 300 else _quoted(item) for item in items[:limit]]
+    return ", ".join(shown) + (f", … ({len(items) - limit} more)" if len(items) > limit else "")

@@ -23,10 +23,11 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .redaction import UNPRINTABLE, public_arguments, public_command
+
 logger = logging.get_logger(__name__)
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
-REDACTED = "REDACTED"
 
 Matrix = Sequence[Sequence[float]]
 
@@ -85,11 +86,6 @@ _KINDS = {
     "AutoModelForSeq2SeqLM": ("text2text-generation", "sequence-to-sequence model"),
 }
 
-# Flags and arguments with a secret: `token` but not `tokenizer`.
-_SECRET_NAME = re.compile(r"token(?!i[sz])|password|secret|api[_-]?key", re.IGNORECASE)
-# Hub tokens wherever they stand, and the user:password of a URL.
-_SECRET_VALUE = re.compile(r"hf_(?:oauth_[\w.-]+|[A-Za-z0-9]{20,})|(?<=://)[^/\s@]+(?=@)")
-
 _HUB_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
 
 # Arguments that say where a run was written or shown, not how the model was trained.
@@ -100,7 +96,7 @@ _PLACES = {
 }
 
 
-# ---- JSON, environment, secrets ---------------------------------------------------------------------------------------
+# ---- JSON, environment ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -178,39 +174,6 @@ def _commit(folder: Path) -> str | None:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):  # no git, no checkout, no commit yet, one git does not trust
         return None
-
-
-def public_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """`arguments` without those named token, password, secret or api_key, at any depth, and without Hub tokens."""
-    return {k: _public_value(v) for k, v in arguments.items() if not _SECRET_NAME.search(k)}
-
-
-def _public_value(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return public_arguments(value)
-    if isinstance(value, (list, tuple)):
-        return [_public_value(v) for v in value]
-    return _SECRET_VALUE.sub(REDACTED, value) if isinstance(value, str) else value
-
-
-def public_command(argv: Sequence[str]) -> str:
-    """The command line as one would type it, with secrets replaced.
-
-    >>> public_command(["train.py", "--hub_token", "abc", "--api-key=def", "--text", "two words"])
-    "train.py --hub_token REDACTED --api-key=REDACTED --text 'two words'"
-    """
-    words = []
-    secret_follows = False
-    for word in argv:
-        name, equals, _ = word.partition("=")
-        named_secret = re.fullmatch(r"-{0,2}[\w.-]+", name) is not None and _SECRET_NAME.search(name) is not None
-        if secret_follows and not re.fullmatch(r"--.+|-[A-Za-z]", word):
-            word = REDACTED
-        elif named_secret and equals:
-            word = f"{name}={REDACTED}"
-        secret_follows = named_secret and not equals and word.startswith("-")
-        words.append(_SECRET_VALUE.sub(REDACTED, word))
-    return shlex.join(words)
 
 
 # ---- Tables -----------------------------------------------------------------------------------------------------------
@@ -513,25 +476,34 @@ def write_model_card(
             for task, value in zip(tasks, R[-1])
         ],
     )
+    names = [_plain(task) for task in tasks]
     rows = [
         [stage, *(f"**{scale.text(v)}**" if t == j + 1 else scale.text(v) for j, v in enumerate(row))]
-        for t, (stage, row) in enumerate(zip(_stages(tasks), R))
+        for t, (stage, row) in enumerate(zip(_stages(names), R))
     ]
+    measured = [[_plain(cell) for cell in row] for row in _metric_rows(results["metrics"], scale)]
+    command = public_command(shlex.split(results["command"]))
+    base = base_model if on_hub or base_model is None else Path(base_model).name
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
-        repo=repo,
-        metric=scale.title,
+        title=_plain(repo.split("/")[-1]),
+        repo=_literal(repo),
+        metric=_plain(scale.title),
         kind=kind,
         auto_class=results.get("auto_class", "AutoModelForSequenceClassification"),
         results=results,
-        base=base_model if on_hub or base_model is None else Path(base_model).name,
-        optimizer_text=_call_text(optimizer),
-        method_text=_call_text(method),
-        matrix_table=_markdown([["", *tasks], *rows], "<" + ">" * len(tasks)),
-        metrics_table=_markdown([["metric", "value", "meaning"], *_metric_rows(results["metrics"], scale)], "<><"),
-        command=public_command(shlex.split(results["command"])),
-        changed=_changed_arguments(arguments),
+        names=" → ".join(names),
+        labels=", ".join(map(_code, results.get("label_names") or [])),
+        base=base and _literal(base),
+        base_text=_code(base) if base else "unknown",
+        optimizer_text=_plain(_call_text(optimizer)),
+        method_text=_plain(_call_text(method)),
+        matrix_table=_markdown([["", *names], *rows], "<" + ">" * len(names)),
+        metrics_table=_markdown([["metric", "value", "meaning"], *measured], "<><"),
+        command=command,
+        fence="`" * max(3, 1 + _longest_run(command)),
+        changed=[f"- {_code(k)}: {_code(v)}" for k, v in _changed_arguments(arguments).items()],
         figures=[n for n in ("accuracy_matrix", "retention", "importance") if (path.parent / f"{n}.png").is_file()],
         has_memory=(path.parent / MEMORY_NAME).is_file(),
         memory_name=MEMORY_NAME,
@@ -554,6 +526,28 @@ def write_model_card(
         temporary.write_text(str(card).rstrip() + "\n", encoding="utf-8")
 
 
+def _plain(text: str) -> str:
+    """`text` on one line, as Markdown that shows it as it is."""
+    line = " ".join(UNPRINTABLE.sub(" ", text).split())
+    return re.sub(r"[\\`*\[\]<>~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", line)
+
+
+def _code(value: Any) -> str:
+    """A value on one line as a Markdown code span, which ends at the first run of as many backticks as it began with."""
+    line = UNPRINTABLE.sub(" ", str(value))
+    ticks = "`" * (1 + _longest_run(line))
+    return f"{ticks} {line} {ticks}" if len(ticks) > 1 else f"`{line}`"
+
+
+def _longest_run(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def _literal(text: str) -> str:
+    """Python source of a string, in double quotes as formatters want them."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _method_call(methods: Sequence[Mapping[str, Any]]) -> str | None:
     calls = [f'METHODS["{m["name"]}"]({_keywords(m)})' for m in methods]
     return f"[{', '.join(calls)}]" if len(calls) > 1 else calls[0] if calls else None
@@ -564,8 +558,7 @@ def _keywords(described: Mapping[str, Any]) -> str:
 
 
 def _keyword(name: str, value: Any) -> str:
-    """Python source, strings in double quotes as formatters want them."""
-    return f"{name}={json.dumps(value) if isinstance(value, str) else repr(value)}"
+    return f"{name}={_literal(value) if isinstance(value, str) else repr(value)}"
 
 
 def _call_text(described: Mapping[str, Any]) -> str:

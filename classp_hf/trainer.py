@@ -44,6 +44,7 @@ from .methods.adapters import folded_state_dict
 from .metrics import summarize
 from .optim import CLASSP
 from .optim_args import parse_optim_args
+from .redaction import known_secrets, public_arguments, public_command
 from .registration import NAME, deepspeed_config, refuse_deepspeed_offload
 from .tasks import Task, prepare_tasks
 from .training_args import ContinualTrainingArguments
@@ -269,7 +270,7 @@ class ContinualTrainer(Trainer):
         memory.metadata = {
             "tasks": self.seen_tasks,
             "optimizer": described,
-            "method": self.method.describe(),
+            "method": public_arguments(self.method.describe(), known_secrets(vars(self.args))),
         }
         return memory
 
@@ -558,7 +559,7 @@ class ContinualTrainer(Trainer):
         path = base / STATE_NAME
         state: dict[str, Any] = {"config": config, "accuracy_matrix": [], "seconds": 0.0}
         if path.is_file():
-            state = json.loads(path.read_text())
+            state = _read_state(path)
             differing = [k for k in config if state["config"].get(k) != config[k]]
             if differing:
                 what = "; ".join(f"{k}: {state['config'].get(k)} there, {config[k]} here" for k in differing[:3])
@@ -589,7 +590,7 @@ class ContinualTrainer(Trainer):
             * self.args.world_size,
             **{k: args[k] for k in keys},
         }
-        return json.loads(json.dumps(config))
+        return json.loads(json.dumps(public_arguments(config, known_secrets(vars(self.args)))))
 
     def _write_state(self, base: Path, state: dict[str, Any]) -> None:
         if self.is_world_process_zero():
@@ -716,6 +717,7 @@ class ContinualTrainer(Trainer):
         self.save_model(str(base), _internal_call=True)
         names = [task.name for task in tasks]
         id2label = self.model.config.id2label if not self.writes else {}
+        secrets = known_secrets(vars(self.args))
         results = {
             "tasks": names,
             "datasets": sorted({task.hub_id for task in tasks if task.hub_id}),
@@ -729,8 +731,8 @@ class ContinualTrainer(Trainer):
             "label_names": [id2label[i] for i in sorted(id2label)],
             "method": state["config"]["method"],
             "optimizer": state["optimizer"],
-            "arguments": report.public_arguments(json.loads(self.args.to_json_string())),
-            "command": report.public_command([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+            "arguments": public_arguments(json.loads(self.args.to_json_string()), secrets),
+            "command": public_command([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]], secrets),
             **report.environment(num_processes=self.args.world_size),
             "seconds": state["seconds"],
             "boundary_seconds": state["boundary_seconds"],
@@ -913,6 +915,40 @@ def _last_complete_checkpoint(folder: Path) -> str | None:
     """The last checkpoint whose `trainer_state.json`, which Trainer writes last, is there."""
     found = [c for c in folder.glob("checkpoint-*") if (c / "trainer_state.json").is_file()]
     return str(max(found, key=lambda c: int(c.name.rpartition("-")[2]))) if found else None
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """What `_write_state` wrote; a ValueError for anything else."""
+    number = (int, float)
+
+    def is_list(value: Any, of: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(v, of) and not isinstance(v, bool) for v in value)
+
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        rows, config = state["accuracy_matrix"], state["config"]
+        T, done = len(config["tasks"]), max(len(rows) - 1, 0)
+        informed = state.get("informed", {"tasks": [], "methods": []})
+        sound = (
+            isinstance(config, dict)
+            and isinstance(rows, list)
+            and done <= T
+            and all(is_list(row, number) and len(row) == T and all(map(math.isfinite, row)) for row in rows)
+            and all(isinstance(state.get(k, 0.0), number) for k in ("seconds", "boundary_seconds"))
+            and is_list(state.get("steps", []), int)
+            and len(state.get("steps", rows[1:])) == done
+            and all(is_list(informed[k], str) for k in ("tasks", "methods"))
+            and all(is_list(means, number) for means in state.get("importance", {}).values())
+            and isinstance(state.get("optimizer", {} if not done else None), dict)
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        sound = False
+    if not sound:
+        raise ValueError(
+            f"{path} is not what an interrupted sequence leaves: it is damaged, or was edited. Restore it, or choose another "
+            "output_dir."
+        )
+    return state
 
 
 def _load_weights(model: Any, folder: Path) -> None:

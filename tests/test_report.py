@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import classp_hf
-from classp_hf import report
+from classp_hf import redaction, report
 from classp_hf.memory import MEMORY_NAME
 from classp_hf.metrics import summarize
 
@@ -186,7 +186,7 @@ def test_public_arguments_drop_secrets_at_any_depth():
         "tokenizer_name": "kept",
         "seed": 0,
     }
-    assert report.public_arguments(arguments) == {
+    assert redaction.public_arguments(arguments) == {
         "nested": {"rate": 1},
         "memory": "prefix-REDACTED",
         "urls": ["https://REDACTED@example.org/x"],
@@ -211,7 +211,7 @@ def test_public_arguments_drop_secrets_at_any_depth():
     ],
 )
 def test_public_command(argv, expected):
-    assert report.public_command(argv) == expected
+    assert redaction.public_command(argv) == expected
 
 
 # ---- Tables -----------------------------------------------------------------------------------------------------------

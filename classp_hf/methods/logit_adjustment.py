@@ -89,6 +89,12 @@ class LogitAdjustment(Method):
                 f"The continual memory was written with the labels {sorted(stored)}, the model has {sorted(labels)}. Load "
                 "the model it was saved with, or start without a memory."
             )
+        for label, t in state.get("frequencies", {}).items():
+            if t.ndim or not 0 < float(t) < float("inf"):
+                raise ValueError(
+                    f"The continual memory's frequency of {label!r} is {t.tolist()!r:.80}, not a number > 0. Use the memory "
+                    "that a run wrote, or start without a memory."
+                )
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         return {"frequencies": self.frequencies} if self.frequencies else {}
