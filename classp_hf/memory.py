@@ -408,7 +408,8 @@ def _resolve(path_or_repo: str | os.PathLike, revision: str | None) -> Path:
         os.path.exists(path) or path.name == MEMORY_NAME or os.fspath(path_or_repo).startswith((".", "/", "~"))
     )
     if looks_local or len(path.parts) > 2:
-        raise NoMemoryError(f"There is no continual memory at {path}. Pass the folder of a model saved with one.")
+        place = redact(os.fspath(path_or_repo))
+        raise NoMemoryError(f"There is no continual memory at {place}. Pass the folder of a model saved with one.")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,

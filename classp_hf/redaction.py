@@ -24,8 +24,10 @@ _SECRET_VALUE = re.compile(r"hf_(?:oauth_[\w.-]+|[A-Za-z0-9]{20,})|(?<=://)[^/\s
 def known_secrets(arguments: Mapping[str, Any]) -> list[str]:
     """Values of `arguments` and of the environment that are named as secrets are, longest first."""
     named = [v for k, v in arguments.items() if isinstance(v, str) and _SECRET_NAME.search(k)]
-    # a short one is a number or a switch (`MAX_TOKENS=4096`)
-    named += [v for k, v in os.environ.items() if len(v) >= 8 and _SECRET_NAME.search(k)]
+    # a short one is a number or a switch (`MAX_TOKENS=4096`), a file's or folder's name says where secrets are
+    places = ("FILE", "PATH", "DIR")
+    environment = {k: v for k, v in os.environ.items() if len(v) >= 8 and not k.upper().endswith(places)}
+    named += [v for k, v in environment.items() if _SECRET_NAME.search(k)]
     return sorted({v for v in named if v}, key=len, reverse=True)
 
 
@@ -39,14 +41,15 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 
 def public_arguments(arguments: Mapping[str, Any], secrets: Sequence[str] = ()) -> dict[str, Any]:
     """`arguments` without those named token, password, secret, api_key and alike, at any depth, and redacted."""
-    return {redact(k, secrets): _public_value(v, secrets) for k, v in arguments.items() if not _SECRET_NAME.search(k)}
+    return {redact(k, secrets): public_value(v, secrets) for k, v in arguments.items() if not _SECRET_NAME.search(k)}
 
 
-def _public_value(value: Any, secrets: Sequence[str]) -> Any:
+def public_value(value: Any, secrets: Sequence[str] = ()) -> Any:
+    """Any JSON value, redacted, in mappings without the entries that `public_arguments` leaves out."""
     if isinstance(value, Mapping):
         return public_arguments(value, secrets)
     if isinstance(value, (list, tuple)):
-        return [_public_value(v, secrets) for v in value]
+        return [public_value(v, secrets) for v in value]
     return redact(value, secrets) if isinstance(value, str) else value
 
 

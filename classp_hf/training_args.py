@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from accelerate.utils import str_to_bool
 from transformers import TrainingArguments
 
+from .redaction import known_secrets, public_value
 from .registration import NAME, TRANSFORMERS_LEARNING_RATE, register
 
 DEFAULT_LEARNING_RATES = {NAME: 1e-3}
@@ -103,6 +105,30 @@ class ContinualTrainingArguments(TrainingArguments):
     def from_training_arguments(cls, args: TrainingArguments) -> ContinualTrainingArguments:
         """The same arguments, with the continual ones at their defaults."""
         return cls(**{f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As Transformers', which hides fields named token, without secrets in the others: loggers write it down."""
+        secrets = known_secrets(vars(self))
+        return {k: public_value(v, secrets) for k, v in super().to_dict().items()}
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.to_dict().items())})"
+
+    __repr__ = __str__  # the dataclass would write one of its own, with the token
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the token: Trainer pickles the arguments into folders that it pushes (`training_args.bin`)."""
+        return {**vars(self), "hub_token": None}
+
+    def __copy__(self) -> ContinualTrainingArguments:
+        new = object.__new__(type(self))
+        vars(new).update(vars(self))
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContinualTrainingArguments:
+        new = object.__new__(type(self))
+        vars(new).update(copy.deepcopy(vars(self), memo))
+        return new
 
     @property
     def optim_name(self) -> str:

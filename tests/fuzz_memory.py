@@ -158,7 +158,7 @@ def altered(draw, blob):
         tensors = sorted(header.keys() - {"__metadata__"})
         assume(tensors)
         key = draw(st.sampled_from(tensors))
-        match draw(st.integers(0, 7)):
+        match draw(st.sampled_from([0, 1, 2, *(3, 4, 6, 7) * 3, 5])):
             case 0:
                 header[key] |= {"dtype": draw(st.sampled_from(DTYPES))}
             case 1:

@@ -28,7 +28,7 @@ ARROWS = {
     "optim_args": {"optim"},
     "callback": {"memory", "methods", "optim", "optim_args", "redaction"},
     "registration": {"optim", "optim_args", "callback"},
-    "training_args": {"registration"},
+    "training_args": {"registration", "redaction"},
     "report": {"memory", "training_args", "redaction"},
     "trainer": {
         *(

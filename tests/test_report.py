@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -455,6 +456,40 @@ def test_model_card_code_is_python_with_names_that_exist(write_card, method, opt
     assert all(code.count(name) > 1 for name in names)  # and that are used
     for text in expected:
         assert text in code
+
+
+HOSTILE = "a`b``<img src=x onerror=alert(1)>|\n---\n# [x](http://evil.example) **b** ![i](j.png)\n```\n{{ 7 * 7 }} __c__ ~~d~~"
+
+
+def test_no_name_breaks_the_model_card_or_adds_to_it(write_card, tmp_path):
+    """With hostile text in every place that names anything, the card has the same blocks, and no link, image or HTML."""
+    from markdown_it import MarkdownIt
+
+    def card(text):
+        results = make_results(tasks=["fpb", text], label_names=["negative", text], metric=text, datasets=[text])
+        results["method"] = {"name": "ewc", "ewc_lambda": 3.0, "ewc_mode": text}
+        results["optimizer"] |= {"name": text}
+        results["arguments"] |= {"hub_model_id": text, "optim_args": text, "run_name": text, "warmup_steps": text}
+        results["command"] = f"python train.py --text {shlex.quote(text)}"
+        return write_card(results, base_model=text.replace("/", ""), license=text, tags=[text])
+
+    shown = []
+    for text in ("plain", HOSTILE):
+        path = card(text)
+        content = path.read_text()
+        tokens = MarkdownIt("commonmark").enable("table").enable("strikethrough").parse(ModelCard.load(path).text)
+        inline = {child.type for token in tokens for child in token.children or ()}
+        shown.append(([token.type for token in tokens], inline - {"softbreak", "text_special"}))
+        code = "".join(re.findall(r"^```python\n(.*?)^```", content, re.DOTALL | re.MULTILINE))
+        compile(code, "card", "exec")
+    assert shown[0] == shown[1]
+    assert shown[1][1] <= {"text", "code_inline", "strong_open", "strong_close"}
+    data = ModelCard.load(path).data
+    assert data.datasets == [HOSTILE] and data.license == HOSTILE and HOSTILE in data.tags
+    assert "49" not in content  # no template of its own
+    cell = next(child for token in tokens for child in token.children or () if "after" in child.content)
+    assert cell.content  # names are shown, as they are
+    assert "<img src=x onerror=alert(1)>" in "".join(c.content for t in tokens for c in t.children or ())
 
 
 def test_a_failing_model_card_leaves_the_old_one(write_card):
