@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..memory import bare_model, is_language_model
+from ..memory import bare_model
 from .base import AnchoredMethod
+from .fisher import batches_of_equal_shape, sum_squared_gradients
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -100,76 +100,31 @@ class EWC(AnchoredMethod):
         count = min(self.fisher_samples, len(task.train_dataset))
         # numbered before they are shared out, so that the result does not depend on the number of ranks
         chosen = list(enumerate(torch.randperm(len(task.train_dataset), generator=generator)[:count].tolist()))
-        rank, world = trainer.args.process_index, trainer.args.world_size
-        mine = chosen[rank::world]
+        mine = chosen[trainer.args.process_index :: trainer.args.world_size]
         model = trainer.accelerator.unwrap_model(trainer.model)
         keep = [
             c for c in task.train_dataset.column_names if c in inspect.signature(bare_model(model).forward).parameters
         ]
-        loader = DataLoader(
+        examples = DataLoader(
             task.train_dataset.select([i for _, i in mine]).select_columns(keep),
             batch_size=1,
             collate_fn=trainer.data_collator,
         )
-        batches = tqdm(
-            loader,
+        progress = tqdm(
+            examples,
             desc=f"Fisher of {task.name}",
             disable=trainer.args.disable_tqdm or not trainer.is_local_process_zero(),
             leave=False,
         )
-        total = sum_squared_gradients(
-            model,
-            ({k: v.to(trainer.args.device) for k, v in batch.items()} for batch in batches),
-            dict(self.parameters(model)),
-            seeds=[trainer.args.seed + number for number, _ in mine] if self.fisher_labels == "sampled" else None,
-        )
-        return {n: trainer.accelerator.reduce(t, reduction="sum") / count for n, t in total.items()}
+        # a forward pass in evaluation mode does not checkpoint
+        size = 1 if trainer.args.gradient_checkpointing else trainer.args.per_device_train_batch_size
+        seeds: list[int] | None = [] if self.fisher_labels == "sampled" else None
 
-
-def sum_squared_gradients(model: nn.Module, batches, parameters: dict[str, nn.Parameter], seeds=None) -> dict:
-    """Sum over examples of the squared gradient of log p(y|x), float32, by parameter name.
-
-    Args:
-        model: a classifier whose output has `logits` of shape (1, classes), or a language model with `logits` of shape
-            (1, tokens, words), whose log p(y|x) is summed over the tokens with a label. It runs in evaluation mode.
-        batches: dicts of inputs, one example each, with integer `labels` of shape (1,) or (1, tokens), -100: no label.
-        parameters: what to differentiate.
-        seeds: one seed an example: draw y from the model's p(y|x) instead of taking the example's label; of a language
-            model every token given the example's tokens before it.
-
-    Raises:
-        ValueError: the model is neither.
-    """
-    total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
-    was_training = model.training
-    model.eval()
-    writes = is_language_model(model)
-    encoder_decoder = writes and bare_model(model).config.is_encoder_decoder
-    shifted = writes and not encoder_decoder  # a causal model's logits are the next token's
-    try:
-        for i, batch in enumerate(batches):
-            labels = batch.pop("labels")
-            with torch.enable_grad():
-                given = {"labels": labels} if encoder_decoder else {}  # the decoder's inputs are made from them
-                logits = model(**batch, **given).logits
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                if writes and logits.ndim == 3:
-                    logits = logits[0, :-1] if shifted else logits[0]
-                    labels = labels[0, 1:] if shifted else labels[0]
-                if logits.ndim != 2 or logits.shape[-1] < 2 or labels.is_floating_point():
-                    raise ValueError(
-                        f"EWC's Fisher needs a single-label classifier or a language model, got logits of shape {tuple(logits.shape)} and "
-                        f"labels of dtype {labels.dtype}. Use --method l2sp or replay for other models."
-                    )
+        def batches():
+            for numbers, batch in batches_of_equal_shape(zip((number for number, _ in mine), progress), size):
                 if seeds is not None:
-                    generator = torch.Generator().manual_seed(seeds[i])
-                    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-                    labels = torch.where(labels.cpu() == -100, labels.cpu(), drawn)
-                log_likelihood = -F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
-                gradients = torch.autograd.grad(log_likelihood, list(parameters.values()), allow_unused=True)
-            for t, g in zip(total.values(), gradients):
-                if g is not None:
-                    t.addcmul_(g.float(), g.float())
-    finally:
-        model.train(was_training)
-    return total
+                    seeds.extend(trainer.args.seed + number for number in numbers)
+                yield {k: t.to(trainer.args.device) for k, t in batch.items()}
+
+        total = sum_squared_gradients(model, batches(), dict(self.parameters(model)), seeds)
+        return {n: trainer.accelerator.reduce(t, reduction="sum") / count for n, t in total.items()}
