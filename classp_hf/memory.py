@@ -11,6 +11,7 @@ adapter shifts.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -386,12 +387,19 @@ class CompactCopy:
             self.scale = (rows.abs().amax(1, keepdim=True) / 32767).clamp_(min=torch.finfo(torch.float32).tiny)
             self.values = (rows / self.scale).round_().to(torch.int16)
 
+    def part(self, rows: slice | Tensor) -> CompactCopy:
+        """The copy of some rows of the weight seen as a matrix: `weight.view(-1, weight.shape[-1])[rows]`."""
+        part = copy.copy(self)
+        part.values = self.values.view(-1, self.values.shape[-1])[rows]
+        part.scale = None if self.scale is None else self.scale[rows]
+        return part
+
     def difference(self, weight: Tensor) -> Tensor:
         """`weight - copy`, float32."""
         copied = self.values.float()
-        if self.scale is not None:
-            copied.mul_(self.scale)
-        return weight.float() - copied.reshape(weight.shape)
+        if self.scale is None:
+            return weight.float() - copied
+        return torch.addcmul(weight.float().reshape(copied.shape), copied, self.scale, value=-1).reshape(weight.shape)
 
 
 class NoMemoryError(FileNotFoundError):

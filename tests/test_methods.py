@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from conftest import weights
 from datasets import Dataset
 
 from classp_hf import (
+    CLASSP,
     EMA,
     EWC,
     L2SP,
@@ -25,7 +27,7 @@ from classp_hf import (
     Replay,
 )
 from classp_hf.memory import CompactCopy
-from classp_hf.methods.ewc import sum_squared_gradients
+from classp_hf.methods.fisher import sum_squared_gradients
 
 
 def trained(make_model, make_args, collator, tasks, method, **kwargs):
@@ -251,6 +253,84 @@ def test_l2sp_pulls_towards_the_last_boundary(make_model, make_tasks, make_args,
     method.penalty_gradient(model)
     for n, p in model.named_parameters():
         torch.testing.assert_close(p.grad, 1 + 0.5 * (p.detach() - end[n]))
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "not contiguous", "grouped"])
+@pytest.mark.parametrize("importance", ["none", "everywhere", "few rows"])
+def test_a_pull_is_the_gradient_of_the_penalty(kind, importance, monkeypatch):
+    """`(lambda / 2) * sum F (w - a)^2` by autograd: in several blocks, with a rest, and in the groups that GPUs take."""
+    monkeypatch.setattr("classp_hf.methods.base._BLOCK", 500)
+    if kind == "grouped":
+        monkeypatch.setattr("classp_hf.methods.base.is_blockwise", lambda *tensors: False)
+        monkeypatch.setattr("classp_hf.methods.base._GROUP", 3000)
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    shapes = {
+        "matrix": (301, 7),
+        "vector": (13,),
+        "scalar": (),
+        "cube": (5, 60, 3),
+        "empty": (0, 3),
+        "wide": (2, 1200),
+    }
+    model = torch.nn.ParameterDict({n: torch.randn(shape).to(dtype) for n, shape in shapes.items()})
+    if kind == "not contiguous":
+        model["matrix"] = torch.nn.Parameter(torch.randn(7, 301).T)
+    method = EWC(ewc_lambda=0.7)
+    method.anchor = {n: torch.randn(p.shape) for n, p in model.items()}
+    if importance != "none":
+        method.importance = {n: torch.rand(p.shape) for n, p in model.items() if n != "wide"}
+    if importance == "few rows":
+        method.importance["matrix"][torch.randperm(301)[40:]] = 0
+    for _ in range(2):  # what is found out about the importance is kept for the next step
+        penalty = sum(
+            0.35 * (method.importance.get(n, torch.ones(())) * (p - method.anchor[n]) ** 2).sum()
+            for n, p in model.items()
+        )
+        expected = torch.autograd.grad(penalty, list(model.values()))
+        for p in model.values():
+            p.grad = torch.ones_like(p)
+        method.penalty_gradient(model)
+        for p, pull in zip(model.values(), expected):
+            torch.testing.assert_close(p.grad.float(), 1 + pull.float(), **({"rtol": 0.02, "atol": 0.02} if kind == "bfloat16" else {}))  # fmt: skip
+        method.importance = {n: f.flip(0) if f.ndim else f for n, f in method.importance.items()}  # the next task's
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+@pytest.mark.parametrize("optim", ["classp", "adamw"])
+def test_elastic_in_blocks_is_elastic_on_whole_tensors(optim, power, monkeypatch):
+    results = []
+    for block in (10**6, 200):
+        monkeypatch.setattr("classp_hf.methods.base._BLOCK", block)
+        torch.manual_seed(0)
+        model = torch.nn.ParameterDict(
+            {"rows": torch.randn(301, 7), "vector": torch.randn(400), "scalar": torch.ones(())}
+        )
+        memory = {n: torch.rand(p.shape) for n, p in model.items()}
+        memory["rows"][torch.randperm(301)[40:]] = 0
+        optimizer = CLASSP(model.values(), lr=0.1, power=power) if optim == "classp" else None
+        method = Elastic(anchor_strength=0.5)
+        method.start(model, memory)
+        method._trainer = SimpleNamespace(bare_optimizer=optimizer, accumulators=lambda memory=memory: memory)
+        moved = {}
+        for n, p in model.items():
+            p.data += (step := 0.1 * torch.randn(p.shape))
+            p.grad = torch.ones_like(p)
+            moved[n] = (p.detach().clone(), step)
+            if optimizer is not None:
+                optimizer.state[p]["accumulator"] = memory[n]
+        method.penalty_gradient(model)
+        method.after_step(model)
+        for n, p in model.items():
+            w, step = moved[n]
+            if optim == "classp":
+                c = 0.1 * method.scale * memory[n] / (memory[n] + 1e-6) ** (1 / power)
+                torch.testing.assert_close(p.detach(), w - c / (1 + c) * step, rtol=0, atol=1e-4)
+            else:
+                torch.testing.assert_close(p.grad, 1 + method.scale * memory[n] * step, rtol=0, atol=2e-4)
+        results.append([*(p.detach() for p in model.values()), *(p.grad for p in model.values())])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("cls", "strength"), [(EWC, "ewc_lambda"), (L2SP, "l2sp_alpha")])
