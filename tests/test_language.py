@@ -20,7 +20,7 @@ from transformers import (
 
 from classp_hf import EWC, ClasspTrainer, ContinualTrainer, Task
 from classp_hf.language import IGNORED, prepare_language_tasks
-from classp_hf.methods.ewc import sum_squared_gradients
+from classp_hf.methods.fisher import sum_squared_gradients
 
 WORDS = ["<pad>", "</s>", "<user>", "<assistant>", "<end>", *"abcdefgh", "up", "down", "say", "then"]
 TEMPLATE = (

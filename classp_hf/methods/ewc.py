@@ -82,7 +82,8 @@ class EWC(AnchoredMethod):
         mean = sum(f.sum() for f in fisher.values()) / sum(f.numel() for f in fisher.values())
         logger.info(f"EWC: mean diagonal Fisher of task {task.name}: {float(mean):.3e}")
         if self.fisher_normalize and mean > 0:
-            fisher = {n: f / mean for n, f in fisher.items()}
+            for f in fisher.values():
+                f.div_(mean)
         weights = {n: p.detach().float().clone() for n, p in self.parameters(trainer.model)}
         old = {n: f.to(fisher[n].device) for n, f in self.importance.items() if n in fisher}
         if self.ewc_mode == "summed":
@@ -117,7 +118,7 @@ class EWC(AnchoredMethod):
             leave=False,
         )
         # a forward pass in evaluation mode does not checkpoint
-        size = 1 if trainer.args.gradient_checkpointing else trainer.args.per_device_train_batch_size
+        size = 1 if trainer.args.activation_checkpointing else trainer.args.per_device_train_batch_size
         seeds: list[int] | None = [] if self.fisher_labels == "sampled" else None
 
         def batches():

@@ -1,0 +1,315 @@
+"""The Fisher in batches, against its definition: autograd's gradient of one example after the other, squared."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from classp_hf import EWC, ContinualTrainer
+from classp_hf.methods import fisher
+from classp_hf.methods.fisher import batches_of_equal_shape, sum_squared_gradients
+
+WORDS = 40
+
+
+@pytest.fixture
+def make(make_model):
+    """Models by kind, without dropout but in training mode, with larger weights than a new model's."""
+
+    def build(kind):
+        torch.manual_seed(0)
+        small = {"vocab_size": WORDS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+        if kind == "bert":
+            model = make_model(dropout=0.5)
+        elif kind == "lora":
+            config = LoraConfig(task_type=TaskType.SEQ_CLS, r=4, target_modules=["query", "value"])
+            model = get_peft_model(make_model(), config)
+            for n, p in model.named_parameters():
+                if "lora_B" in n:
+                    nn.init.normal_(p, std=0.1)
+        elif kind == "gpt2":
+            model = GPT2LMHeadModel(GPT2Config(**small, n_positions=16, n_embd=16, n_layer=2, n_head=2, initializer_range=0.2))  # fmt: skip
+        elif kind == "llama":
+            model = LlamaForCausalLM(LlamaConfig(**small, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2))  # fmt: skip
+        else:
+            small.pop("bos_token_id")
+            model = T5ForConditionalGeneration(T5Config(**small, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0))  # fmt: skip
+        return model.train()
+
+    return build
+
+
+def examples(kind, count=13):
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(high, shape):
+        return torch.randint(2, high, shape, generator=generator)
+
+    made = []
+    for i in range(count):
+        ids = draw(12, (1, 3 + i % 3))  # few words: some come twice in a text
+        example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if kind in ("bert", "lora"):
+            example["labels"] = draw(5, (1,)) - 2
+        else:
+            example["labels"] = draw(12, (1, 4)) if kind == "t5" else ids.clone()
+            example["labels"][:, 0] = -100
+        made.append(example)
+    return made
+
+
+def by_definition(model, given, seeds=None):
+    """Sum of squared gradients, each of one backward pass over one example."""
+    model.eval()
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
+    for i, example in enumerate(given):
+        labels = example["labels"]
+        logits = model(**example).logits.float()
+        if logits.ndim == 3:
+            decoder = not getattr(model.config, "is_encoder_decoder", False)
+            logits, labels = (logits[0, :-1], labels[0, 1:]) if decoder else (logits[0], labels[0])
+        if seeds is not None:
+            drawn = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(seeds[i]))[:, 0]
+            labels = torch.where(labels == -100, labels, drawn)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        for n, g in zip(parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)):
+            if g is not None:
+                total[n] += g.float().square()
+    model.train()
+    return total, parameters
+
+
+def in_batches(model, given, size, seeds=None):
+    drawn = [] if seeds is not None else None
+
+    def batches():
+        for numbers, batch in batches_of_equal_shape(enumerate(given), size):
+            if drawn is not None:
+                drawn.extend(seeds[i] for i in numbers)
+            yield batch
+
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return sum_squared_gradients(model, batches(), parameters, drawn)
+
+
+def assert_equal(found, expected, rtol=1e-4, atol=1e-6):
+    assert found.keys() == expected.keys()
+    largest = max(float(t.max()) for t in expected.values())
+    for n, t in expected.items():
+        assert found[n].dtype is torch.float32
+        torch.testing.assert_close(found[n], t, rtol=rtol, atol=atol * largest, msg=lambda m, n=n: f"{n}: {m}")
+
+
+@pytest.fixture
+def forward_sizes(monkeypatch):
+    """Number of examples of every forward pass."""
+    sizes = []
+    original = fisher._log_likelihood
+
+    def counting(model, batch, seeds):
+        sizes.append(len(batch["labels"]))
+        return original(model, batch, seeds)
+
+    monkeypatch.setattr(fisher, "_log_likelihood", counting)
+    return sizes
+
+
+@pytest.mark.parametrize("labels", ["empirical", "sampled"])
+@pytest.mark.parametrize("kind", ["bert", "lora", "gpt2", "llama", "t5"])
+def test_batches_give_the_sum_of_the_squared_gradients_of_single_examples(kind, labels, make, forward_sizes):
+    model, given = make(kind), examples(kind)
+    seeds = list(range(100, 100 + len(given))) if labels == "sampled" else None
+    expected, parameters = by_definition(model, given, seeds)
+    assert sum(t.any() for t in expected.values()) >= len(expected) - 1
+    for size in (1, 3, 8):
+        forward_sizes.clear()
+        assert_equal(in_batches(model, given, size, seeds), expected)
+        # T5's position biases have no dimension of examples: they are told apart by taking one at a time
+        assert max(forward_sizes) == (1 if kind == "t5" else min(size, 4)), forward_sizes
+    assert model.training and all(p.grad is None for p in parameters.values())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_models_and_autocast_in_bfloat16(kind, make):
+    """Sums in float32; the gradients differ by what a batch and a single example round differently."""
+    given, with_autocast = examples(kind), make(kind)
+    with_autocast.forward = torch.autocast("cpu", torch.bfloat16)(with_autocast.forward)
+    for model in (make(kind).bfloat16(), with_autocast):
+        expected, _ = by_definition(model, given)
+        assert_equal(in_batches(model, given, 5), expected, rtol=0.05, atol=0.02)
+
+
+class Layers(nn.Module):
+    """A classifier of token ids; subclasses use its layers in ways that a batch must not confuse."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(WORDS, 6, padding_idx=3)
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.free = nn.Parameter(torch.randn(6))
+        self.scale = nn.LayerNorm(6)
+        self.convolution = nn.Conv1d(6, 6, 3, padding=1)
+        self.out = nn.Linear(6, 3, bias=False)
+
+    def hidden(self, x):
+        return self.second(self.scale(self.first(x)).tanh())
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        x = self.hidden(self.words(input_ids))
+        x = x + self.convolution(x.mT).mT
+        return SequenceClassifierOutput(logits=self.out(x.tanh().mean(1)))
+
+
+class Repeated(Layers):
+    def hidden(self, x):
+        return self.second(self.first(self.first(x).tanh()) + self.first(x))
+
+
+class Functional(Layers):
+    def hidden(self, x):
+        return self.second(x) + F.linear(x, self.second.weight.T) * self.free
+
+
+class Tied(Layers):
+    def __init__(self):
+        super().__init__()
+        self.second.weight = self.first.weight
+
+    def hidden(self, x):
+        return super().hidden(x).relu_()
+
+
+class Parametrized(Layers):
+    def __init__(self):
+        super().__init__()
+        nn.utils.parametrizations.weight_norm(self.first)
+
+
+class Flattened(Layers):
+    def hidden(self, x):
+        return self.second(self.first(x.reshape(-1, 6))).view(x.shape)
+
+
+class TokensFirst(Layers):
+    def hidden(self, x):
+        return self.second(self.first(x.transpose(0, 1))).transpose(0, 1)
+
+
+class Partly(Layers):
+    def hidden(self, x):
+        with torch.no_grad():
+            fixed = self.first(x)
+        return self.second(x) + fixed + self.first(x.detach()).detach()
+
+
+class Replaced(Layers):
+    def __init__(self):
+        super().__init__()
+        forward = self.first.forward
+        self.first.forward = lambda x: 2 * forward(x)
+
+
+@pytest.mark.parametrize("cls", [Layers, Repeated, Functional, Tied, Parametrized, Flattened, TokensFirst, Partly, Replaced])  # fmt: skip
+def test_whatever_is_done_with_a_weight(cls, forward_sizes):
+    model, given = cls(), examples("bert", 16)
+    expected, _ = by_definition(model, given)
+    # 3 tokens, and batches of 3: a first dimension of tokens could pass for the examples'
+    assert_equal(in_batches(model, given, 3), expected)
+    apart = cls in (Functional, Parametrized, Flattened, TokensFirst, Replaced)
+    assert max(forward_sizes) == (1 if apart else 3)
+
+
+def test_examples_of_one_token_do_not_vouch_for_longer_ones():
+    model = TokensFirst()
+    given = examples("bert", 16)
+    for key in ("input_ids", "attention_mask"):
+        given[0][key] = given[0][key][:, :1]
+    ordered = [given[0], *sorted(given[1:], key=lambda e: e["input_ids"].shape[1])]
+    batches = [ordered[0], {k: torch.cat([e[k] for e in ordered[1:4]]) for k in given[0]}]
+    found = sum_squared_gradients(model, iter(batches), dict(model.named_parameters()))
+    expected, _ = by_definition(model, ordered[:4])
+    assert_equal(found, expected)
+
+
+def test_only_examples_of_equal_shapes_share_a_batch():
+    given = examples("gpt2", 10)
+    seen = []
+    for numbers, batch in batches_of_equal_shape(enumerate(given), 2):
+        assert 1 <= len(numbers) <= 2
+        for i, ids, labels in zip(numbers, batch["input_ids"], batch["labels"]):
+            assert torch.equal(ids[None], given[i]["input_ids"]) and torch.equal(labels[None], given[i]["labels"])
+        seen += numbers
+    assert sorted(seen) == list(range(10))
+
+
+class NewTensors(TorchDispatchMode):
+    """The numbers in every tensor that an operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(t, torch.Tensor) and not t._is_view() and not any(t is a for a in args):
+                self.sizes.append(t.numel())
+        return result
+
+
+def test_memory_is_that_of_the_forward_pass_and_one_total(make_model, monkeypatch):
+    monkeypatch.setattr(fisher, "_PIECE", 1536)  # the largest layer: 32 x 48
+    model = make_model()
+    model.resize_token_embeddings(3000)  # 96,000 weights, of which a text touches 160
+    given = [e for e in examples("bert", 60) if e["input_ids"].shape[1] == 5]
+    batch = {k: torch.cat([e[k] for e in given]) for k in given[0]}
+    with NewTensors() as made:
+        sum_squared_gradients(model, iter([batch]), dict(model.named_parameters()))
+    activations = len(given) * 5 * 48
+    large = [size for size in made.sizes if size > activations]
+    assert large == [96_000]  # no layer's gradient for all examples, no dense gradient of the embedding
+
+
+@pytest.fixture
+def task_fisher(make_model, make_tasks, make_args, collator, tmp_path):
+    def run(labels="sampled", **changes):
+        method = EWC(fisher_samples=20, fisher_labels=labels)
+        trainer = ContinualTrainer(make_model(), make_args(**changes), collator, method=method)
+        return method.task_fisher(trainer, make_tasks(1)[0])
+
+    return run
+
+
+def test_a_tasks_fisher_does_not_depend_on_how_examples_are_shared_out(task_fisher, forward_sizes, monkeypatch):
+    one = task_fisher(per_device_train_batch_size=1)
+    assert max(forward_sizes) == 1
+    assert_equal(task_fisher(per_device_train_batch_size=4), one)
+    assert max(forward_sizes) == 4
+    forward_sizes.clear()
+    assert_equal(task_fisher(per_device_train_batch_size=4, activation_checkpointing=True), one)
+    assert max(forward_sizes) == 1  # evaluation mode checkpoints nothing
+    ranks = []
+    monkeypatch.setattr("classp_hf.ContinualTrainingArguments.world_size", 2)
+    monkeypatch.setattr("accelerate.Accelerator.reduce", lambda self, t, reduction: t)
+    for rank in range(2):
+        monkeypatch.setattr("classp_hf.ContinualTrainingArguments.process_index", rank)
+        ranks.append(task_fisher(per_device_train_batch_size=4))
+    assert_equal({n: ranks[0][n] + ranks[1][n] for n in one}, one)
+    monkeypatch.undo()
+    assert any(not torch.allclose(t, one[n]) for n, t in task_fisher("empirical").items())
