@@ -1,0 +1,88 @@
+"""docs/performance.md from the committed results of the bench_*.py programs.
+
+    python benchmarks/report_performance.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from classp_hf import report
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(name: str, results: Path) -> dict[str, Any] | None:
+    path = results / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def source(found: dict[str, Any]) -> str:
+    hardware = found["hardware"]
+    return f"`{found['command']}`, commit {found['commit'][:7]}, torch {found['versions']['torch']}, {hardware['cpu']}, GPUs: {', '.join(hardware['gpus']) or 'none'}."
+
+
+def spread(quartiles: list[float], digits: int = 2, percent: bool = False) -> str:
+    low, middle, high = (f"{100 * q:.{digits}f} %" if percent else f"{q:.{digits}f}" for q in quartiles)
+    return f"{middle} ({low} to {high})"
+
+
+def steps(found: dict[str, Any]) -> list[str]:
+    parts = []
+    for kind, rows in found["steps"].items():
+        table = [["", "time, AdamW = 1 (quartiles)", "bound", "extra memory"]]
+        for name, row in rows.items():
+            bound = "" if row["bound"] is None else f"{row['bound']:.2f}"
+            table.append([name, spread(row["ratio"]), bound, f"{row['extra_memory_percent']:.1f} %"])
+        milliseconds = rows["AdamW, fused"]["milliseconds"]
+        parts += [
+            f"**{found['threads']} thread{'s' if found['threads'] > 1 else ''}, gradients: {kind}** (AdamW {milliseconds} ms)"
+        ]
+        parts += [report._markdown(table, "<>>>")]
+    return [*parts, source(found)]
+
+
+def page(results: Path) -> str:
+    parts = [
+        "# Performance",
+        "Written by `python benchmarks/report_performance.py` from the JSON under [benchmarks/results/](../benchmarks/results); every number comes from one run of the "
+        "program named below its table, as a ratio within that run. No GPU was at hand for any of them: there are no GPU rows.",
+        "## A step of the optimizer",
+        "all-MiniLM-L6-v2's 22.7M float32 weights. A dense step of CLASSP reads the gradient and reads and writes weight and accumulator: 20 bytes a weight against AdamW's 28, which is the "
+        "`bound` where memory is what takes the time. `batch`: the gradients of a real batch of 16 texts, in which most rows of the word embedding have none; a block of 256 weights in which "
+        "no gradient passes costs reading its gradients. Extra memory: what a step allocates at its peak, in percent of the parameters.",
+    ]
+    for path in sorted(results.glob("bench_step_*.json")):
+        parts += steps(json.loads(path.read_text()))
+    if found := load("bench_sequence", results):
+        parts += [
+            "## A whole training",
+            f"`ContinualTrainer` with CLASSP trains {spread(found['classp_to_adamw'], 3)} times as many samples a second as Transformers' `Trainer` with fused AdamW (quartiles over rounds of one run). "
+            f"Evaluating takes {spread(found['evaluation_sorted_to_shuffled'], 3)} of the time once a split is sorted by length.",
+            source(found),
+        ]
+    if found := load("bench_penalty", results):
+        table = [["", "share of a training step (quartiles)"]]
+        table += [[name, spread(q, 1, percent=True)] for name, q in found["shares_of_a_step"].items() if not name.startswith("step")]  # fmt: skip
+        parts += ["## A penalty", report._markdown(table, "<>"), source(found)]
+    if found := load("bench_fisher", results):
+        table = [["", "times faster (quartiles)", "ms an example", "peak MiB beside the model"]]
+        table += [[n, spread(r["speedup"]), f"{r['ms_an_example']:.1f}", f"{r['peak_mib']:.0f}"] for n, r in found["rows"].items()]  # fmt: skip
+        parts += ["## EWC's Fisher", report._markdown(table, "<>>>"), source(found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/performance.md")
+    options = parser.parse_args()
+    options.output.write_text(page(options.results), encoding="utf-8")
+    print(options.output)
+
+
+if __name__ == "__main__":
+    main()
