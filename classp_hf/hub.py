@@ -14,6 +14,7 @@ DELETED = ["adapter_*", "training_args.bin"]
 # A folder for every task, Trainer's checkpoints, the loggers' files, and a pickle that may hold the user's token.
 NOT_PUSHED = [
     "[0-9][0-9]-*/*",
+    "[0-9][0-9][0-9]-*/*",
     f"{PREFIX_CHECKPOINT_DIR}-*",
     "runs/*",
     "_*",

@@ -19,7 +19,6 @@ import os
 import re
 import reprlib
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .files import replacing
 from .optim.state import STATE_DTYPES, compress, expand, random_bits
 from .redaction import UNPRINTABLE, redact
 
@@ -114,7 +114,6 @@ class ContinualMemory:
     def save(self, folder: str | os.PathLike) -> Path:
         """Write `continual_memory.safetensors` into `folder` (created if missing), by atomic rename."""
         path = Path(folder) / MEMORY_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = self._stored()
         header = {
             "format": FORMAT,
@@ -122,18 +121,9 @@ class ContinualMemory:
             "content": json.dumps(self.metadata, sort_keys=True),
         }
         header["sha256"] = _digest(tensors, header)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{MEMORY_NAME}.")
-        os.close(handle)
-        try:
+        with replacing(path) as temporary:
             # clone: safetensors refuses tensors that share storage (tied weights)
             save_file({k: t.clone() for k, t in tensors.items()}, temporary, metadata=header)
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would keep collaborators out
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
         return path
 
     def _stored(self) -> dict[str, Tensor]:

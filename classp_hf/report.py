@@ -2,7 +2,7 @@
 
 Everything here takes plain data. R is the accuracy matrix: T+1 rows of T floats in [0, 1], row 0 before any training,
 row t after task t. `results` is the content of `results.json`, as `ContinualTrainer.train_sequence` returns it.
-Files are written beside their target and renamed, so a reader sees the old file or the new one, never a part.
+A reader sees the old file or the new one, never a part (`files.replacing`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import re
 import shlex
 import statistics
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
+from .files import replacing
 from .redaction import UNPRINTABLE, public_arguments, public_command
 
 logger = logging.get_logger(__name__)
@@ -91,25 +91,13 @@ _HUB_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
 # Arguments that say where a run was written or shown, not how the model was trained.
 _PLACES = {
     *("accelerator_config", "dataloader_pin_memory", "disable_tqdm", "logging_dir", "method", "output_dir"),
+    *("enable_jit_checkpoint", "keep_task_models"),
     "model_license",
     *("hub_model_id", "push_to_hub", "report_to", "resume_from_checkpoint", "run_name", "sequence_metric"),
 }
 
 
 # ---- JSON, environment ------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _atomic(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a path beside `path` to write to; it replaces `path` when the block ends, and is gone when it raises."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike, obj: Any) -> None:
@@ -120,7 +108,7 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
         TypeError: an object that JSON does not know.
     """
     text = json.dumps(obj, indent=2, allow_nan=False)
-    with _atomic(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
@@ -410,7 +398,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: str | os.PathLike) -> None:
-    with _atomic(path) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 
 
@@ -522,7 +510,7 @@ def write_model_card(
             if arguments.get(k, default) != default
         ],
     )
-    with _atomic(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(str(card).rstrip() + "\n", encoding="utf-8")
 
 

@@ -6,7 +6,9 @@ import copy
 import json
 import math
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,16 +16,19 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from . import report
 from .callback import ContinualMemoryCallback
 from .classification import accuracy, classification_loss, is_single_label_classifier
+from .files import remove_temporaries, replacing, sync_folder, writing
 from .heads import TaskHeads
 from .hub import push_folder
 from .language import prepare_language_tasks
@@ -44,6 +49,7 @@ from .methods.adapters import folded_state_dict
 from .metrics import summarize
 from .optim import CLASSP
 from .optim_args import parse_optim_args
+from .preemption import PreemptionCallback
 from .redaction import known_secrets, public_arguments, public_command
 from .registration import NAME, deepspeed_config, refuse_deepspeed_offload
 from .tasks import Task, prepare_tasks
@@ -143,7 +149,12 @@ class ContinualTrainer(Trainer):
         if data_collator is None and processing_class is not None and writes:
             # pads labels too, of causal models as well
             data_collator = DataCollatorForSeq2Seq(processing_class, model)
+        if args.should_save:
+            with writing("the output", str(args.output_dir)):
+                os.makedirs(str(args.output_dir), exist_ok=True)
+        saves_on_sigterm, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        self.args.enable_jit_checkpoint = saves_on_sigterm  # by our own callback
 
         self.optimizers_given = kwargs.get("optimizers", (None, None))
         if is_single_label_classifier(self.model):
@@ -186,6 +197,8 @@ class ContinualTrainer(Trainer):
             self.load_memory(ContinualMemory.load(args.memory, revision=args.memory_revision))
         self.remove_callback(ContinualMemoryCallback)  # of `register`; the trainer keeps the memory itself
         self.add_callback(_MethodCallback(self))
+        self._preemption = PreemptionCallback(self)
+        self.add_callback(self._preemption)  # the last: it may end the process
 
     # ---- The method -------------------------------------------------------------------------------------------------
 
@@ -361,6 +374,18 @@ class ContinualTrainer(Trainer):
         finally:
             self.model = adapted
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with writing(f"the checkpoint of step {self.state.global_step}", str(self.args.output_dir)):
+            super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # The last file of every rank. `trainer_state.json`, which comes next and says that the checkpoint is complete (and
+        # lets Trainer delete older ones), waits for all of them to be on the disk.
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            sync_folder(Path(output_dir))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's, with the share of coordinates that CLASSP updated; in a sequence keys begin with the task's name,
         and steps count on from task to task."""
@@ -391,6 +416,14 @@ class ContinualTrainer(Trainer):
             self.model_wrapped = self.accelerator.prepare_model(self.model)
         return super().evaluation_loop(*args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Resumed from the checkpoint of its last step, a training whose `max_steps` end within an epoch would do one step
+        # more: Trainer looks at `max_steps` after a step only.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     # ---- One task ---------------------------------------------------------------------------------------------------
 
     def train(  # type: ignore[override]
@@ -399,13 +432,19 @@ class ContinualTrainer(Trainer):
         """As Trainer's; a checkpoint that holds a continual memory gives back the method's state too."""
         self._between_tasks = False
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+            resume_from_checkpoint = self._last_checkpoint(Path(str(self.args.output_dir))) or True
         if isinstance(resume_from_checkpoint, str) and (Path(resume_from_checkpoint) / MEMORY_NAME).is_file():
             self.load_memory(ContinualMemory.load(resume_from_checkpoint), resumed=True)
             self._pending_optimizer = None
         if self.args.eval_strategy != "no" and self.eval_dataset == {}:
             raise ValueError("eval_strategy needs an eval_dataset, and the trainer was given none.")
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with self._preemption.listening():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _last_checkpoint(self, folder: Path) -> str | None:
+        """The last complete checkpoint in `folder`, the same on every rank."""
+        found = [_last_complete_checkpoint(folder)]
+        return broadcast_object_list(found)[0]
 
     # ---- The sequence -----------------------------------------------------------------------------------------------
 
@@ -415,7 +454,8 @@ class ContinualTrainer(Trainer):
         Texts are tokenised with `processing_class` and labels aligned by name with `model.config.label2id`; datasets
         that already hold `input_ids` and `labels` are used as they are. Writes into `args.output_dir`:
         `sequence_state.json` (what is done), `00-<task>/` and so on (Trainer's checkpoints, the model and the memory
-        after the task), and at the end the final model with its memory, `results.json`, plots and a model card.
+        after the task; deleted when the next task is done, unless `args.keep_task_models`), and at the end the final model
+        with its memory, plots, a model card and, last of all, `results.json`.
 
         With `args.learned_tasks` the first tasks are those the given model has learned already, in an earlier run or
         anywhere else: they are evaluated and shown to the method, not trained on. Their rows of R repeat the row before.
@@ -423,7 +463,7 @@ class ContinualTrainer(Trainer):
         Args:
             tasks: at least one, with distinct names.
             resume_from_checkpoint: True goes on from what `args.output_dir` holds; a run killed at any point ends with
-                the same R. Default: `args.resume_from_checkpoint`.
+                the same R, weights and memory, bit for bit on CPUs. Default: `args.resume_from_checkpoint`.
 
         Returns:
             The content of `results.json`: `tasks`, `accuracy_matrix` (T+1 rows x T columns, row 0 = before any training here, values
@@ -432,7 +472,13 @@ class ContinualTrainer(Trainer):
 
         Raises:
             ValueError: bad tasks (see `prepare_tasks`), or an output directory that holds another run.
+            OSError: the disk is full, or the output directory cannot be written to.
+            SystemExit: 143, after a SIGTERM with `args.enable_jit_checkpoint`, when what was done is saved.
         """
+        with self._preemption.listening():
+            return self._train_sequence(tasks, resume_from_checkpoint)
+
+    def _train_sequence(self, tasks: list[Task], resume_from_checkpoint: str | bool | None) -> dict[str, Any]:
         self._check_sequence_arguments()
         config = self.model.config
         self._measured = {task.name: task.measured_dataset for task in tasks if isinstance(task, Task)}
@@ -472,7 +518,7 @@ class ContinualTrainer(Trainer):
                 )
             for t in range(done, len(tasks)):
                 state["seconds"] = state.get("seconds", 0.0) + time.monotonic() - started
-                self._write_state(base, state)
+                self._write_state(base, state, folders[: max(t - 1, 0)])
                 started = time.monotonic()
                 learned = t < self.args.learned_tasks
                 logger.info(
@@ -491,7 +537,7 @@ class ContinualTrainer(Trainer):
                 state["steps"].append(0 if learned else self.state.global_step)
                 self._earlier_steps = sum(state["steps"])
             state["seconds"] = state.get("seconds", 0.0) + time.monotonic() - started
-            self._write_state(base, state)
+            self._write_state(base, state, folders[:-1])
         finally:
             self.args.output_dir = str(base)
             self._logged_task = None
@@ -574,6 +620,11 @@ class ContinualTrainer(Trainer):
         elif resume:
             logger.warning(f"Nothing to resume in {base}: the sequence starts at its first task.")
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has read
+        if self.is_world_process_zero():
+            remove_temporaries(base)
+            base.mkdir(parents=True, exist_ok=True)
+            with writing("the sequence's state", base), tempfile.TemporaryFile(dir=base):
+                pass  # all tasks are evaluated before anything is written: better to know now
         return state
 
     def _sequence_config(self, tasks: list[Task]) -> dict[str, Any]:
@@ -592,9 +643,15 @@ class ContinualTrainer(Trainer):
         }
         return json.loads(json.dumps(public_arguments(config, known_secrets(vars(self.args)))))
 
-    def _write_state(self, base: Path, state: dict[str, Any]) -> None:
+    def _write_state(self, base: Path, state: dict[str, Any], earlier: list[Path]) -> None:
+        """Record what is done. From here on nobody needs the `earlier` tasks' folders."""
         if self.is_world_process_zero():
-            report.write_json(base / STATE_NAME, {k: v for k, v in state.items() if k != "resumed"})
+            with writing("the sequence's state", base / STATE_NAME):
+                report.write_json(base / STATE_NAME, {k: v for k, v in state.items() if k != "resumed"})
+        if self.args.should_save and not self.args.keep_task_models:
+            for folder in earlier:
+                shutil.rmtree(folder, ignore_errors=True)
+        self._preemption.leave_if_asked()
 
     def _train_task(self, t: int, tasks: list[Task], folder: Path, resume: bool) -> None:
         task = tasks[t]
@@ -619,7 +676,7 @@ class ContinualTrainer(Trainer):
         self.train_dataset = self.method.extend_train_dataset(task.train_dataset, earlier)
         self.eval_dataset = task.eval_dataset
         self.args.output_dir = str(folder)
-        checkpoint = _last_complete_checkpoint(folder) if resume and not self.args.save_only_model else None
+        checkpoint = self._begin_folder(folder) if resume else None
         boundary = time.monotonic() - started
         self.train(resume_from_checkpoint=checkpoint)
         started = time.monotonic()
@@ -628,6 +685,15 @@ class ContinualTrainer(Trainer):
         self._boundary_seconds += boundary + time.monotonic() - started
         if task.name not in self.seen_tasks:
             self.seen_tasks.append(task.name)
+
+    def _begin_folder(self, folder: Path) -> str | None:
+        """The checkpoint to go on from in the folder of an interrupted task, if any. Others may be half-written: they go."""
+        checkpoint = None if self.args.save_only_model else self._last_checkpoint(folder)
+        if self.args.should_save:
+            for other in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                if not _is_complete(other):
+                    shutil.rmtree(other, ignore_errors=True)
+        return checkpoint
 
     def _show_learned_task(self, task: Task, informed: dict[str, list[str]]) -> None:
         """What happens around a task's training, without the training.
@@ -651,6 +717,11 @@ class ContinualTrainer(Trainer):
         self._boundary_seconds += time.monotonic() - started
 
     def _save_boundary(self, folder: Path) -> None:
+        with writing("the model after the task", folder):
+            self._write_boundary(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _write_boundary(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)  # True: not yet the model to push
         persists = not self.args.reset_optimizer and not isinstance(_unwrap(self.optimizer), CLASSP)
         if (
@@ -659,13 +730,18 @@ class ContinualTrainer(Trainer):
             and self.args.should_save
             and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         ):
-            temporary = folder / "optimizer.pt.tmp"
-            torch.save(self.optimizer.state_dict(), temporary)
-            temporary.replace(folder / "optimizer.pt")
-        self.accelerator.wait_for_everyone()
+            with replacing(folder / "optimizer.pt") as temporary:
+                torch.save(self.optimizer.state_dict(), temporary)
+        if self.args.should_save:
+            sync_folder(folder)  # the task before this one is deleted as soon as this one is recorded
 
     def _restore_boundary(self, folder: Path, task: Task) -> None:
         """Weights, memory and optimizer as the finished `task` left them."""
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder}, the model after task {task.name!r}, is gone: the run cannot go on without it. Put it back, or start "
+                "again in another output_dir."
+            )
         self._between_tasks = True
         if self.task_heads is not None:
             self.task_heads.active = None
@@ -714,7 +790,10 @@ class ContinualTrainer(Trainer):
         return value
 
     def _finish(self, base: Path, tasks: list[Task], state: dict[str, Any]) -> dict[str, Any]:
-        self.save_model(str(base), _internal_call=True)
+        with writing("the final model", base):
+            if self.args.should_save:
+                (base / "results.json").unlink(missing_ok=True)  # of a finished run: it says that all else is there
+            self.save_model(str(base), _internal_call=True)
         names = [task.name for task in tasks]
         id2label = self.model.config.id2label if not self.writes else {}
         secrets = known_secrets(vars(self.args))
@@ -738,11 +817,14 @@ class ContinualTrainer(Trainer):
             "boundary_seconds": state["boundary_seconds"],
             "importance": state.get("importance", {}),
         }
-        if self.is_world_process_zero():
-            report.write_json(base / "results.json", results)
-            report.write_figures(base, results)
         self.sequence_results = results
-        self.create_model_card()
+        with writing("the results", base):
+            if self.is_world_process_zero():
+                report.write_figures(base, results)
+            self.create_model_card()
+            if self.is_world_process_zero():
+                sync_folder(base)
+                report.write_json(base / "results.json", results)
         self.accelerator.wait_for_everyone()
         return results
 
@@ -912,9 +994,21 @@ def _auto_class(model: nn.Module) -> str:
 
 
 def _last_complete_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint whose `trainer_state.json`, which Trainer writes last, is there."""
-    found = [c for c in folder.glob("checkpoint-*") if (c / "trainer_state.json").is_file()]
-    return str(max(found, key=lambda c: int(c.name.rpartition("-")[2]))) if found else None
+    found = [c for c in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_complete(c)]
+    return str(max(found, key=_step)) if found else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether `trainer_state.json`, which is written last, is whole."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):  # not there, or cut off
+        return False
+    return True
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _read_state(path: Path) -> dict[str, Any]:

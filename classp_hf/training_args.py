@@ -63,6 +63,21 @@ class ContinualTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Texts are cut to this many tokens. Default: what the tokenizer allows."}
     )
 
+    keep_task_models: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the model, memory and checkpoints of every task in `output_dir`/00-<task>/ and so on. Default: only the "
+            "last task's, which is what a resumed run needs."
+        },
+    )
+    enable_jit_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "On SIGTERM finish the present step, save a checkpoint and exit with 143; --resume_from_checkpoint True goes on "
+            "from it. Between two tasks: exit when the evaluation is done. Give the process the time of one step, one "
+            "evaluation and one checkpoint."
+        },
+    )
     model_license: str | None = field(
         default=None,
         metadata={"help": "The Hub's name of the license of the model, for its card, such as apache-2.0."},

@@ -13,9 +13,11 @@ PACKAGE = Path(__file__).parents[1] / "classp_hf"
 
 # room -> rooms it may import
 ARROWS = {
+    "files": set(),
+    "preemption": set(),
     "optim": set(),
     "redaction": set(),
-    "memory": {"optim", "redaction"},
+    "memory": {"files", "optim", "redaction"},
     "embedded": set(),
     "launch": set(),
     "metrics": set(),
@@ -29,9 +31,11 @@ ARROWS = {
     "callback": {"memory", "methods", "optim", "optim_args", "redaction"},
     "registration": {"optim", "optim_args", "callback"},
     "training_args": {"registration", "redaction"},
-    "report": {"memory", "training_args", "redaction"},
+    "report": {"files", "memory", "training_args", "redaction"},
     "trainer": {
         *(
+            "files",
+            "preemption",
             "optim",
             "memory",
             "tasks",

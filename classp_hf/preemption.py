@@ -1,0 +1,72 @@
+"""SIGTERM, with which schedulers announce that a machine will be taken away: save, and leave."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+class PreemptionCallback(TrainerCallback):
+    """After a SIGTERM the present step is finished and a checkpoint saved, as after any other step; then the process
+    exits with 143. One that comes between two trainings waits for `leave_if_asked`.
+
+    In place of Trainer's `JITCheckpointCallback` (transformers 5.23), which every rank follows at a step of its own, which
+    saves between a forward pass and its optimizer step (other dropout masks are drawn when it is resumed), listens during
+    the first training only, and ends `train()` as if it were done.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.asked = False
+        self.leaving = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle SIGTERM in this block, if `args.enable_jit_checkpoint` asks for it."""
+        if not self.trainer.args.enable_jit_checkpoint:
+            yield
+            return
+        previous = signal.signal(signal.SIGTERM, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _note(self, *_: Any) -> None:
+        self.asked = True
+
+    def _agreed(self) -> bool:
+        """Whether any rank was asked: all must leave at the same step."""
+        args, accelerator = self.trainer.args, self.trainer.accelerator
+        if not args.enable_jit_checkpoint or args.world_size == 1:
+            return self.asked
+        asked = torch.tensor(float(self.asked), device=accelerator.device)
+        return bool(accelerator.reduce(asked, reduction="sum") > 0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.leaving = self._agreed()
+        if self.leaving:
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.leaving:
+            self._leave(f"step {state.global_step} is saved in {args.output_dir}")
+
+    def leave_if_asked(self) -> None:
+        """Exit now if a SIGTERM came: everything so far is saved. Call it on every rank."""
+        if self._agreed():
+            self._leave("everything so far is saved")
+
+    def _leave(self, saved: str) -> None:
+        logger.warning(f"SIGTERM: {saved}. The same command with --resume_from_checkpoint True goes on from there.")
+        raise SystemExit(EXIT_CODE)
