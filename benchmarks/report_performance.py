@@ -1,6 +1,6 @@
 """docs/performance.md from the committed results of the bench_*.py programs.
 
-    python benchmarks/report_performance.py
+python benchmarks/report_performance.py
 """
 
 from __future__ import annotations

@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .memory import ContinualMemory, bare_model, canonical_name, trainable_parameters
+from .memory import (
+    ContinualMemory,
+    bare_model,
+    canonical_name,
+    full_tensor,
+    like_parameter,
+    trainable_parameters,
+)
 
 
 class TaskHeads:
@@ -24,26 +31,32 @@ class TaskHeads:
     def __init__(self, model: nn.Module) -> None:
         bare = bare_model(model)
         prefix = bare.base_model_prefix + "."
-        self.parameters = {n: p for n, p in trainable_parameters(model) if not n.startswith(prefix)}
-        if not self.parameters:
+        self.model = model
+        self.names = frozenset(n for n, _ in trainable_parameters(model) if not n.startswith(prefix))
+        if not self.names:
             raise ValueError(
                 f"heads='per_task' needs trainable parameters outside of the base model {bare.base_model_prefix!r}; "
                 f"{type(bare).__name__} has none. Use heads='shared'."
             )
-        self.names = frozenset(self.parameters)
         self.initial = self._copy()
         self.saved: dict[str, dict[str, Tensor]] = {}
         self.active: str | None = None
 
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The head's parameters that the model has now: FSDP2 replaces them."""
+        return {n: p for n, p in trainable_parameters(self.model) if n in self.names}
+
     def _copy(self) -> dict[str, Tensor]:
-        return {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
+        return {n: full_tensor(p.detach()).cpu().clone() for n, p in self.parameters.items()}
 
     @torch.no_grad()
     def activate(self, task: str) -> None:
         """Put the head of `task` into the model (the initial one if the task is new), keeping the one that is in."""
         self.keep()
+        parameters = self.parameters
         for n, value in self.saved.get(task, self.initial).items():
-            self.parameters[n].copy_(value)
+            parameters[n].copy_(like_parameter(value, parameters[n].detach(), parameters[n].dtype))
         self.active = task
 
     def keep(self) -> None:

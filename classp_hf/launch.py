@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import str_to_bool
+from accelerate.utils import DistributedType, str_to_bool
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def prepare_cpu_launch() -> None:
@@ -17,6 +20,9 @@ def prepare_cpu_launch() -> None:
     - A single process is limited to one thread, unless OMP_NUM_THREADS is set: it gets all physical cores.
 
     Where a GPU is used, or the script was not started by `accelerate launch`, nothing happens.
+
+    Raises:
+        ValueError: `--cpu` with a configuration file for FSDP or DeepSpeed, which accelerate then ignores.
     """
     import torch
 
@@ -26,12 +32,21 @@ def prepare_cpu_launch() -> None:
     if launcher is None or "WORLD_SIZE" in os.environ:
         return
     import psutil
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
     process, flags = launcher
     arguments, _ = launch_command_parser().parse_known_args(flags)
     several_hosts = arguments.mpirun_hostfile is not None or (arguments.num_machines or 1) > 1
     count = arguments.num_processes or 1
+    if arguments.config_file is not None or (os.path.isfile(default_config_file) and not arguments.cpu):
+        config = load_config_from_file(arguments.config_file)
+        if config.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"`accelerate launch --cpu` ignores the {config.distributed_type.value} of {arguments.config_file}. Leave --cpu out "
+                "and pass --use_cpu to the script."
+            )
+        count = arguments.num_processes or max(config.num_processes, 1)
     if count > 1 and not several_hosts:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
         sys.stdout.flush()
@@ -40,6 +55,16 @@ def prepare_cpu_launch() -> None:
         os.execv(sys.executable, [*command, *sys.orig_argv[1:]])
     if count == 1 and arguments.num_cpu_threads_per_process is None and "OMP_NUM_THREADS" not in process.environ():
         torch.set_num_threads(psutil.cpu_count(logical=False) or 1)
+
+
+def shard_on_cpus(args: TrainingArguments) -> None:
+    """Make FSDP, if it is asked for, shard on CPUs, before a Trainer is built with `args`.
+
+    accelerate looks for it only where there are several GPUs: on CPUs every process would silently hold the whole model.
+    """
+    asked = args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
+    if asked and args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU  # the device and gloo stay
 
 
 def _accelerate_launch() -> tuple[Any, list[str]] | None:

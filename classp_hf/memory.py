@@ -66,10 +66,24 @@ def canonical_name(name: str) -> str:
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """`(canonical name, parameter)` of every parameter that requires a gradient."""
+    """`(canonical name, parameter)` of every parameter that requires a gradient; under FSDP2 the sharded ones."""
+    reshard(model)
     for name, p in model.named_parameters():
         if p.requires_grad:
             yield canonical_name(name), p
+
+
+def reshard(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded the model. If so, it holds its sharded parameters from here on.
+
+    After a forward pass without a backward one some modules hold whole copies, which no optimizer and no memory knows.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.reshard()
+    return bool(sharded)
 
 
 def bare_model(model: nn.Module) -> Any:
@@ -301,7 +315,10 @@ def like_parameter(full: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     full = full.to(device=p.device, dtype=dtype, copy=True)
-    return distribute_tensor(full, p.device_mesh, p.placements) if isinstance(p, DTensor) else full
+    if not isinstance(p, DTensor):
+        return full
+    # every rank has it all: nothing to send
+    return distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def local(t: Tensor) -> Tensor:
@@ -350,10 +367,10 @@ def gather_(accumulators: dict[str, Tensor], model: nn.Module, power: float) -> 
     """
     for n, p in trainable_parameters(model):
         if p.grad is not None:
-            if n not in accumulators or accumulators[n].device != p.device:
-                stored = accumulators.get(n)
-                zero = torch.zeros_like(p, dtype=torch.float32)
-                accumulators[n] = zero if stored is None else like_parameter(stored, p.detach(), torch.float32)
+            if n not in accumulators:
+                accumulators[n] = torch.zeros_like(p, dtype=torch.float32)
+            elif accumulators[n].device != p.device or type(accumulators[n]) is not type(p.detach()):
+                accumulators[n] = like_parameter(accumulators[n], p.detach(), torch.float32)
             g = p.grad.float()
             accumulators[n].add_(g.square() if power == 2 else g.abs().pow_(power))
 
@@ -462,7 +479,9 @@ def _check_metadata(metadata: Any) -> None:
         raise ValueError(f"the optimizer's power must be a finite number > 0, got {_quoted(power)}")
     state_dtype = metadata.get("optimizer", {}).get("state_dtype", "float32")
     if not isinstance(state_dtype, str) or state_dtype not in STATE_DTYPES:
-        raise ValueError(f"the optimizer's state_dtype must be one of {', '.join(STATE_DTYPES)}, got {_quoted(state_dtype)}")
+        raise ValueError(
+            f"the optimizer's state_dtype must be one of {', '.join(STATE_DTYPES)}, got {_quoted(state_dtype)}"
+        )
     if _is_nested(metadata, 20):
         raise ValueError("the metadata are nested more than 20 deep")
 

@@ -32,6 +32,7 @@ from .files import remove_temporaries, replacing, sync_folder, writing
 from .heads import TaskHeads
 from .hub import push_folder
 from .language import prepare_language_tasks
+from .launch import shard_on_cpus
 from .memory import (
     MEMORY_NAME,
     ContinualMemory,
@@ -42,6 +43,7 @@ from .memory import (
     layer_means,
     like_parameter,
     match_accumulators,
+    reshard,
     trainable_parameters,
 )
 from .methods import METHODS, Combined, Elastic, LogitAdjustment, Merge, Method
@@ -153,8 +155,11 @@ class ContinualTrainer(Trainer):
             with writing("the output", str(args.output_dir)):
                 os.makedirs(str(args.output_dir), exist_ok=True)
         saves_on_sigterm, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
+        shard_on_cpus(args)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         self.args.enable_jit_checkpoint = saves_on_sigterm  # by our own callback
+        if self.is_fsdp_enabled:
+            self._check_fsdp(self.accelerator.state.fsdp_plugin)
 
         self.optimizers_given = kwargs.get("optimizers", (None, None))
         if is_single_label_classifier(self.model):
@@ -186,6 +191,7 @@ class ContinualTrainer(Trainer):
         self.seen_tasks: list[str] = []
         self._between_tasks = False
         self._density: float | None = None
+        self._sharded_groups: list[list[nn.Parameter]] | None = None
         self._logged_task: str | None = None
         self._earlier_steps = 0
         self.sequence_results: dict[str, Any] | None = None
@@ -199,6 +205,20 @@ class ContinualTrainer(Trainer):
         self.add_callback(_MethodCallback(self))
         self._preemption = PreemptionCallback(self)
         self.add_callback(self._preemption)  # the last: it may end the process
+
+    def _check_fsdp(self, plugin: Any) -> None:
+        if plugin.fsdp_version != 2:
+            raise ValueError(
+                f"FSDP version {plugin.fsdp_version} flattens parameters, and the memory is kept by parameter. Set fsdp_version: 2."
+            )
+        if plugin.transformer_cls_names_to_wrap is None:
+            # accelerate shards the input embedding by itself and fails if a layer that holds it is sharded already, as
+            # Transformers' BertEmbeddings would be
+            embedding = self.model.get_input_embeddings()
+            layers = {
+                type(m).__name__ for m in self.model.modules() if all(part is not embedding for part in m.modules())
+            }
+            plugin.transformer_cls_names_to_wrap = [n for n in self.model._no_split_modules or [] if n in layers]
 
     # ---- The method -------------------------------------------------------------------------------------------------
 
@@ -348,8 +368,7 @@ class ContinualTrainer(Trainer):
                 self._gathered = restored
         if self._pending_optimizer is not None:
             state = torch.load(self._pending_optimizer, map_location="cpu", weights_only=True)
-            state["param_groups"] = self.optimizer.state_dict()["param_groups"]  # this task's schedule has set them
-            self.optimizer.load_state_dict(state)
+            _load_optimizer_state(self, state)
             if self.task_heads is not None:
                 self.task_heads.forget_optimizer_state(self.optimizer)
         self._pending_memory = self._pending_optimizer = None
@@ -360,6 +379,8 @@ class ContinualTrainer(Trainer):
         if self.args.should_save and (memory.tensors or self.seen_tasks):
             memory.save(output_dir or str(self.args.output_dir))
         super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))  # Trainer saves none
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not (self.method.folds_adapters and self._between_tasks):
@@ -414,6 +435,7 @@ class ContinualTrainer(Trainer):
         distributed = self.accelerator.use_distributed and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if distributed and self.model_wrapped is self.model:
             self.model_wrapped = self.accelerator.prepare_model(self.model)
+        self._shard()
         return super().evaluation_loop(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -423,6 +445,27 @@ class ContinualTrainer(Trainer):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
+
+    def _shard(self) -> None:
+        """Under FSDP2 cut the model into shards now, which accelerate does only together with an optimizer."""
+        if self.is_fsdp_enabled and not reshard(self.model):
+            self.create_optimizer()
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.model
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        sharded = self.is_fsdp_enabled and reshard(self.model)
+        self._sharded_groups = [list(group["params"]) for group in optimizer.param_groups] if sharded else None
+        return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        # Preparing again what is sharded already, accelerate finds the optimizer's parameters by the addresses of their
+        # shards. Empty shards share one address, so it would put one parameter in the place of others.
+        if self._sharded_groups is not None:
+            for group, parameters in zip(self.optimizer.param_groups, self._sharded_groups, strict=True):
+                group["params"] = parameters
+        return super().create_scheduler(*args, **kwargs)
 
     # ---- One task ---------------------------------------------------------------------------------------------------
 
@@ -671,6 +714,7 @@ class ContinualTrainer(Trainer):
                 self.task_heads.forget_optimizer_state(self.optimizer)
         started = time.monotonic()
         self._logged_task = task.name
+        self._shard()
         self.method.before_task(self, task)
         earlier = [previous.train_dataset for previous in tasks[:t]]
         self.train_dataset = self.method.extend_train_dataset(task.train_dataset, earlier)
@@ -724,16 +768,14 @@ class ContinualTrainer(Trainer):
     def _write_boundary(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)  # True: not yet the model to push
         persists = not self.args.reset_optimizer and not isinstance(_unwrap(self.optimizer), CLASSP)
-        if (
-            self.optimizer is not None
-            and persists
-            and self.args.should_save
-            and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        ):
-            with replacing(folder / "optimizer.pt") as temporary:
-                torch.save(self.optimizer.state_dict(), temporary)
+        if self.optimizer is not None and persists and not self.is_deepspeed_enabled:
+            state = _optimizer_state(self)
+            if self.args.should_save:
+                with replacing(folder / "optimizer.pt") as temporary:
+                    torch.save(state, temporary)
         if self.args.should_save:
             sync_folder(folder)  # the task before this one is deleted as soon as this one is recorded
+        self.accelerator.wait_for_everyone()
 
     def _restore_boundary(self, folder: Path, task: Task) -> None:
         """Weights, memory and optimizer as the finished `task` left them."""
@@ -977,6 +1019,36 @@ def _make_method(method: Method | str | Sequence[Method | str] | None) -> Method
 
 def _unwrap(optimizer: Any) -> Any:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def _optimizer_state(trainer: ContinualTrainer) -> dict[str, Any]:
+    """The optimizer's state by parameter name and unsharded, for any number of processes. Call it on every rank."""
+    states = trainer.bare_optimizer.state
+    return {
+        "state": {
+            n: {k: full_tensor(v) if isinstance(v, Tensor) else v for k, v in states[p].items()}
+            for n, p in trainable_parameters(trainer.model)
+            if p in states
+        }
+    }
+
+
+def _load_optimizer_state(trainer: ContinualTrainer, state: dict[str, Any]) -> None:
+    """Take back what `_optimizer_state` gave. The groups, which this task's schedule has set, stay as they are."""
+    if all(isinstance(key, str) for key in state["state"]):  # else it is a file of version 0.1.0
+        parameters = (p for group in trainer.optimizer.param_groups for p in group["params"])
+        positions = {p: i for i, p in enumerate(parameters)}
+        by_name = state["state"]
+        state["state"] = {
+            positions[p]: {
+                k: like_parameter(v, p.detach(), v.dtype) if isinstance(v, Tensor) and v.shape == p.shape else v
+                for k, v in by_name[n].items()
+            }
+            for n, p in trainable_parameters(trainer.model)
+            if n in by_name
+        }
+    state["param_groups"] = trainer.optimizer.state_dict()["param_groups"]
+    trainer.optimizer.load_state_dict(state)
 
 
 def _describe_optimizer(optimizer: Any, args: ContinualTrainingArguments) -> dict[str, Any]:

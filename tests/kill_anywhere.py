@@ -90,7 +90,7 @@ class Watch:
 
     def audit(self, event: str, args: tuple) -> None:
         if event == "open":
-            path, mode, flags = args
+            path, _, flags = args
             written = flags & (os.O_WRONLY | os.O_RDWR)
         elif event in ("os.rename", "os.remove", "os.mkdir", "shutil.rmtree"):
             path, written = args[0], True
@@ -226,7 +226,9 @@ def build(run: Run, watch: Watch | None = None, callbacks: tuple = ()) -> tuple[
         **run.changes,
     }
     args = ContinualTrainingArguments(output_dir=str(run.folder), **arguments)
-    tasks = [Task(f"task-{t}", *(split(t, rows, seed) for seed, rows in ((0, 40), (1, 24), (2, 24)))) for t in range(3)]
+    tasks = [
+        Task(f"task-{t}", *(split(t, rows, seed) for seed, rows in ((0, 40), (1, 24), (2, 24)))) for t in range(3)
+    ]
     method = [Replay(0.1), EWC(ewc_lambda=0.1, fisher_samples=12), Merge(), LogitAdjustment()]
     return ContinualTrainer(model, args, pad, method=method, callbacks=list(callbacks)), tasks
 
@@ -346,7 +348,10 @@ def kill_again_and_again(
     attempts = 0
     while len(struck) < kills or run is not None:
         if run is None:
-            run, resume = Run(whole.folder.with_name(f"killed-{finished}"), whole.ranks, whole.optim, whole.changes), False
+            run, resume = (
+                Run(whole.folder.with_name(f"killed-{finished}"), whole.ranks, whole.optim, whole.changes),
+                False,
+            )
         event, seconds = None, None
         if len(struck) < kills:
             if names is None and len(struck) % 2:
@@ -384,7 +389,9 @@ def main() -> None:
         events = undisturbed(whole)
         print(f"{len(events)} kinds of events, {sum(events.values())} events in an undisturbed run")
         struck, finished = kill_again_and_again(whole, events, given.kills, given.seed)
-    print(f"{len(struck)} kills on {given.ranks} rank(s): {finished} runs, all ended bit for bit as the undisturbed one")
+    print(
+        f"{len(struck)} kills on {given.ranks} rank(s): {finished} runs, all ended bit for bit as the undisturbed one"
+    )
 
 
 if __name__ == "__main__":

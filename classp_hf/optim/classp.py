@@ -174,12 +174,14 @@ class CLASSP(Optimizer):
 
         Call it after the backward pass and before `zero_grad`; it reads every gradient once, and one number back.
         """
-        total, updated = 0, []
+        total, grads, updated = 0, [], []
         for group in self.param_groups:
             for p in group["params"]:
                 total += p.numel()
                 if p.grad is not None and p.numel() > 0:
-                    updated.append(_whole((_shrink(p.grad, _threshold(p.grad, group)) != 0).sum()))
+                    grads.append(p.grad)
+                    updated.append((_shrink(_local(p.grad), _threshold(p.grad, group)) != 0).sum())
+        updated = _over_shards(updated, grads, "sum")
         return float(torch.stack([n.to(updated[0].device) for n in updated]).sum()) / total if updated else 0.0
 
     @torch.no_grad()
@@ -234,6 +236,9 @@ class CLASSP(Optimizer):
                 )
             for params in _batches(others, group["foreach"]):
                 self._step_with_torch(params, [thresholds[p] for p in params], hyperparameters)
+            sharded = [p for p in compiled if _is_sharded(p)]
+            if sharded:  # every rank must come to the same verdict
+                bad = int(_over_shards([torch.tensor(bad)], sharded[:1], "sum")[0])
         if bad:
             raise _non_finite(f"{bad} coordinates", "They were passed over, and did not enter the memory.")
         return loss
@@ -292,7 +297,15 @@ def _check_gradients(grads: list[Tensor]) -> None:
     grads = [g for g in grads if g.numel() > 0]
     if not grads:
         return
-    largest = [_whole(torch.linalg.vector_norm(g, math.inf)) for g in grads]
+    on_cpu = all(type(g) is Tensor and g.device.type == "cpu" for g in grads)
+    if on_cpu and all(torch.linalg.vector_norm(g).isfinite() for g in grads):
+        return  # a 2-norm is many times faster there than the maximum; it may overflow for finite gradients: look again
+    shards = [_local(g) for g in grads]
+    largest = [torch.linalg.vector_norm(g, math.inf) if g.numel() else g.new_zeros(()) for g in shards]
+    if any(
+        _is_sharded(g) for g in grads
+    ):  # every rank must come to the same verdict, and the maximum over ranks loses a NaN
+        largest = _over_shards([x.nan_to_num(math.inf, math.inf) for x in largest], grads, "max")
     if not all(torch.stack([x.to(largest[0].device, torch.float32) for x in largest]).isfinite().tolist()):
         bad = [tuple(g.shape) for g, x in zip(grads, largest) if not x.isfinite()]
         raise _non_finite(f"{len(bad)} of {len(grads)} tensors (first shape: {bad[0]})", "Nothing was updated.")
@@ -305,18 +318,45 @@ def _non_finite(where: str, what_happened: str) -> RuntimeError:
     )
 
 
+def _is_sharded(x: Any) -> bool:
+    """Whether `x` is a DTensor, which holds one rank's part of a tensor."""
+    if type(x) in (Tensor, torch.nn.Parameter):
+        return False  # without the import, which takes long
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
+
+
 def _local(x: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor (DTensor), sharing its memory; any other tensor as it is."""
-    if type(x) is Tensor:
-        return x
-    from torch.distributed.tensor import DTensor  # not loaded by a plain run
-
-    return x.to_local() if isinstance(x, DTensor) else x
+    """This rank's part of a sharded (DTensor) tensor, maybe empty, sharing its memory; any other tensor as it is."""
+    return x.to_local() if _is_sharded(x) else x  # type: ignore[attr-defined]
 
 
-def _whole(x: Tensor) -> Tensor:
-    """A full tensor from a sharded (DTensor) reduction."""
-    return x if type(x) is Tensor else x.full_tensor()  # type: ignore[attr-defined]
+def _over_shards(values: list[Tensor], tensors: list[Tensor], operation: str) -> list[Tensor]:
+    """Combine what every rank computed from its part of a tensor, by `operation` ("sum" or "max").
+
+    Collective: every rank must call it with the same tensors in the same order, whatever is empty on it. One all-reduce
+    for all tensors that are sharded alike.
+
+    Args:
+        values: of any shapes, which are the same on every rank.
+        tensors: which tensor each value belongs to. Values of tensors that are not sharded are returned as they are.
+    """
+    alike: dict[Any, list[int]] = {}
+    for i, t in enumerate(tensors):
+        if _is_sharded(t):
+            key = t.device_mesh, t.placements, values[i].dtype  # type: ignore[attr-defined]
+            alike.setdefault(key, []).append(i)
+    values = list(values)
+    for (mesh, placements, _), indices in alike.items():
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        parts = [Replicate() if placement.is_replicate() else Partial(operation) for placement in placements]
+        joined = torch.cat([values[i].reshape(-1) for i in indices])
+        joined = DTensor.from_local(joined, mesh, parts, run_check=False).full_tensor()
+        for i, value in zip(indices, joined.split([values[i].numel() for i in indices])):
+            values[i] = value.view_as(values[i])
+    return values
 
 
 def _batches(params: list[Tensor], foreach: bool | None) -> list[list[Tensor]]:
@@ -424,18 +464,54 @@ def _shrink(grad: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def _density_threshold(g: Tensor, density: float) -> Tensor:
-    """The (1 - density) quantile of g^2 over the nonzero coordinates of a strided sample, as a 0-dim tensor."""
-    if type(g) is not Tensor:
-        raise ValueError("density is not supported on sharded (DTensor) parameters. Use threshold.")
+    """The (1 - density) quantile of g^2 over the nonzero coordinates of a strided sample, as a 0-dim tensor.
+
+    Of a sharded (DTensor) gradient it is that of the whole tensor, to the bit and on every rank; a collective call.
+    """
     if g.numel() == 0:
-        return g.new_zeros(())
-    flat = g.reshape(-1)
-    stride = max(1, flat.numel() // _DENSITY_SAMPLE)
+        return _local(g).new_zeros(())
+    stride = max(1, g.numel() // _DENSITY_SAMPLE)
     while stride > 1 and math.gcd(stride, g.shape[-1]) != 1:  # else whole columns would never be sampled
         stride += 1
-    squares = flat[::stride].square().sort().values
+    if _is_sharded(g):
+        begin = _first_index(g.shape, g.device_mesh, g.placements)  # type: ignore[attr-defined]
+        sample = _sample_of_shard(_local(g), begin, g.numel(), stride)
+        sample = _over_shards([sample], [g], "sum")[0]
+    else:
+        sample = g.reshape(-1)[::stride]
+    squares = sample.square().sort().values
     # Zeros sort first; index 0 of the padded list is "no threshold". Everything stays on the device.
     padded = torch.cat([squares.new_zeros(1), squares])
     zeros = (squares == 0).sum()
     rank = zeros + ((1 - density) * (squares.numel() - zeros)).ceil().long()
     return padded.index_select(0, rank.reshape(1)).squeeze(0)
+
+
+def _sample_of_shard(shard: Tensor, begin: int, total: int, stride: int) -> Tensor:
+    """`full.reshape(-1)[::stride]` with zeros for the coordinates that `shard` lacks, so that the shards' sum is the sample.
+
+    Args:
+        shard: consecutive coordinates of `full.reshape(-1)`, from index `begin` on; any shape, maybe empty.
+        total: how many coordinates `full` has.
+    """
+    sample = shard.new_zeros(-(-total // stride))
+    first = -(-begin // stride)  # index in the sample of the first coordinate of the shard that is in it
+    mine = shard.reshape(-1)[first * stride - begin :: stride]
+    sample[first : first + mine.numel()] = mine
+    return sample
+
+
+def _first_index(shape: torch.Size, mesh: Any, placements: Any) -> int:
+    """Where this rank's part begins in the flattened tensor of `shape`."""
+    from torch.distributed.tensor import Shard
+
+    sharded = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
+    if len(sharded) > 1 or any(type(placements[i]) is not Shard or placements[i].dim != 0 for i in sharded):
+        raise ValueError(
+            f"density needs parameters that are whole or sharded by rows once, as FSDP2 does it, got placements {tuple(placements)}. "
+            "Use threshold."
+        )
+    if not sharded:
+        return 0
+    rows = -(-shape[0] // mesh.size(sharded[0]))  # a rank, of which the last ranks may lack some or all
+    return min(rows * mesh.get_local_rank(sharded[0]), shape[0]) * math.prod(shape[1:])

@@ -1,0 +1,201 @@
+"""What tests/test_distributed.py runs on several ranks: `accelerate launch ... distributed_worker.py SCENARIO GIVEN FOLDER`.
+
+What a scenario found goes into FOLDER, as JSON; GIVEN holds the runs of another number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import conftest
+import torch
+from transformers import Trainer, TrainingArguments
+
+import classp_hf
+from classp_hf import ContinualTrainer, ContinualTrainingArguments, report
+from classp_hf.launch import shard_on_cpus
+from classp_hf.memory import full_tensor, trainable_parameters
+from classp_hf.optim import CLASSP
+from classp_hf.optim.classp import _density_threshold
+
+make_model = conftest.make_model.__wrapped__()
+make_tasks = conftest.make_tasks.__wrapped__()
+collator = conftest.collator.__wrapped__()
+
+report.write_figures = lambda *_: None  # they take longer than the training, and are tested elsewhere
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+GLOBAL_BATCH = 16
+
+RUNS = {
+    "classp": ({"optim": "classp"}, "elastic+merge"),
+    "adamw": ({"optim": "adamw_torch", "gather_memory": True, "learning_rate": 1e-3}, "l2sp"),
+    "heads": ({"optim": "classp", "heads": "per_task"}, "interpolate"),
+    "plain": ({"optim": "classp"}, None),
+    "density": ({"optim": "classp", "optim_args": "density=0.3"}, None),
+    "ewc": ({"optim": "adamw_torch", "learning_rate": 1e-3}, "ewc"),
+}
+"""Arguments and method of the sequences that every number of ranks runs."""
+
+
+def arguments(folder, **changes):
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": GLOBAL_BATCH // WORLD,
+        "per_device_eval_batch_size": 10,
+        "num_train_epochs": 1,
+        "learning_rate": 3e-3,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+    }
+    return {**defaults, **changes}
+
+
+def trainer(folder, run, **changes):
+    given, method = RUNS[run]
+    method = classp_hf.EWC(fisher_samples=3) if method == "ewc" else method
+    args = ContinualTrainingArguments(**arguments(folder, **{**given, **changes}))
+    return ContinualTrainer(make_model(), args, collator, method=method)
+
+
+def sequence(folder, run, **changes):
+    return trainer(folder, run, **changes).train_sequence(make_tasks())
+
+
+def cut_after_first_task(source, target, keep_checkpoint=False):
+    """A copy of a finished run as it was when its second task had begun."""
+    shutil.copytree(source, target)
+    path = target / "sequence_state.json"
+    state = json.loads(path.read_text())
+    state["accuracy_matrix"], state["steps"] = state["accuracy_matrix"][:2], state["steps"][:1]
+    path.write_text(json.dumps(state))
+    for file in (target / "01-second").iterdir():
+        if not (keep_checkpoint and file.name == "checkpoint-2"):
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def script(folder):
+    """An unedited script's Trainer, which evaluates just before it saves."""
+    classp_hf.register()
+    task = make_tasks()[0]
+    given = {"optim": "classp", "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    args = TrainingArguments(**arguments(folder, **given))
+    shard_on_cpus(args)
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "BertLayer"
+    Trainer(make_model(), args, collator, task.train_dataset, task.eval_dataset).train()
+    del os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"]
+
+
+def sharded_tensors():
+    """Threshold, share, step of sharded gradients: whether they are those of the whole ones, to the bit."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    square = init_device_mesh("cpu", (2, WORLD // 2)) if WORLD > 2 else None
+    found = {}
+    shapes = [(3,), (1,), (2, 32), (3, 32), (0, 4), (5, 7, 3), (41,), (400, 131), (33_000,), (16, 4096)]
+    for shape in shapes:
+        generator = torch.Generator().manual_seed(len(found))
+        g = torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) > 0.3)
+        w = torch.randn(shape, generator=generator)
+        whole = torch.nn.Parameter(w.clone())
+        whole.grad = g.clone()
+        plain = CLASSP([whole], lr=0.1, density=0.25)
+        share = plain.update_density()
+        plain.step()
+        threshold = _density_threshold(g, 0.25)
+        kinds = {"rows": (mesh, [Shard(0)]), "copies": (mesh, [Replicate()])}
+        if square is not None:
+            kinds["copies of rows"] = (square, [Replicate(), Shard(0)])
+        for kind, (where, placements) in kinds.items():
+            p = torch.nn.Parameter(distribute_tensor(w.clone(), where, placements))
+            p.grad = distribute_tensor(g.clone(), where, placements)
+            optimizer = CLASSP([p], lr=0.1, density=0.25)
+            same = {
+                "threshold": torch.equal(_density_threshold(p.grad, 0.25), threshold),
+                "share": optimizer.update_density() == share,
+            }
+            optimizer.step()
+            same["weights"] = torch.equal(full_tensor(p.detach()), whole.detach())
+            same["memory"] = torch.equal(
+                full_tensor(optimizer.state[p]["accumulator"]), plain.state[whole]["accumulator"]
+            )
+            found[f"{shape} {kind}"] = same
+    columns = distribute_tensor(torch.randn(8, 8), mesh, [Shard(1)])
+    found["columns"] = message(lambda: _density_threshold(columns, 0.5))
+    p = torch.nn.Parameter(distribute_tensor(torch.ones(3, 2), mesh, [Shard(0)]))
+    p.grad = distribute_tensor(torch.tensor([[1.0, 2.0], [float("nan"), 1.0], [1.0, 1.0]]), mesh, [Shard(0)])
+    optimizer = CLASSP([p])
+    found["nan"] = message(optimizer.step)
+    found["nan_untouched"] = bool((full_tensor(p.detach()) == 1).all())
+    return found
+
+
+def message(call):
+    try:
+        call()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def write(folder, name, result):
+    """The results of all ranks, one after another."""
+    gathered = [None] * WORLD
+    torch.distributed.all_gather_object(gathered, result)
+    if RANK == 0:
+        (folder / f"{name}.json").write_text(json.dumps(gathered))
+
+
+def go_on(source, target, run, keep_checkpoint=False, **changes):
+    """Cut the finished run in `source` after its first task and resume it here. Returns R."""
+    if RANK == 0:
+        cut_after_first_task(source / run, target, keep_checkpoint)
+    torch.distributed.barrier()
+    made = trainer(target, run, **changes)
+    R = made.train_sequence(make_tasks(), resume_from_checkpoint=True)["accuracy_matrix"]
+    return {"R": R, "sharded": bool(made.accelerator.is_fsdp2), "resumed": made.state.global_step}
+
+
+def four_sharded(one, folder):
+    """Four ranks; the launcher says FSDP2."""
+    for run in ("classp", "adamw", "heads", "density"):
+        saves = {"save_strategy": "steps", "save_steps": 2} if run == "classp" else {}
+        made = trainer(folder / run, run, **saves)
+        R = made.train_sequence(make_tasks())["accuracy_matrix"]
+        parameters = [p.detach() for _, p in trainable_parameters(made.model)]
+        empty = sum(p.to_local().numel() == 0 for p in parameters)
+        write(folder, run, {"R": R, "sharded": bool(made.accelerator.is_fsdp2), "empty": empty})
+        if run == "classp":
+            made.accelerator.state.fsdp_plugin.set_state_dict_type("SHARDED_STATE_DICT")
+            made.save_model(str(folder / "sharded_files"))
+    for run in ("classp", "adamw"):
+        write(folder, f"{run}_goes_on", go_on(one, folder / f"{run}_goes_on", run))
+    script(folder / "script")
+    write(folder, "tensors", sharded_tensors())
+    refused = {"ewc": message(lambda: sequence(folder / "refused", "ewc"))}
+    os.environ["FSDP_VERSION"] = "1"
+    refused["FSDP1"] = message(lambda: trainer(folder / "refused", "classp"))
+    write(folder, "refused", refused)
+    del os.environ["ACCELERATE_USE_FSDP"]
+    write(folder, "ewc", {"R": sequence(folder / "ewc", "ewc")["accuracy_matrix"]})  # fewer examples than ranks
+
+
+def two_copies(four, folder):
+    """Two ranks; the launcher says DDP, and later the arguments FSDP2."""
+    write(folder, "classp", go_on(four, folder / "classp", "classp"))
+    write(folder, "adamw", go_on(four, folder / "adamw", "adamw"))
+    plugin = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+    write(folder, "sharded", go_on(four, folder / "sharded", "classp", keep_checkpoint=True, **plugin))
+
+
+if __name__ == "__main__":
+    {"four_sharded": four_sharded, "two_copies": two_copies}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
