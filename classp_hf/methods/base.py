@@ -162,7 +162,7 @@ def refuse_deepspeed(method: Method, trainer: ContinualTrainer) -> None:
 
 
 # Weights that are worked on at a time: on a CPU the temporaries stay in the cache, on a GPU they take 64 MB.
-_BLOCK, _GROUP = 65_536, 2**24
+_BLOCK, _GROUP = 2**17, 2**24
 
 Rows = slice | Tensor | EllipsisType
 
