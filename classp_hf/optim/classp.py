@@ -236,9 +236,8 @@ class CLASSP(Optimizer):
                 )
             for params in _batches(others, group["foreach"]):
                 self._step_with_torch(params, [thresholds[p] for p in params], hyperparameters)
-            sharded = [p for p in compiled if _is_sharded(p)]
-            if sharded:  # every rank must come to the same verdict
-                bad = int(_over_shards([torch.tensor(bad)], sharded[:1], "sum")[0])
+        if sharded := [p for _, compiled, _ in work for p in compiled if _is_sharded(p)][:1]:
+            bad = int(_over_shards([torch.tensor(bad)], sharded, "sum")[0])  # every rank must come to the same verdict
         if bad:
             raise _non_finite(f"{bad} coordinates", "They were passed over, and did not enter the memory.")
         return loss
