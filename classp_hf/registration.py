@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import logging
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from packaging import version
@@ -27,24 +26,18 @@ TRANSFORMERS_LEARNING_RATE = 5e-5
 MINIMUM_TRANSFORMERS = "5.23.0"
 
 
-def refuse_deepspeed_offload(deepspeed_config: Mapping[str, Any] | None) -> None:
-    """Raise if DeepSpeed would train with another optimizer than the one asked for.
+def refuse_deepspeed(args: TrainingArguments) -> None:
+    """Raise if DeepSpeed is asked for, by `--deepspeed` or by `accelerate launch`.
 
-    With CPU offload and its default `zero_force_ds_cpu_optimizer: true`, accelerate replaces any optimizer by
-    DeepSpeedCPUAdam without a word.
+    It holds weights, gradients and the optimizer's state in flat buffers of its own (and with optimizer offload may put
+    another optimizer in the place of the one asked for).
     """
-    config = deepspeed_config or {}
-    device = ((config.get("zero_optimization") or {}).get("offload_optimizer") or {}).get("device", "none")
-    if device not in (None, "none") and config.get("zero_force_ds_cpu_optimizer", True):
+    if args.deepspeed_plugin is not None:
         raise ValueError(
-            f"DeepSpeed's optimizer offload (offload_optimizer.device={device!r}) would silently replace CLASSP by "
-            'DeepSpeedCPUAdam. Turn the offload off, or set "zero_force_ds_cpu_optimizer": false in the DeepSpeed config.'
+            "DeepSpeed is not supported: its flat buffers hide gradients and accumulators by parameter, so the memory of earlier "
+            "tasks would silently be neither used nor saved. Use FSDP2, which shards as ZeRO-3 does "
+            "(`accelerate launch --config_file recipes/accelerate/fsdp2.yaml`), or DDP."
         )
-
-
-def deepspeed_config(args: TrainingArguments) -> dict[str, Any] | None:
-    """The DeepSpeed configuration in force, from `--deepspeed` or from `accelerate launch`; None without DeepSpeed."""
-    return args.deepspeed_plugin.deepspeed_config if args.deepspeed_plugin is not None else None
 
 
 def register() -> None:
@@ -87,7 +80,7 @@ def register() -> None:
 
 
 def _handler(context: Any) -> tuple[type[CLASSP], dict[str, Any]]:
-    refuse_deepspeed_offload(deepspeed_config(context.args))
+    refuse_deepspeed(context.args)
     if context.args.learning_rate == TRANSFORMERS_LEARNING_RATE:
         default = inspect.signature(CLASSP).parameters["lr"].default
         logger.warning(

@@ -53,7 +53,7 @@ from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .preemption import PreemptionCallback
 from .redaction import known_secrets, public_arguments, public_command
-from .registration import NAME, deepspeed_config, refuse_deepspeed_offload
+from .registration import NAME, refuse_deepspeed
 from .tasks import Task, prepare_tasks
 from .training_args import ContinualTrainingArguments
 
@@ -83,8 +83,8 @@ class ContinualTrainer(Trainer):
             `docs/architecture.md`).
 
     Raises:
-        ValueError: an unknown method, bad `optim_args`, a memory that does not fit the model, DeepSpeed's optimizer
-            offload.
+        ValueError: an unknown method, bad `optim_args`, a memory that does not fit the model, DeepSpeed, FSDP
+            version 1.
     """
 
     default_optim: ClassVar[str | None] = None
@@ -112,6 +112,7 @@ class ContinualTrainer(Trainer):
             args = ContinualTrainingArguments(output_dir="tmp_trainer")
         elif not isinstance(args, ContinualTrainingArguments):
             args = ContinualTrainingArguments.from_training_arguments(args)
+        refuse_deepspeed(args)
         args = copy.copy(args)  # the sequence loop changes output_dir, and the caller may share args between trainers
         if self.default_optim is not None:
             args.optim = self.default_optim
@@ -133,7 +134,6 @@ class ContinualTrainer(Trainer):
 
         optimizer_given = kwargs.get("optimizers", (None, None))[0] or kwargs.get("optimizer_cls_and_kwargs")
         if args.optim == NAME and not optimizer_given:
-            refuse_deepspeed_offload(deepspeed_config(args))
             hyperparameters, uses = parse_optim_args(args.optim_args)
             kwargs["optimizer_cls_and_kwargs"] = (CLASSP, {"lr": args.learning_rate, **hyperparameters})
             if args.memory is None and uses.get("memory", "none") != "none":
@@ -432,7 +432,7 @@ class ContinualTrainer(Trainer):
         # Evaluating a model that was never trained marks it as prepared without wrapping it (`prepare_model` with
         # evaluation_mode=True), so under DDP a later `train()` would not wrap it either and every rank would silently
         # train alone. Wrap it first; `train()` takes over what it finds in `model_wrapped`.
-        distributed = self.accelerator.use_distributed and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        distributed = self.accelerator.use_distributed and not self.is_fsdp_enabled
         if distributed and self.model_wrapped is self.model:
             self.model_wrapped = self.accelerator.prepare_model(self.model)
         self._shard()
@@ -768,7 +768,7 @@ class ContinualTrainer(Trainer):
     def _write_boundary(self, folder: Path) -> None:
         self.save_model(str(folder), _internal_call=True)  # True: not yet the model to push
         persists = not self.args.reset_optimizer and not isinstance(_unwrap(self.optimizer), CLASSP)
-        if self.optimizer is not None and persists and not self.is_deepspeed_enabled:
+        if self.optimizer is not None and persists:
             state = _optimizer_state(self)
             if self.args.should_save:
                 with replacing(folder / "optimizer.pt") as temporary:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from classp_hf import optim_args, registration
+from classp_hf import ContinualTrainer, optim_args, registration
 
 # A Trainer script of the kind people have: it knows nothing of classp_hf.
 SCRIPT = """
@@ -157,20 +157,18 @@ def test_optim_args_cover_the_optimizers_hyperparameters():
     assert set(optim_args.OPTIM_ARGS) == known
 
 
-def test_deepspeed_offload_is_refused():
-    """accelerate decides by these keys (`Accelerator._prepare_deepspeed`); DeepSpeed itself cannot be installed here."""
-    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    plugin = SimpleNamespace(deepspeed_config=offload)
-    context = SimpleNamespace(args=SimpleNamespace(deepspeed_plugin=plugin), optimizer_kwargs={"lr": 1}, optim_args={})
-    with pytest.raises(ValueError, match="would silently replace CLASSP by DeepSpeedCPUAdam"):
-        registration._handler(context)
-    for fine in (
-        None,
-        {"zero_optimization": {"stage": 2}},
-        {"zero_optimization": {"offload_optimizer": {"device": "none"}}},
-        {**offload, "zero_force_ds_cpu_optimizer": False},
-    ):
-        registration.refuse_deepspeed_offload(fine)
+@pytest.mark.parametrize("trainer", ["ours", "a script's"])
+def test_deepspeed_is_refused(trainer, make_model, make_args):
+    """Whatever the stage; DeepSpeed itself is not among the tests' requirements."""
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 1}})
+    with pytest.raises(ValueError, match="DeepSpeed is not supported: .* neither used nor saved. Use FSDP2"):
+        if trainer == "ours":
+            args = make_args(optim="adamw_torch")
+            args.deepspeed_plugin = plugin
+            ContinualTrainer(make_model(), args)
+        else:
+            args = SimpleNamespace(deepspeed_plugin=plugin)
+            registration._handler(SimpleNamespace(args=args, optimizer_kwargs={"lr": 1}, optim_args={}))
 
 
 @pytest.mark.parametrize(

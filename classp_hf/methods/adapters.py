@@ -58,7 +58,7 @@ class FoldedAdapters(Method):
                 f"The method {self.name!r} needs a model with one {self.adapter_type} adapter, got "
                 f"{', '.join(found) or 'none'}. Build it with peft.get_peft_model."
             )
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        if trainer.is_fsdp_enabled:
             raise ValueError(
                 f"The method {self.name!r} changes the base weights, which does not run sharded yet. Use DDP."
             )

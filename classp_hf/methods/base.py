@@ -153,14 +153,6 @@ class Combined(Method):
         return {**super().describe(), "parts": [method.describe() for method in self.methods]}
 
 
-def refuse_deepspeed(method: Method, trainer: ContinualTrainer) -> None:
-    if trainer.is_deepspeed_enabled:
-        raise ValueError(
-            f"The method {method.name!r} adds to parameters' gradients or reads them, which DeepSpeed keeps in flattened "
-            "buffers of its own. Use DDP or FSDP2."
-        )
-
-
 # Weights that are worked on at a time: on a CPU the temporaries stay in the cache, on a GPU they take 64 MB.
 _BLOCK, _GROUP = 2**17, 2**24
 
@@ -215,9 +207,6 @@ class AnchoredMethod(Method):
 
     def strength(self) -> float:
         raise NotImplementedError
-
-    def check_trainer(self, trainer: ContinualTrainer) -> None:
-        refuse_deepspeed(self, trainer)
 
     @torch.no_grad()
     def penalty_gradient(self, model: nn.Module) -> None:

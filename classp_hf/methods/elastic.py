@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..memory import CompactCopy, like_parameter, local, mean_over_weights
 from ..optim import CLASSP
-from .base import Method, Rows, add_rows_, as_matrix, is_blockwise, refuse_deepspeed, row_blocks
+from .base import Method, Rows, add_rows_, as_matrix, is_blockwise, row_blocks
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -48,9 +48,6 @@ class Elastic(Method):
     def __post_init__(self) -> None:
         if not self.anchor_strength >= 0:
             raise ValueError(f"anchor_strength must be >= 0, got {self.anchor_strength}")
-
-    def check_trainer(self, trainer: ContinualTrainer) -> None:
-        refuse_deepspeed(self, trainer)
 
     def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
         memory = {n: s for n, s in trainer.accumulators().items() if n not in self.excluded}

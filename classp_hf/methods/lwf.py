@@ -41,7 +41,7 @@ class LwF(Method):
             raise ValueError(f"lwf_temperature must be > 0, got {self.lwf_temperature}")
 
     def check_trainer(self, trainer: ContinualTrainer) -> None:
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        if trainer.is_fsdp_enabled:
             raise ValueError(
                 "The method 'lwf' keeps a whole copy of the model, which does not run sharded yet. Use DDP."
             )

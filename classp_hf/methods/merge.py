@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..memory import full_tensor, like_parameter, mean_over_weights
-from .base import Method, refuse_deepspeed
+from .base import Method
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -39,9 +39,6 @@ class Merge(Method):
     def __post_init__(self) -> None:
         if not self.merge_weight >= 0:
             raise ValueError(f"merge_weight must be >= 0, got {self.merge_weight}")
-
-    def check_trainer(self, trainer: ContinualTrainer) -> None:
-        refuse_deepspeed(self, trainer)
 
     def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
         self.old = {}

@@ -301,9 +301,8 @@ def _check_gradients(grads: list[Tensor]) -> None:
         return  # a 2-norm is many times faster there than the maximum; it may overflow for finite gradients: look again
     shards = [_local(g) for g in grads]
     largest = [torch.linalg.vector_norm(g, math.inf) if g.numel() else g.new_zeros(()) for g in shards]
-    if any(
-        _is_sharded(g) for g in grads
-    ):  # every rank must come to the same verdict, and the maximum over ranks loses a NaN
+    if any(_is_sharded(g) for g in grads):
+        # all ranks must come to one verdict, and a maximum over ranks may lose a NaN
         largest = _over_shards([x.nan_to_num(math.inf, math.inf) for x in largest], grads, "max")
     if not all(torch.stack([x.to(largest[0].device, torch.float32) for x in largest]).isfinite().tolist()):
         bad = [tuple(g.shape) for g, x in zip(grads, largest) if not x.isfinite()]
