@@ -229,7 +229,7 @@ def fuzz(minutes):
 
             @seed(batch)
             @settings(
-                max_examples=2000,
+                max_examples=200,
                 database=None,
                 deadline=None,
                 phases=[Phase.generate, Phase.shrink],
