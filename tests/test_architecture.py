@@ -50,6 +50,7 @@ ARROWS = {
             "redaction",
             "classification",
             "language",
+            "launch",
             "hub",
         ),
     },

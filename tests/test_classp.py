@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from reference_classp import ReferenceCLASSP, ReleasedCLASSP
 from torch import nn
 
 from classp_hf import CLASSP
+from classp_hf.optim.classp import _selected_quantile, _sorted_quantile
 
 # One table drives every path: (kwargs, desc).
 TABLE = [
@@ -208,6 +210,19 @@ def test_density_is_the_share_of_nonzero_gradients_that_update(path):
         assert share == pytest.approx(0.1, abs=0.02)
         moved = p.grad[p.detach() != 0].abs().min()
         assert moved >= p.grad[nonzero & (p.detach() == 0)].abs().max()  # the largest ones, and only those
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.1, 1e-3])
+@pytest.mark.parametrize("zeros", [0, 300, 1000])
+def test_both_ways_to_the_quantile_agree(density, zeros):
+    squares = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    squares[:zeros] = 0
+    expected = (
+        0.0
+        if density == 1 or zeros == 1000
+        else float(squares.sort().values[zeros:][math.ceil((1 - density) * (1000 - zeros)) - 1])
+    )
+    assert float(_selected_quantile(squares, density)) == float(_sorted_quantile(squares, density)) == expected
 
 
 def test_density_one_updates_everything_and_small_tensors_are_exact():

@@ -33,7 +33,7 @@ def test_the_fuzzer_reaches_every_check(tmp_path):
     assert check(VALID[:-1], tmp_path) == "unreadable"
     assert check(VALID[:-1] + b"\1", tmp_path) == "another digest"
     assert check(forge(format="pt"), tmp_path) == "no memory"
-    assert check(forge(format_version="2"), tmp_path) == "another version"
+    assert check(forge(format_version="3"), tmp_path) == "another version"
     assert check(forge(content="[]"), tmp_path) == "content that no run writes"
 
 

@@ -115,9 +115,10 @@ class CLASSP(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("fused", None)
-            group.setdefault("state_dtype", "float32")
+        for group in self.param_groups:  # of an older version
+            for name, value in {**self.defaults, "state_dtype": "float32"}.items():
+                if name != "differentiable":  # PyTorch's own
+                    group.setdefault(name, value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, keeping the accumulators in their own dtype.
@@ -125,11 +126,16 @@ class CLASSP(Optimizer):
         `torch.optim.Optimizer` casts state to the parameter's dtype, which would truncate the memory of a bf16 model at
         every round trip (accelerate makes one when it wraps the optimizer).
         """
-        super().load_state_dict(state_dict)
-        saved_ids = itertools.chain.from_iterable(g["params"] for g in state_dict["param_groups"])
+        given: dict[str, Any] = {}  # after all hooks
+        handle = self.register_load_state_dict_pre_hook(lambda _, final: given.update(final))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        saved_ids = itertools.chain.from_iterable(g["params"] for g in given["param_groups"])
         params = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
         for saved_id, p in zip(saved_ids, params):
-            for key, tensor in state_dict["state"].get(saved_id, {}).items():
+            for key, tensor in given["state"].get(saved_id, {}).items():
                 self.state[p][key] = tensor.to(device=p.device, copy=True)
 
     @torch.no_grad()
@@ -431,13 +437,15 @@ def _foreach_classp_(
         roots = torch._foreach_add(accumulators, eps)
         torch._foreach_pow_(roots, 1 / power)
 
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(()).to(params[0].device)
     ws = params if params[0].dtype in (torch.float32, torch.float64) else [p.float() for p in params]
     if weight_decay:
         torch._foreach_mul_(ws, 1 - lr * weight_decay)
     sign = 1 if maximize else -1
     if isinstance(lr, Tensor):
         steps = torch._foreach_div(gs, roots) if apply_decay else gs
-        steps = torch._foreach_mul(steps, lr.to(ws[0].device, torch.float32))
+        steps = torch._foreach_mul(steps, lr.float())
         torch._foreach_add_(ws, steps, alpha=sign)
     elif apply_decay:
         dtype = ws[0].dtype
@@ -477,8 +485,23 @@ def _density_threshold(g: Tensor, density: float) -> Tensor:
         sample = _over_shards([sample], [g], "sum")[0]
     else:
         sample = g.reshape(-1)[::stride]
-    squares = sample.square().sort().values
-    # Zeros sort first; index 0 of the padded list is "no threshold". Everything stays on the device.
+    squares = sample.square()
+    if squares.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _selected_quantile(squares, density)
+    return _sorted_quantile(squares, density)
+
+
+def _selected_quantile(squares: Tensor, density: float) -> Tensor:
+    """The (1 - density) quantile of the positive `squares`, 0 if there are none. Many times faster than sorting on a CPU."""
+    positive = squares[squares > 0]
+    rank = math.ceil((1 - density) * len(positive) - 1e-6)  # (1 - 1/3) * 9 is more than 6
+    return positive.kthvalue(rank).values if rank else squares.new_zeros(())
+
+
+def _sorted_quantile(squares: Tensor, density: float) -> Tensor:
+    """The same without reading anything back to the host."""
+    squares = squares.sort().values
+    # Zeros sort first; index 0 of the padded list is "no threshold".
     padded = torch.cat([squares.new_zeros(1), squares])
     zeros = (squares == 0).sum()
     rank = zeros + ((1 - density) * (squares.numel() - zeros)).ceil().long()
