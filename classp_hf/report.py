@@ -264,12 +264,21 @@ def _markdown(rows: Sequence[Sequence[str]], aligned: str) -> str:
 
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito
 _MARKERS = "osD^vPX"
+_MANY = 20
+"""With more tasks than these the matrix is colours alone, and other figures show `_SHOWN` tasks, evenly spread."""
+_SHOWN = 12
+
+
+def _spread(count: int) -> list[int]:
+    """Which of `count` tasks are shown, the first and the last among them."""
+    return list(range(count)) if count <= _MANY else [round(i * (count - 1) / (_SHOWN - 1)) for i in range(_SHOWN)]
 
 
 def plot_accuracy_matrix(
     tasks: Sequence[str], R: Matrix, path: str | os.PathLike, title: str, scale: Scale | None = None
 ) -> None:
-    """Write R as a PNG heat map with the values in its cells; frames mark each task's own training.
+    """Write R as a PNG heat map with the values in its cells (of more than 20 tasks, colours with a scale); frames mark each
+    task's own training.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -280,27 +289,34 @@ def plot_accuracy_matrix(
     T = len(tasks)
     stages = _stages(tasks)
     longest = max(map(len, stages))
-    width = max(2.0 + 0.085 * longest + 0.75 * T, 4.8, 0.1 * len(title))
-    figure = _figure(width, 1.3 + 0.06 * longest + 0.42 * T)
+    many = T > _MANY
+    width = max(2.0 + 0.085 * longest + (0.15 if many else 0.75) * T, 4.8, 0.1 * len(title))
+    figure = _figure(width, 1.3 + 0.06 * longest + (0.15 if many else 0.42) * T)
     from matplotlib.patches import Rectangle
 
     axes = figure.add_subplot(frame_on=False)
     # Pale to dark blue; its luminance falls evenly, so it reads in grey and with any colour vision.
-    axes.imshow(R, cmap="Blues", vmin=low, vmax=high, aspect="auto")
-    for t, row in enumerate(R):
+    image = axes.imshow(R, cmap="Blues", vmin=low, vmax=high, aspect="auto")
+    if many:
+        figure.colorbar(image, format=lambda value, _: scale.text(value))
+    for t, row in enumerate([] if many else R):
         for j, value in enumerate(row):
             colour = "white" if value > low + 0.65 * (high - low) else "black"
             axes.text(j, t, scale.text(value), ha="center", va="center", color=colour)
     for j in range(T):
-        axes.add_patch(Rectangle((j - 0.5, j + 0.5), 1, 1, fill=False, edgecolor="#D55E00", lw=2, clip_on=False))
-    axes.set_xticks(range(T), tasks, rotation=30, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(T + 1), stages)
+        axes.add_patch(
+            Rectangle((j - 0.5, j + 0.5), 1, 1, fill=False, edgecolor="#D55E00", lw=1 if many else 2, clip_on=False)
+        )
+    names = {"fontsize": 7} if many else {}
+    axes.set_xticks(range(T), tasks, rotation=60 if many else 30, ha="right", rotation_mode="anchor", **names)
+    axes.set_yticks(range(T + 1), stages, **names)
     axes.set_title(f"{title}\n{scale.title}, framed: the task just trained", fontsize=10)
     _save(figure, path)
 
 
 def plot_retention(arms: Mapping[str, Mapping[str, Any]], path: str | os.PathLike) -> None:
-    """Write a PNG with a panel a task and a line an arm: the task's accuracy at every stage of the sequence.
+    """Write a PNG with a panel a task (of more than 20, for twelve of them) and a line an arm: the task's accuracy at every
+    stage of the sequence.
 
     Args:
         arms: name -> results, all of the same tasks.
@@ -313,26 +329,31 @@ def plot_retention(arms: Mapping[str, Mapping[str, Any]], path: str | os.PathLik
     scale = Scale.of(next(iter(arms.values())))
     factor = 100 if scale.percent else 1
     T = len(tasks)
+    chosen = _spread(T)
     columns = min(T, 3)
-    lines = -(-T // columns)
-    figure = _figure(max(1.0 + columns * max(2.6, 0.45 * (T + 1)), 5.0), 1.0 + 2.3 * lines)
+    lines = -(-len(chosen) // columns)
+    figure = _figure(max(1.0 + columns * max(2.6, 0.45 * (min(T, 10) + 1)), 5.0), 1.0 + 2.3 * lines)
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
     shown = [factor * v for results in arms.values() for row in results["accuracy_matrix"] for v in row]
     lowest, highest = min(0.0, *shown), 100 if scale.percent else 1.05 * max(shown)
-    for j, axes in enumerate(panels):
-        if j >= T:
+    every = -(-(T + 1) // 12)
+    for number, axes in enumerate(panels):
+        if number >= len(chosen):
             axes.set_axis_off()
             continue
+        j = chosen[number]
         axes.axvline(j + 1, color="0.6", linestyle="--", label="the task's own training" if j == 0 else None)
         for a, (arm, results) in enumerate(arms.items()):
             style = {"color": _PALETTE[a % 7], "marker": _MARKERS[a % 7], "linestyle": ("-", ":", "-.")[a // 7 % 3]}
             values = [factor * row[j] for row in results["accuracy_matrix"]]
-            size = max(8 - 2 * a, 4)  # earlier arms larger: seen under later ones of the same value
+            size = (
+                max(8 - 2 * a, 4) if T <= _MANY else 2
+            )  # earlier arms larger: seen under later ones of the same value
             # Not clipped: markers at 0 and 100 stay whole.
             axes.plot(values, **style, markersize=size, clip_on=False, label=arm if j == 0 else None)
         axes.set_title(f"{j + 1}. {tasks[j]}", fontsize=10)
         axes.set_ylim(lowest, highest)
-        axes.set_xticks(range(T + 1), ["start", *(str(t) for t in range(1, T + 1))])
+        axes.set_xticks(range(0, T + 1, every), ["start", *(str(t) for t in range(every, T + 1, every))])
         axes.tick_params(labelbottom=True, labelsize=8)
         axes.grid(axis="y", color="0.9")
     figure.supxlabel("after task", fontsize=10)
@@ -342,7 +363,8 @@ def plot_retention(arms: Mapping[str, Mapping[str, Any]], path: str | os.PathLik
 
 
 def plot_importance(importance: Mapping[str, Sequence[float]], tasks: Sequence[str], path: str | os.PathLike) -> None:
-    """Write a PNG with a line a task over the layers: how much the memory of gradients grew there, 1 = the median layer.
+    """Write a PNG with a line a task (of more than 20, for twelve of them) over the layers: how much the memory of gradients
+    grew there, 1 = the median layer.
 
     Args:
         importance: layer -> mean accumulator a weight before any training here and after every task.
@@ -354,7 +376,10 @@ def plot_importance(importance: Mapping[str, Sequence[float]], tasks: Sequence[s
     layers = list(importance)
     figure = _figure(max(5.5, 1.5 + 0.42 * len(layers)), 4.4)
     axes = figure.subplots()
+    shown = {0, *(j + 1 for j in _spread(len(tasks)))}
     for t, name in enumerate(["earlier runs", *tasks]):
+        if t not in shown:
+            continue
         means = [importance[layer] for layer in layers]
         grown = [max(m[t] - m[t - 1], 0.0) if t else m[0] for m in means]
         middle = statistics.median(grown)

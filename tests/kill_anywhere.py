@@ -227,7 +227,9 @@ def build(run: Run, watch: Watch | None = None, callbacks: tuple = ()) -> tuple[
         **run.changes,
     }
     args = ContinualTrainingArguments(output_dir=str(run.folder), **arguments)
-    tasks = [Task(f"task-{t}", *(split(t, rows, seed) for seed, rows in ((0, 40), (1, 24), (2, 24)))) for t in range(3)]
+    tasks = [
+        Task(f"task-{t}", *(split(t, rows, seed) for seed, rows in ((0, 40), (1, 24), (2, 24)))) for t in range(3)
+    ]
     method = [Replay(0.1), EWC(ewc_lambda=0.1, fisher_samples=12), Merge(), LogitAdjustment()]
     return ContinualTrainer(model, args, pad, method=method, callbacks=list(callbacks)), tasks
 
@@ -347,7 +349,10 @@ def kill_again_and_again(
     attempts = 0
     while len(struck) < kills or run is not None:
         if run is None:
-            run, resume = Run(whole.folder.with_name(f"killed-{finished}"), whole.ranks, whole.optim, whole.changes), False
+            run, resume = (
+                Run(whole.folder.with_name(f"killed-{finished}"), whole.ranks, whole.optim, whole.changes),
+                False,
+            )
         event, seconds, rank = None, None, 0
         if len(struck) < kills:
             if names is None and len(struck) % 2:
@@ -386,7 +391,9 @@ def main() -> None:
         events = undisturbed(whole)
         print(f"{len(events[0])} kinds of events, {sum(events[0].values())} events in an undisturbed run's first rank")
         struck, finished = kill_again_and_again(whole, events, given.kills, given.seed)
-    print(f"{len(struck)} kills on {given.ranks} rank(s): {finished} runs, all ended bit for bit as the undisturbed one")
+    print(
+        f"{len(struck)} kills on {given.ranks} rank(s): {finished} runs, all ended bit for bit as the undisturbed one"
+    )
 
 
 if __name__ == "__main__":

@@ -110,7 +110,9 @@ def test_a_full_disk(whole, small_disk):
     codes = attempt(run, Event("checkpoint saved", 2))
     assert codes == [-9]
     good = kept(run.folder / "00-task-0/checkpoint-4")
-    free = int(subprocess.run(["df", "--output=avail", "-k", small_disk], capture_output=True, text=True).stdout.split()[1])
+    free = int(
+        subprocess.run(["df", "--output=avail", "-k", small_disk], capture_output=True, text=True).stdout.split()[1]
+    )
     stuffing.write_bytes(bytes((free - 150) * 1024))
     assert attempt(run, resume=True) == [1]
     said = log(run)

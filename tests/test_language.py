@@ -232,7 +232,8 @@ def test_columns_of_their_own_reach_neither_collator_nor_replay(make_causal, mak
 def test_ewc_holds_a_language_model_back(make_causal, make_args, tokenizer, tmp_path):
     moved = {}
     for strength in (0.0, 100.0):
-        args = make_args(output_dir=str(tmp_path / str(strength)), optim="adamw_torch", num_train_epochs=2)
+        changes = {"output_dir": str(tmp_path / str(strength)), "keep_task_models": True}
+        args = make_args(optim="adamw_torch", num_train_epochs=2, **changes)
         trainer = ContinualTrainer(make_causal(), args, processing_class=tokenizer, method=EWC(strength))
         trainer.train_sequence(tasks())
         first = AutoModelForCausalLM.from_pretrained(tmp_path / str(strength) / "00-up")

@@ -346,6 +346,7 @@ def test_stronger_penalties_keep_weights_closer(cls, strength, make_model, make_
             method,
             output_dir=str(tmp_path / str(value)),
             learning_rate=5e-3,
+            keep_task_models=True,
         )
         anchor = ContinualMemory.load(tmp_path / str(value) / "00-first").get(f"{cls.name}.anchor")
         distances.append(

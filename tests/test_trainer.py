@@ -95,7 +95,7 @@ def test_sequence_fills_the_accuracy_matrix(make_model, make_tasks, make_args, c
     assert json.loads((run / "results.json").read_text())["accuracy_matrix"] == R
     for produced in ("model.safetensors", "continual_memory.safetensors", "README.md", "accuracy_matrix.png"):
         assert (run / produced).is_file(), produced
-    assert sorted(p.name for p in run.iterdir() if p.is_dir()) == ["00-first", "01-second", "02-third"]
+    assert sorted(p.name for p in run.iterdir() if p.is_dir()) == ["02-third"]
 
 
 def test_accumulators_persist_over_the_boundary_unless_reset(make_model, make_tasks, make_args, collator, tmp_path):
