@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 _NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
-_TEMPORARY = ".*.tmp"
+_TEMPORARIES = (".*.tmp", ".tmp??????")  # ours and those of safetensors
 
 
 @contextmanager
@@ -29,6 +29,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors' 0600 would keep collaborators out
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
@@ -37,9 +40,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what killed processes left of `replacing` anywhere in `folder`. Nobody may be writing there."""
-    for path in folder.rglob(_TEMPORARY):
-        path.unlink(missing_ok=True)
+    """Delete what killed processes left half-written anywhere in `folder`. Nobody may be writing there."""
+    for pattern in _TEMPORARIES:
+        for path in folder.rglob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

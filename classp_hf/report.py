@@ -390,7 +390,10 @@ def plot_importance(importance: Mapping[str, Sequence[float]], tasks: Sequence[s
     axes.set_xticks(range(len(layers)), layers, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_ylabel("growth of the memory a weight\n(1 = median of the layers)")
     axes.grid(axis="y", color="0.9")
-    axes.legend(frameon=False, fontsize=9)
+    if len(axes.lines) > 7:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    else:
+        axes.legend(frameon=False, fontsize=9)
     axes.set_title("What each task leaves in the memory, layer by layer", fontsize=10)
     _save(figure, path)
 

@@ -91,7 +91,7 @@ class Watch:
 
     def audit(self, event: str, args: tuple) -> None:
         if event == "open":
-            path, mode, flags = args
+            path, _, flags = args
             written = flags & (os.O_WRONLY | os.O_RDWR)
         elif event in ("os.rename", "os.remove", "os.mkdir", "shutil.rmtree"):
             path, written = args[0], True
