@@ -178,10 +178,7 @@ def four_sharded(one, folder):
     write(folder, "classp_goes_on", go_on(one, folder / "classp_goes_on", "classp"))
     script(folder / "script")
     write(folder, "tensors", sharded_tensors())
-    refused = {"ewc": message(lambda: sequence(folder / "refused", "ewc"))}
-    os.environ["FSDP_VERSION"] = "1"
-    refused["FSDP1"] = message(lambda: trainer(folder / "refused", "classp"))
-    write(folder, "refused", refused)
+    write(folder, "refused", message(lambda: sequence(folder / "refused", "ewc")))
     del os.environ["ACCELERATE_USE_FSDP"]
     write(folder, "ewc", {"R": sequence(folder / "ewc", "ewc")["accuracy_matrix"]})  # fewer examples than ranks
 

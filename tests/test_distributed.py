@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import distributed_worker as worker
 import pytest
@@ -178,8 +179,17 @@ def test_a_nan_in_one_shard_stops_every_rank(four):
 def test_what_is_refused(four):
     assert "got placements (Shard(dim=1),). Use threshold." in found(four, "tensors")[0]["columns"]
     for rank in found(four, "refused"):
-        assert "per-example Fisher does not run under FSDP" in rank["ewc"]
-        assert "FSDP version 1 flattens parameters" in rank["FSDP1"]
+        assert "per-example Fisher does not run under FSDP" in rank
+
+
+def test_what_is_made_of_an_fsdp_configuration(tmp_path):
+    made = worker.trainer(tmp_path, "classp")
+    with pytest.raises(ValueError, match=r"FSDP version 1 flattens parameters.* Set fsdp_version: 2"):
+        made._check_fsdp(SimpleNamespace(fsdp_version=1))
+    for given, layers in ((None, ["BertLayer"]), (["BertEncoder"], ["BertEncoder"])):
+        plugin = SimpleNamespace(fsdp_version=2, transformer_cls_names_to_wrap=given)
+        made._check_fsdp(plugin)
+        assert plugin.transformer_cls_names_to_wrap == layers
 
 
 def test_the_configurations_are_for_gpus_and_name_their_processes():
