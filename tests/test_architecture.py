@@ -43,6 +43,7 @@ ARROWS = {
             "methods",
             "heads",
             "registration",
+            "launch",
             "optim_args",
             "callback",
             "training_args",
