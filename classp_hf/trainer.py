@@ -665,9 +665,9 @@ class ContinualTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has read
         if self.is_world_process_zero():
             remove_temporaries(base)
-            base.mkdir(parents=True, exist_ok=True)
-            with writing("the sequence's state", base), tempfile.TemporaryFile(dir=base):
-                pass  # all tasks are evaluated before anything is written: better to know now
+            with writing("the sequence's state", base):
+                base.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=base).close()  # all tasks are evaluated before the first write: know now
         return state
 
     def _sequence_config(self, tasks: list[Task]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Event:
     name: str
     count: int = 1
     action: str = "kill"
-    """`kill`: SIGKILL. `term`: SIGTERM. `full`: no file may grow beyond 8 kB from here on. `all`: note every event."""
+    """`kill`: SIGKILL. `term`: SIGTERM. `full`: no file may grow beyond 30 kB from here on. `all`: note every event."""
 
 
 # ---- In the process of a rank ----------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ class Watch:
         elif event.action == "term":
             os.kill(os.getpid(), signal.SIGTERM)
         elif event.action == "full":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 
     def audit(self, event: str, args: tuple) -> None:
         if event == "open":
@@ -247,7 +247,7 @@ def rank_main(run: Run, rank: int, port: int, event: Event | None, resume: bool,
     import torch
 
     gc.freeze()  # what the server imported: Trainer collects garbage before every training
-    matplotlib.figure.Figure.savefig = lambda self, path, **_: Path(path).write_bytes(bytes(9000))
+    matplotlib.figure.Figure.savefig = lambda self, path, **_: Path(path).write_bytes(bytes(40_000))
     torch.set_num_threads(1)
     watch = Watch(run.folder, event)
     trainer, tasks = build(run, watch, (install(watch),))

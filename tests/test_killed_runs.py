@@ -39,16 +39,13 @@ def leftovers(folder):
 
 ONE_RANK = [
     "half of model.safetensors",
-    "half of optimizer.pt",
     "open trainer_state.json",
     "shutil.rmtree checkpoint-N",
-    "evaluating",
     "an example of the Fisher",
     "a weight of the merge",
     "half of .continual_memory.safetensors.N.tmp",
     "os.rename .sequence_state.json.N.tmp",
     "shutil.rmtree N-task-N",
-    "before the optimizer's step",
     "os.rename .results.json.N.tmp",
 ]
 
@@ -71,7 +68,8 @@ def test_killed_anywhere_on_two_ranks(whole):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_saves_and_leaves(whole, ranks):
-    """In a step of the first task on the last rank; in the second one's evaluation, on which the second task's end waits."""
+    """Asked on the last rank in a step of the first task, then on the first one after the second task's training, which
+    is evaluated before it leaves."""
     undisturbed, _ = whole(ranks)
     run = beside(undisturbed, "terminated")
     run.changes = {"enable_jit_checkpoint": True, "save_strategy": "no"}
@@ -79,7 +77,6 @@ def test_sigterm_saves_and_leaves(whole, ranks):
     assert codes == [143] * ranks, log(run)
     assert [p.name for p in run.folder.glob("*/checkpoint-*")] == ["checkpoint-3"]
     assert "SIGTERM: step 3 is saved in" in log(run)
-    # three steps of the first task, no row 0 again (a run interrupted in its first task compares it: 3 evaluations)
     codes = attempt(run, Event("after EWC.after_task", 2, "term"), 0, resume=True)
     assert codes == [143] * ranks, log(run)
     assert len(json.loads((run.folder / "sequence_state.json").read_text())["accuracy_matrix"]) == 3
@@ -132,10 +129,8 @@ def kept(checkpoint):
 @pytest.mark.parametrize(
     ("event", "what"),
     [
-        (("step end", 3), "the checkpoint of step 4"),
         (("after EWC.after_task", 2), "the model after the task"),
         (("os.remove results.json", 1), "the final model"),
-        (("open .retention.png.N.tmp", 1), "the results"),
     ],
 )
 def test_no_room_wherever_it_ends(whole, event, what):

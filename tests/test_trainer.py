@@ -348,7 +348,9 @@ def test_a_method_is_shown_every_learned_task_it_does_not_know(make_model, make_
     ContinualTrainer(make_model(), first, collator).train_sequence(tasks[:2])
 
     def second(callbacks=(), **changes):
-        args = make_args(output_dir=str(tmp_path / "b"), optim="classp", learned_tasks=2, **changes)
+        args = make_args(
+            output_dir=str(tmp_path / "b"), optim="classp", learned_tasks=2, keep_task_models=True, **changes
+        )
         model = type(make_model()).from_pretrained(tmp_path / "a")
         return ContinualTrainer(
             model, args, collator, method="logit_adjustment", memory=tmp_path / "a", callbacks=list(callbacks)
