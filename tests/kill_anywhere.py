@@ -326,7 +326,13 @@ def differences(a: Path, b: Path) -> list[str]:
 
 
 def content(path: Path) -> Any:
-    """The file's bytes; of a safetensors file with metadata these, which it orders at random, and the tensors' bytes."""
+    """The file's bytes; of a safetensors file with metadata these, which it orders at random, and the tensors' bytes; of an
+    optimizer its state (the next task sets the rest)."""
+    if path.name == "optimizer.pt":
+        import torch
+
+        state = torch.load(path, weights_only=True)["state"]
+        return {(i, k): torch.as_tensor(v).numpy().tobytes() for i, s in state.items() for k, v in s.items()}
     if path.name != MEMORY_NAME:
         return path.read_bytes()
     with safe_open(path, framework="pt") as file:
