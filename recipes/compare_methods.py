@@ -121,6 +121,16 @@ ARMS: dict[str, Arm] = {
         grid("--lwf_lambda", 0.25, 0.5, 1),
         "logit_adjustment+lwf",
     ),
+    # its memory in two bytes and one byte a weight
+    **{
+        f"classp_{dtype}": Arm(
+            f"{CLASSP} --optim_args state_dtype={dtype} --learning_rate 1e-3",
+            grid("--prior_strength", 0.25, 0.5, 1),
+            "logit_adjustment",
+            tuned_as="classp_logit_adjustment",
+        )
+        for dtype in ("bfloat16", "uint8")
+    },
     # methods that store data
     **{
         f"replay_{percent}": Arm(
