@@ -11,7 +11,6 @@ adapter shifts.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
@@ -393,13 +392,6 @@ class CompactCopy:
             rows = weight.reshape(-1, weight.shape[-1]) if weight.ndim else weight.reshape(1, 1)
             self.scale = (rows.abs().amax(1, keepdim=True) / 32767).clamp_(min=torch.finfo(torch.float32).tiny)
             self.values = (rows / self.scale).round_().to(torch.int16)
-
-    def part(self, rows: slice | Tensor) -> CompactCopy:
-        """The copy of some rows of the weight seen as a matrix: `weight.view(-1, weight.shape[-1])[rows]`."""
-        part = copy.copy(self)
-        part.values = self.values.view(-1, self.values.shape[-1])[rows]
-        part.scale = None if self.scale is None else self.scale[rows]
-        return part
 
     def difference(self, weight: Tensor) -> Tensor:
         """`weight - copy`, float32."""

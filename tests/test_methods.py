@@ -258,10 +258,9 @@ def test_l2sp_pulls_towards_the_last_boundary(make_model, make_tasks, make_args,
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "not contiguous", "grouped"])
 @pytest.mark.parametrize("importance", ["none", "everywhere", "few rows"])
 def test_a_pull_is_the_gradient_of_the_penalty(kind, importance, monkeypatch):
-    """`(lambda / 2) * sum F (w - a)^2` by autograd: in several blocks, with a rest, and in the groups that GPUs take."""
-    monkeypatch.setattr("classp_hf.methods.base._BLOCK", 500)
+    """`(lambda / 2) * sum F (w - a)^2` by autograd: compiled, and in the groups that GPUs take."""
     if kind == "grouped":
-        monkeypatch.setattr("classp_hf.methods.base.is_blockwise", lambda *tensors: False)
+        monkeypatch.setattr("classp_hf.optim.kernels.BUILT", False)
         monkeypatch.setattr("classp_hf.methods.base._GROUP", 3000)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
@@ -282,7 +281,7 @@ def test_a_pull_is_the_gradient_of_the_penalty(kind, importance, monkeypatch):
         method.importance = {n: torch.rand(p.shape) for n, p in model.items() if n != "wide"}
     if importance == "few rows":
         method.importance["matrix"][torch.randperm(301)[40:]] = 0
-    for _ in range(2):  # what is found out about the importance is kept for the next step
+    for _ in range(2):
         penalty = sum(
             0.35 * (method.importance.get(n, torch.ones(())) * (p - method.anchor[n]) ** 2).sum()
             for n, p in model.items()
@@ -298,10 +297,10 @@ def test_a_pull_is_the_gradient_of_the_penalty(kind, importance, monkeypatch):
 
 @pytest.mark.parametrize("power", [1.0, 2.0])
 @pytest.mark.parametrize("optim", ["classp", "adamw"])
-def test_elastic_in_blocks_is_elastic_on_whole_tensors(optim, power, monkeypatch):
+def test_elastic_is_what_its_formula_says_compiled_or_not(optim, power, monkeypatch):
     results = []
-    for block in (10**6, 200):
-        monkeypatch.setattr("classp_hf.methods.base._BLOCK", block)
+    for built in (True, False):
+        monkeypatch.setattr("classp_hf.optim.kernels.BUILT", built)
         torch.manual_seed(0)
         model = torch.nn.ParameterDict(
             {"rows": torch.randn(301, 7), "vector": torch.randn(400), "scalar": torch.ones(())}

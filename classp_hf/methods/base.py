@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from types import EllipsisType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..memory import ContinualMemory, like_parameter, trainable_parameters
+from ..optim import kernels
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -153,44 +153,8 @@ class Combined(Method):
         return {**super().describe(), "parts": [method.describe() for method in self.methods]}
 
 
-# Weights that are worked on at a time: on a CPU the temporaries stay in the cache, on a GPU they take 64 MB.
-_BLOCK, _GROUP = 2**17, 2**24
-
-Rows = slice | Tensor | EllipsisType
-
-
-def row_blocks(matrix: Tensor, importance: Tensor | None) -> Iterator[slice | Tensor]:
-    """Selections of rows of `matrix`, small enough for a CPU's cache: slices, or indices if `importance`, of the same shape
-    and >= 0, is zero in most rows, as an embedding's is: then of the other rows."""
-    rows, columns = matrix.shape
-    step = max(1, _BLOCK // columns)
-    if importance is not None and rows > step:
-        sample = importance[:: max(1, rows // 64)]
-        if 2 * int(torch.linalg.vector_norm(sample, dim=1).count_nonzero()) < len(sample):
-            active = importance.amax(1).nonzero()[:, 0]
-            if 2 * len(active) < rows:
-                yield from active.split(step)
-                return
-    yield from (slice(first, first + step) for first in range(0, rows, step))
-
-
-def add_rows_(t: Tensor, rows: Rows, values: Tensor, alpha: float) -> None:
-    """`t[rows] += alpha * values`, rounded once."""
-    if isinstance(rows, Tensor):
-        t[rows] = t[rows].add_(values, alpha=alpha)
-    else:
-        t[rows].add_(values, alpha=alpha)
-
-
-def is_blockwise(*tensors: Tensor | None) -> bool:
-    """Whether `as_matrix` and `row_blocks` can be used: plain, contiguous CPU memory, not empty."""
-    given = [t for t in tensors if t is not None]
-    plain = all(t.device.type == "cpu" and not isinstance(t, DTensor) for t in given)
-    return plain and all(t.is_contiguous() and t.ndim > 0 and t.numel() > 0 for t in given)
-
-
-def as_matrix(t: Tensor) -> Tensor:
-    return t.view(-1, t.shape[-1])
+# Weights that PyTorch's operations take at a time: 64 MB of temporaries.
+_GROUP = 2**24
 
 
 @dataclass
@@ -203,7 +167,6 @@ class AnchoredMethod(Method):
 
     anchor: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     importance: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-    _rows: dict[str, tuple[Tensor | None, list[slice | Tensor]]] = field(default_factory=dict, init=False, repr=False)
 
     def strength(self) -> float:
         raise NotImplementedError
@@ -212,6 +175,7 @@ class AnchoredMethod(Method):
     def penalty_gradient(self, model: nn.Module) -> None:
         if not self.anchor or not self.strength():
             return
+        compiled: list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]] = []
         groups: dict[Any, list[tuple[Tensor, Tensor, Tensor, Tensor | None]]] = {}
         for name, p in self.parameters(model):
             if p.grad is None or name not in self.anchor:
@@ -222,32 +186,18 @@ class AnchoredMethod(Method):
                 if name in self.importance:
                     self.importance[name] = like_parameter(self.importance[name], w, torch.float32)
             tensors = (p.grad, w, self.anchor[name], self.importance.get(name))
-            if is_blockwise(*tensors):
-                self._pull_blockwise(name, *tensors)
+            if kernels.pulls(*tensors):
+                compiled.append((*tensors[:3], None, tensors[3]))
             elif isinstance(w, DTensor):  # foreach kernels refuse lists with DTensors (pytorch#183207)
                 _pull(*tensors, self.strength())
             else:
                 kind = (w.device, w.dtype, p.grad.dtype, tensors[-1] is None)
                 groups.setdefault(kind, []).append(tensors)
+        if compiled:
+            kernels.pull_(compiled, self.strength())
         for group in groups.values():
             for part in _bounded(group):
                 _foreach_pull(part, self.strength())
-
-    def _pull_blockwise(self, name: str, g: Tensor, w: Tensor, a: Tensor, f: Tensor | None) -> None:
-        known = self._rows.get(name)
-        if known is None or known[0] is not f:  # which rows have an importance does not change within a task
-            known = self._rows[name] = f, list(row_blocks(as_matrix(w), None if f is None else as_matrix(f)))
-        g, w, a = (as_matrix(t) for t in (g, w, a))
-        scratch = torch.empty(min(w.numel(), max(_BLOCK, w.shape[1])))
-        for rows in known[1]:
-            moved = w[rows].float()
-            pull = torch.sub(moved, a[rows], out=scratch[: moved.numel()].view(moved.shape))
-            if f is None:
-                add_rows_(g, rows, pull, self.strength())
-            elif isinstance(rows, Tensor) or g.dtype != pull.dtype:
-                add_rows_(g, rows, pull.mul_(as_matrix(f)[rows]), self.strength())
-            else:
-                g[rows].addcmul_(pull, as_matrix(f)[rows], value=self.strength())
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         parts = {"anchor": self.anchor, "importance": self.importance}

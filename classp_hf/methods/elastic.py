@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..memory import CompactCopy, like_parameter, local, mean_over_weights
-from ..optim import CLASSP
-from .base import Method, Rows, add_rows_, as_matrix, is_blockwise, row_blocks
+from ..optim import CLASSP, kernels
+from .base import Method
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -74,8 +73,11 @@ class Elastic(Method):
         for name, p in self.parameters(model):
             if p.grad is not None and name in self.anchor and name in memory:
                 g, w, s = (local(t) for t in (p.grad, p.detach(), memory[name]))
-                for rows, g_matrix, difference, s_rows in self._differences(name, g, w, s):
-                    add_rows_(g_matrix, rows, difference.mul_(s_rows), self.scale)
+                copied = self.anchor[name]
+                if kernels.pulls(g, w, s, copied.values):
+                    kernels.pull_([(g, w, copied.values, copied.scale, s)], self.scale)
+                else:
+                    g.add_(copied.difference(w).mul_(s).to(g.dtype), alpha=self.scale)
 
     def after_step(self, model: nn.Module) -> None:
         if self.anchor and isinstance(self._trainer.bare_optimizer, CLASSP):
@@ -90,28 +92,14 @@ class Elastic(Method):
                 name = names.get(id(p))
                 if name in self.anchor and p in optimizer.state:
                     s, w = local(optimizer.accumulator(p)), local(p.detach())
-                    strength = float(group["lr"]) * self.scale
-                    for rows, w_matrix, difference, s_rows in self._differences(name, w, w, s):
-                        root = s_rows + group["eps"]
-                        root = root.sqrt_() if group["power"] == 2 else root.pow_(1 / group["power"])
-                        # c / (1 + c) as strength * s / (root + strength * s)
-                        share = difference.mul_(s_rows).div_(root.add_(s_rows, alpha=strength))
-                        add_rows_(w_matrix, rows, share, -strength)
-
-    def _differences(
-        self, name: str, changed: Tensor, w: Tensor, s: Tensor
-    ) -> Iterator[tuple[Rows, Tensor, Tensor, Tensor]]:
-        """Rows, `changed` as a matrix with these rows, how far `w` is from the anchor in them, and their memory `s`.
-
-        Rows without a memory, whose pull is 0, may be left out. What is not plain CPU memory comes whole, as it is.
-        """
-        copied = self.anchor[name]
-        if not is_blockwise(changed, w, s):
-            yield ..., changed, copied.difference(w), s
-            return
-        changed, w, s = (as_matrix(t) for t in (changed, w, s))
-        for rows in row_blocks(w, s):
-            yield rows, changed, copied.part(rows).difference(w[rows]), s[rows]
+                    strength, copied = float(group["lr"]) * self.scale, self.anchor[name]
+                    if kernels.pulls(w, s, copied.values):
+                        kernels.pull_(
+                            [(w, w, copied.values, copied.scale, s)], strength, (group["eps"], group["power"])
+                        )
+                    else:
+                        c = (s + group["eps"]).pow_(-1 / group["power"]).mul_(s).mul_(strength)
+                        w.sub_(copied.difference(w).mul_(c / (1 + c)))
 
     def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
         self.anchor = {}

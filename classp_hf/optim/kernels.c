@@ -1,6 +1,7 @@
-/* One CLASSP step (Algorithm 1 of arXiv 2405.09637) over a list of CPU tensors, each weight read and written once.
+/* CLASSP's step (Algorithm 1 of arXiv 2405.09637) and the pull towards an anchor, over lists of CPU tensors: each weight is
+ * read and written once.
  *
- * The same operations in the same order as `classp_` in classp.py, none contracted: the same results to the bit where
+ * The step: the same operations in the same order as `classp_` in classp.py, none contracted: the same results to the bit where
  * power is 1, to the last place elsewhere (torch's square root and power are of another library). Work goes in blocks of
  * BLOCK weights, those of the uint8 accumulator; a block in which no gradient passes costs reading its gradients.
  * Low-bit accumulators: see state.py. No Python in here: kernels.py calls it through ctypes.
@@ -15,7 +16,7 @@
 #define U8_SHIFT 19
 #define BF16_SHIFT 16
 #define MAX_THREADS 256
-#define VERSION 1 /* of the two structs below; kernels.py has the same */
+#define VERSION 2 /* of the structs below; kernels.py has the same */
 
 enum { F32 = 0, BF16 = 1, U8 = 2 };
 
@@ -26,11 +27,11 @@ enum { F32 = 0, BF16 = 1, U8 = 2 };
 #endif
 
 typedef struct {
+    int64_t n;
     void *w;
     const void *g;
     void *s;
     int16_t *base;     /* of uint8 accumulators, one a block */
-    int64_t n;
     float threshold;   /* on g^2; 0: every g that is not 0 passes */
     int32_t w_dtype, g_dtype, s_dtype;
 } classp_tensor;
@@ -161,28 +162,89 @@ CLONES static int64_t update(const classp_tensor *t, const classp_hyper *hyper, 
 }
 
 typedef struct {
-    const classp_tensor *tensors;
-    const classp_hyper *hyper;
-    int64_t count, begin, end, bad;  /* blocks of all tensors, numbered through */
+    int64_t n;
+    float *target;        /* gradients; or, if `implicit`, the weights themselves */
+    const float *w;
+    const float *a;       /* the anchor in float32, or NULL: then it is values[i] * scale[i / columns] */
+    const int16_t *values;
+    const float *scale;
+    int64_t columns;
+    const float *f;       /* importance, >= 0, or NULL: 1 everywhere */
+} pull_tensor;
+
+typedef struct {
+    float strength, eps, power;
+    int32_t implicit;     /* a step that is stable at any strength, under CLASSP: f is its accumulator */
+} pull_hyper;
+
+CLONES static int64_t pull(const pull_tensor *t, const pull_hyper *hyper, int64_t begin, int64_t end) {
+    const pull_hyper h = *hyper;
+    float moved[BLOCK];
+    for (int64_t at = begin; at < end; at += BLOCK) {
+        const int n = (int)(end - at < BLOCK ? end - at : BLOCK);
+        const float *w = t->w + at, *f = t->f + at;
+        float *target = t->target + at;
+        if (t->f) {
+            uint32_t matters = 0;
+            for (int i = 0; i < n; i++) matters |= f[i] != 0;
+            if (!matters) continue;
+        }
+        if (t->a) {
+            const float *a = t->a + at;
+            for (int i = 0; i < n; i++) moved[i] = w[i] - a[i];
+        } else {
+            for (int i = 0; i < n;) {
+                const int64_t row = (at + i) / t->columns, left = (row + 1) * t->columns - at;
+                const float scale = t->scale[row];
+                const int16_t *values = t->values + at;
+                const int stop = (int)(left < n ? left : n);
+                for (int k = i; k < stop; k++) moved[k] = w[k] - (float)values[k] * scale;
+                i = stop;
+            }
+        }
+        if (t->f)
+            for (int i = 0; i < n; i++) moved[i] *= f[i];
+        if (!h.implicit) {
+            for (int i = 0; i < n; i++) target[i] += h.strength * moved[i];
+        } else if (h.power == 2) {
+            for (int i = 0; i < n; i++) target[i] -= h.strength * moved[i] / (sqrtf(f[i] + h.eps) + h.strength * f[i]);
+        } else {
+            for (int i = 0; i < n; i++) {
+                const float root = h.power == 1 ? f[i] + h.eps : powf(f[i] + h.eps, 1 / h.power);
+                target[i] -= h.strength * moved[i] / (root + h.strength * f[i]);
+            }
+        }
+    }
+    return 0;
+}
+
+typedef struct {
+    const char *tensors;  /* structs of `size` bytes that begin with their number of weights */
+    size_t size;
+    int64_t (*work)(const char *tensor, const void *hyper, int64_t begin, int64_t end);
+    const void *hyper;
+    int64_t count, begin, end, result;  /* blocks of all tensors, numbered through */
 } job;
+
+static int64_t blocks_of(const char *tensor) { return (*(const int64_t *)tensor + BLOCK - 1) / BLOCK; }
 
 static void *run(void *argument) {
     job *j = argument;
     int64_t first = 0;
     for (int64_t k = 0; k < j->count && first < j->end; k++) {
-        const classp_tensor *t = j->tensors + k;
-        const int64_t blocks = (t->n + BLOCK - 1) / BLOCK;
+        const char *t = j->tensors + k * j->size;
+        const int64_t blocks = blocks_of(t), n = *(const int64_t *)t;
         const int64_t from = j->begin > first ? j->begin - first : 0;
         const int64_t to = j->end - first < blocks ? j->end - first : blocks;
-        if (from < to) j->bad += update(t, j->hyper, from * BLOCK, to * BLOCK < t->n ? to * BLOCK : t->n);
+        if (from < to) j->result += j->work(t, j->hyper, from * BLOCK, to * BLOCK < n ? to * BLOCK : n);
         first += blocks;
     }
     return NULL;
 }
 
-int64_t classp_step(const classp_tensor *tensors, int64_t count, const classp_hyper *hyper, int threads) {
-    int64_t blocks = 0, bad = 0;
-    for (int64_t k = 0; k < count; k++) blocks += (tensors[k].n + BLOCK - 1) / BLOCK;
+static int64_t run_on_threads(job whole, int threads) {
+    int64_t blocks = 0, result = 0;
+    for (int64_t k = 0; k < whole.count; k++) blocks += blocks_of(whole.tensors + k * whole.size);
     if (threads > blocks / 128) threads = (int)(blocks / 128);  /* starting one costs as much as some 30,000 weights */
     if (threads > MAX_THREADS) threads = MAX_THREADS;
     if (threads < 1) threads = 1;
@@ -190,13 +252,31 @@ int64_t classp_step(const classp_tensor *tensors, int64_t count, const classp_hy
     pthread_t ids[MAX_THREADS];
     int started[MAX_THREADS];
     for (int k = 0; k < threads; k++) {
-        jobs[k] = (job){tensors, hyper, count, blocks * k / threads, blocks * (k + 1) / threads, 0};
+        jobs[k] = whole;
+        jobs[k].begin = blocks * k / threads;
+        jobs[k].end = blocks * (k + 1) / threads;
         started[k] = k + 1 < threads && pthread_create(ids + k, NULL, run, jobs + k) == 0;
         if (!started[k]) run(jobs + k);
     }
     for (int k = 0; k < threads; k++) {
         if (started[k]) pthread_join(ids[k], NULL);
-        bad += jobs[k].bad;
+        result += jobs[k].result;
     }
-    return bad;
+    return result;
+}
+
+static int64_t update_work(const char *tensor, const void *hyper, int64_t begin, int64_t end) {
+    return update((const classp_tensor *)tensor, (const classp_hyper *)hyper, begin, end);
+}
+
+static int64_t pull_work(const char *tensor, const void *hyper, int64_t begin, int64_t end) {
+    return pull((const pull_tensor *)tensor, (const pull_hyper *)hyper, begin, end);
+}
+
+int64_t classp_step(const classp_tensor *tensors, int64_t count, const classp_hyper *hyper, int threads) {
+    return run_on_threads((job){(const char *)tensors, sizeof *tensors, update_work, hyper, count, 0, 0, 0}, threads);
+}
+
+void classp_pull(const pull_tensor *tensors, int64_t count, const pull_hyper *hyper, int threads) {
+    run_on_threads((job){(const char *)tensors, sizeof *tensors, pull_work, hyper, count, 0, 0, 0}, threads);
 }

@@ -1,27 +1,25 @@
-"""The compiled CPU step, `kernels.c`: built when the package is installed, wherever there is a C compiler."""
+"""The compiled CPU code, `kernels.c`: built when the package is installed, wherever there is a C compiler."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-__all__ = ["BUILT", "classp_step_", "takes"]
+__all__ = ["BUILT", "classp_step_", "pull_", "pulls", "takes"]
 
-_VERSION = 1
+_VERSION = 2
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 
 
 class _Tensor(ctypes.Structure):
     _fields_ = [
-        ("w", ctypes.c_void_p),
-        ("g", ctypes.c_void_p),
-        ("s", ctypes.c_void_p),
-        ("base", ctypes.c_void_p),
         ("n", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("w", "g", "s", "base")),
         ("threshold", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("w_dtype", "g_dtype", "s_dtype")),
     ]
@@ -34,6 +32,19 @@ class _Hyperparameters(ctypes.Structure):
     ]
 
 
+class _PulledTensor(ctypes.Structure):
+    _fields_ = [
+        ("n", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("target", "w", "a", "values", "scale")),
+        ("columns", ctypes.c_int64),
+        ("f", ctypes.c_void_p),
+    ]
+
+
+class _Pull(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_float) for name in ("strength", "eps", "power")), ("implicit", ctypes.c_int32)]
+
+
 def _load() -> ctypes.CDLL | None:
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_kernels{suffix}")
@@ -41,12 +52,12 @@ def _load() -> ctypes.CDLL | None:
             library = ctypes.CDLL(str(path))
             if library.classp_version() == _VERSION:  # else a build of another version of the source
                 library.classp_step.restype = ctypes.c_int64
-                library.classp_step.argtypes = [
-                    ctypes.POINTER(_Tensor),
-                    ctypes.c_int64,
-                    ctypes.POINTER(_Hyperparameters),
-                    ctypes.c_int,
-                ]
+                for function, tensor, hyper in (
+                    (library.classp_step, _Tensor, _Hyperparameters),
+                    (library.classp_pull, _PulledTensor, _Pull),
+                ):
+                    pointers = ctypes.POINTER(tensor), ctypes.POINTER(hyper)
+                    function.argtypes = [pointers[0], ctypes.c_int64, pointers[1], ctypes.c_int]
                 return library
     return None
 
@@ -95,11 +106,11 @@ def classp_step_(
     tensors = (_Tensor * len(params))(
         *(
             _Tensor(
+                p.numel(),
                 p.data_ptr(),
                 g.data_ptr(),
                 s.data_ptr(),
-                None if base is None else base.data_ptr(),
-                p.numel(),
+                _address(base),
                 threshold,
                 _DTYPES[p.dtype],
                 _DTYPES[g.dtype],
@@ -112,3 +123,57 @@ def classp_step_(
     bad = _library.classp_step(tensors, len(params), ctypes.byref(hyperparameters), torch.get_num_threads())
     torch.autograd.graph.increment_version([*params, *accumulators])
     return bad
+
+
+def pulls(*tensors: Tensor | None) -> bool:
+    """Whether `pull_` can work on these: plain, contiguous float32 (a copy: int16) on the CPU."""
+    return BUILT and all(
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.device.type == "cpu"
+        and t.dtype in (torch.float32, torch.int16)
+        and t.is_contiguous()
+        for t in tensors
+        if t is not None
+    )
+
+
+def pull_(
+    tensors: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]],
+    strength: float,
+    implicit: tuple[float, float] | None = None,
+) -> None:
+    """Pull weights towards an anchor, in one pass on `torch.get_num_threads()` threads.
+
+    Where the importance f is zero in a whole block of 256 weights, it is all that is read.
+
+    Args:
+        tensors: target (changed in place), weight w, anchor a, its scale, importance f (None: 1), of equal shapes, which `pulls`
+            accepts. The scale is None for a float32 anchor; an int16 one is `anchor * scale`, one scale a row.
+        strength: adds `strength * f * (w - a)` to the target, a gradient.
+        implicit: eps and power of a CLASSP step. The target is the weight itself, f its accumulator s; with
+            `c = strength * s / (eps + s)^(1/power)` it becomes `w - c / (1 + c) * (w - a)`.
+    """
+    assert _library is not None
+    given = (_PulledTensor * len(tensors))(
+        *(
+            _PulledTensor(
+                w.numel(),
+                target.data_ptr(),
+                w.data_ptr(),
+                None if scale is not None else a.data_ptr(),
+                None if scale is None else a.data_ptr(),
+                _address(scale),
+                w.shape[-1] if w.ndim else 1,
+                _address(f),
+            )
+            for target, w, a, scale, f in tensors
+        )
+    )
+    eps, power = implicit or (0.0, 0.0)
+    hyperparameters = _Pull(strength, eps, power, implicit is not None)
+    _library.classp_pull(given, len(tensors), ctypes.byref(hyperparameters), torch.get_num_threads())
+    torch.autograd.graph.increment_version([target for target, *_ in tensors])
+
+
+def _address(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
