@@ -13,6 +13,7 @@ sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "benchmarks")]
 
 import compare_methods  # noqa: E402
 import report_methods  # noqa: E402
+import report_performance  # noqa: E402
 from compare_methods import ARMS, FirstTask, Job, frozen_setting, job_of, read_lines  # noqa: E402
 
 from classp_hf import METHODS  # noqa: E402
@@ -166,3 +167,11 @@ def test_the_committed_results_give_the_committed_tables(tmp_path, monkeypatch):
     report_methods.main()
     assert readme.read_text() == (ROOT / "README.md").read_text()
     assert (tmp_path / "results.md").read_text() == (ROOT / "docs/results.md").read_text()
+
+
+def test_the_committed_benchmarks_give_the_committed_page():
+    page = report_performance.page(ROOT / "benchmarks/results")
+    assert page == (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    assert all(
+        heading in page for heading in ("A step of the optimizer", "A whole training", "A penalty", "EWC's Fisher")
+    )

@@ -245,7 +245,9 @@ class CLASSP(Optimizer):
         if sharded := [p for _, compiled, _ in work for p in compiled if _is_sharded(p)][:1]:
             bad = int(_over_shards([torch.tensor(bad)], sharded, "sum")[0])  # every rank must come to the same verdict
         if bad:
-            raise _non_finite(f"{bad} coordinates", "They were passed over, and did not enter the memory.")
+            raise _non_finite(
+                f"{bad} coordinate{'s' * (bad > 1)}", "Nothing there was updated, nor entered the memory."
+            )
         return loss
 
     def _step_with_torch(self, params: list[Tensor], thresholds: list[Any], hyperparameters: dict[str, Any]) -> None:
