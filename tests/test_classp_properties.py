@@ -212,7 +212,7 @@ def test_scaling_the_loss_scales_the_memory_and_leaves_the_path(shape, layout, s
     st.sampled_from([False, True]),
 )
 def test_density_bounds_the_share_that_is_updated(shape, dtype, density, filled, seed, foreach):
-    """Small tensors are their own sample: at most d of the nonzero coordinates, rounded up. Of large ones a sample of 16,384
+    """Small tensors are their own sample: at most d of the nonzero coordinates, rounded up. Of large ones a sample of 4,096
     is read; five standard errors of its quantile are allowed."""
     generator = torch.Generator().manual_seed(seed)
     g = (torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < filled)).to(dtype)
@@ -224,9 +224,9 @@ def test_density_bounds_the_share_that_is_updated(shape, dtype, density, filled,
     moved, nonzero = optimizer.state[p]["accumulator"] > 0, g.square().float() > 0
     count, total = int(moved.sum()), int(nonzero.sum())
     assume(total > 0)
-    sample = total if g.numel() <= 16_384 else 16_384 * total / g.numel()
-    error = 0 if g.numel() <= 16_384 else 5 * math.sqrt(density * (1 - density) / sample) + 2 / sample
-    assert count <= math.ceil(total * (density + error)) + (g.numel() > 16_384)
+    sample = total if g.numel() <= 4096 else 4096 * total / g.numel()
+    error = 0 if g.numel() <= 4096 else 5 * math.sqrt(density * (1 - density) / sample) + 2 / sample
+    assert count <= math.ceil(total * (density + error)) + (g.numel() > 4096)
     assert reported == pytest.approx(count / g.numel())
     if dtype is torch.float32 and count and density < 1:
         assert g[moved].abs().min() >= g[nonzero & ~moved].abs().max() if (nonzero & ~moved).any() else True

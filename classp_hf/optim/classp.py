@@ -20,8 +20,8 @@ from .state import STATE_DTYPES, compress, expand, random_bits
 __all__ = ["CLASSP"]
 
 # Sample size of the quantile that `density` needs: the standard error of an estimated density d is about
-# sqrt(d (1 - d) / 16384), at most 0.004.
-_DENSITY_SAMPLE = 16_384
+# sqrt(d (1 - d) / 4096), at most 0.008.
+_DENSITY_SAMPLE = 4096
 
 
 class CLASSP(Optimizer):
@@ -57,7 +57,7 @@ class CLASSP(Optimizer):
             a parameter that has a gradient.
         density: the fraction, in (0, 1], of a tensor's nonzero gradients that may update: the threshold becomes the
             (1 - density) quantile of g^2 over them, estimated per tensor and step from a fixed strided sample of up
-            to 16,384 coordinates, without host synchronisation. Excludes `threshold`.
+            to 4,096 coordinates, without host synchronisation. Excludes `threshold`.
         maximize: ascend instead of descend.
         foreach: use PyTorch's multi-tensor operations. Default: on for GPU tensors, off on CPU, where whole-model
             temporaries make them slower.

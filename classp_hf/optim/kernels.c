@@ -15,7 +15,7 @@
 #define BLOCK 256
 #define U8_SHIFT 19
 #define BF16_SHIFT 16
-#define MAX_THREADS 256
+#define MAX_JOBS 256
 #define VERSION 2 /* of the structs below; kernels.py has the same */
 
 enum { F32 = 0, BF16 = 1, U8 = 2 };
@@ -92,15 +92,14 @@ CLONES static int64_t update(const classp_tensor *t, const classp_hyper *hyper, 
             for (int i = 0; i < n; i++) g_copy[i] = from_bits((uint32_t)in[i] << 16);
             g = g_copy;
         }
-        uint32_t passed = 0, infinite = 0;
+        uint32_t largest = 0;  /* of |g|; bits of floats >= 0 are ordered as they are */
         for (int i = 0; i < n; i++) {
-            infinite |= !(fabsf(g[i]) <= FLT_MAX);
-            passed |= g[i] * g[i] > threshold;
+            const uint32_t bits = to_bits(g[i]) & 0x7FFFFFFFu;
+            largest = bits > largest ? bits : largest;
         }
-        if (!passed && threshold == 0)  /* squares may underflow */
-            for (int i = 0; i < n; i++) passed |= g[i] != 0;
-        if (infinite)
+        if (largest >= 0x7F800000u)
             for (int i = 0; i < n; i++) bad += !(fabsf(g[i]) <= FLT_MAX);
+        const int passed = threshold == 0 ? largest != 0 : !(from_bits(largest) * from_bits(largest) <= threshold);
         if (!passed && h.decay == 1.0f) continue;
 
         float *w = (float *)t->w + at, *s = (float *)t->s + at;
@@ -228,8 +227,7 @@ typedef struct {
 
 static int64_t blocks_of(const char *tensor) { return (*(const int64_t *)tensor + BLOCK - 1) / BLOCK; }
 
-static void *run(void *argument) {
-    job *j = argument;
+static void run(job *j) {
     int64_t first = 0;
     for (int64_t k = 0; k < j->count && first < j->end; k++) {
         const char *t = j->tensors + k * j->size;
@@ -239,29 +237,48 @@ static void *run(void *argument) {
         if (from < to) j->result += j->work(t, j->hyper, from * BLOCK, to * BLOCK < n ? to * BLOCK : n);
         first += blocks;
     }
+}
+
+/* PyTorch's own pool of threads, where its OpenMP is GNU's: beside it, still awake after an operation, new threads would
+ * share its cores. */
+extern void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
+
+typedef struct {
+    job jobs[MAX_JOBS];
+    int count, next;
+} pool;
+
+static void *work_off(void *argument) {
+    pool *p = argument;
+    for (int k; (k = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->count;) run(p->jobs + k);
     return NULL;
 }
+
+static void work_off_too(void *argument) { work_off(argument); }
 
 static int64_t run_on_threads(job whole, int threads) {
     int64_t blocks = 0, result = 0;
     for (int64_t k = 0; k < whole.count; k++) blocks += blocks_of(whole.tensors + k * whole.size);
     if (threads > blocks / 128) threads = (int)(blocks / 128);  /* starting one costs as much as some 30,000 weights */
-    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    if (threads > MAX_JOBS) threads = MAX_JOBS;
     if (threads < 1) threads = 1;
-    job jobs[MAX_THREADS];
-    pthread_t ids[MAX_THREADS];
-    int started[MAX_THREADS];
-    for (int k = 0; k < threads; k++) {
-        jobs[k] = whole;
-        jobs[k].begin = blocks * k / threads;
-        jobs[k].end = blocks * (k + 1) / threads;
-        started[k] = k + 1 < threads && pthread_create(ids + k, NULL, run, jobs + k) == 0;
-        if (!started[k]) run(jobs + k);
+    /* more jobs than threads: those over weights without a gradient are done sooner */
+    pool p = {.count = threads == 1 ? 1 : threads * 16 < MAX_JOBS ? threads * 16 : MAX_JOBS};
+    for (int k = 0; k < p.count; k++) {
+        p.jobs[k] = whole;
+        p.jobs[k].begin = blocks * k / p.count;
+        p.jobs[k].end = blocks * (k + 1) / p.count;
     }
-    for (int k = 0; k < threads; k++) {
-        if (started[k]) pthread_join(ids[k], NULL);
-        result += jobs[k].result;
+    if (threads > 1 && GOMP_parallel) {
+        GOMP_parallel(work_off_too, &p, (unsigned)threads, 0);
+    } else {
+        pthread_t ids[MAX_JOBS];
+        int started = 0;
+        while (started + 1 < threads && pthread_create(ids + started, NULL, work_off, &p) == 0) started++;
+        work_off(&p);
+        for (int k = 0; k < started; k++) pthread_join(ids[k], NULL);
     }
+    for (int k = 0; k < p.count; k++) result += p.jobs[k].result;
     return result;
 }
 
