@@ -72,6 +72,15 @@ def page(results: Path) -> str:
         table = [["", "times faster (quartiles)", "ms an example", "peak MiB beside the model"]]
         table += [[n, spread(r["speedup"]), f"{r['ms_an_example']:.1f}", f"{r['peak_mib']:.0f}"] for n, r in found["rows"].items()]  # fmt: skip
         parts += ["## EWC's Fisher", report._markdown(table, "<>>>"), source(found)]
+    if found := load("bench_long_sequence", results):
+        named = {
+            "ms_a_step": "ms a training step",
+            "resident_mib": "memory of the process, MiB",
+            "disk_mib": "disk, MiB",
+        }
+        table = [["", "tasks 4 to 13", "the last ten", "ratio"]]
+        table += [[label, *(f"{x:.1f}" for x in found["early_late"][n]), f"{found['early_late'][n][1] / found['early_late'][n][0]:.3f}"] for n, label in named.items()]  # fmt: skip
+        parts += ["## Fifty tasks", report._markdown(table, "<>>>"), source(found)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -26,7 +26,6 @@ make_model = conftest.make_model.__wrapped__()
 make_tasks = conftest.make_tasks.__wrapped__()
 collator = conftest.collator.__wrapped__()
 
-report.write_figures = lambda *_: None  # they take longer than the training, and are tested elsewhere
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 GLOBAL_BATCH = 16
@@ -195,4 +194,9 @@ def two_copies(four, folder):
 
 
 if __name__ == "__main__":
+    report.write_figures = lambda *_: None  # they take longer than the training, and are tested elsewhere
     {"four_sharded": four_sharded, "two_copies": two_copies}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads of several groups may abort an interpreter that winds down
