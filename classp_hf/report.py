@@ -346,9 +346,8 @@ def plot_retention(arms: Mapping[str, Mapping[str, Any]], path: str | os.PathLik
         for a, (arm, results) in enumerate(arms.items()):
             style = {"color": _PALETTE[a % 7], "marker": _MARKERS[a % 7], "linestyle": ("-", ":", "-.")[a // 7 % 3]}
             values = [factor * row[j] for row in results["accuracy_matrix"]]
-            size = (
-                max(8 - 2 * a, 4) if T <= _MANY else 2
-            )  # earlier arms larger: seen under later ones of the same value
+            # earlier arms larger: seen under later ones of the same value
+            size = max(8 - 2 * a, 4) if T <= _MANY else 2
             # Not clipped: markers at 0 and 100 stay whole.
             axes.plot(values, **style, markersize=size, clip_on=False, label=arm if j == 0 else None)
         axes.set_title(f"{j + 1}. {tasks[j]}", fontsize=10)

@@ -149,6 +149,27 @@ def test_files_shrink_and_convert_both_ways(name, tmp_path):
     assert files[0].keys() == files[1].keys() and all(torch.equal(t, files[1][k]) for k, t in files[0].items())
 
 
+@pytest.mark.parametrize("name", ["float32", *LOW_BIT])
+def test_a_memory_of_another_layout_belongs_to_the_same_weights(name):
+    """The compiled step goes through weight and accumulator as they lie in memory."""
+    values = torch.arange(12.0).view(4, 3)
+    results = []
+    for given in (values, values.T.contiguous().T):
+        p = nn.Parameter(torch.ones(4, 3))
+        optimizer = CLASSP([p], lr=0.1, state_dtype=name)
+        optimizer.set_accumulator(p, given)
+        assert torch.equal(optimizer.accumulator(p), values)
+        state = optimizer.state_dict()
+        state["state"][0]["accumulator"] = state["state"][0]["accumulator"].T.contiguous().T
+        optimizer.load_state_dict(state)
+        p.grad = torch.ones(4, 3)
+        optimizer.step()
+        results.append(p.detach())
+        assert torch.equal(values, torch.arange(12.0).view(4, 3))  # what was given is not the state
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(results[0], 1 - 0.1 / (values + 1 + 1e-6).sqrt())
+
+
 def test_bits_differ_from_weight_to_weight_and_step_to_step():
     g, w = torch.full((4096,), 1e-3), torch.full((4096,), 0.5)
     a, b = random_bits(g, w), random_bits(g, w - 1e-6)

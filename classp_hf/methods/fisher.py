@@ -142,9 +142,8 @@ class _Calls:
         self.mixed = False
         """Whether one pass over several examples could not tell them apart."""
         self.uses: Counter[nn.Parameter] = Counter()
-        self.inside: dict[
-            Any, tuple[set, Any]
-        ] = {}  # node of an output -> its module's own weights, node of its input
+        # node of an output -> its module's own weights, node of its input
+        self.inside: dict[Any, tuple[set, Any]] = {}
         self.pending: dict[nn.Parameter, list[_Gradients]] = defaultdict(list)
         self.foreign: set[Any] = set()
         self.anchors: dict[torch.device, Tensor] = {}
@@ -159,9 +158,8 @@ class _Calls:
         if not (known and torch.is_grad_enabled() and self.log_likelihood is None):
             return None
         given = args[0]
-        if (
-            self.examples > 1 and isinstance(module, nn.Embedding) and given.shape[:1] == (1,)
-        ):  # positions, for all alike
+        positions = isinstance(module, nn.Embedding) and given.shape[:1] == (1,)
+        if self.examples > 1 and positions:  # for all alike
             given, output = (t.expand(self.examples, *t.shape[1:]) for t in (given, output))
         self.mixed |= not given.shape[:1] == output.shape[:1] == (self.examples,)
         owned = self.owned(module)

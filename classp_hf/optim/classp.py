@@ -154,7 +154,8 @@ class CLASSP(Optimizer):
         """Make `values` (float32, >= 0, of the shape, device and sharding of `p`) its memory."""
         group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
         self._init_state(p, group["state_dtype"])
-        self._store(p, values, random_bits(values, values) if group["state_dtype"] != "float32" else values)
+        local = _local(values).float()
+        self._store(p, local, local if group["state_dtype"] == "float32" else random_bits(local, local))
 
     def _init_state(self, p: Tensor, state_dtype: str) -> None:
         state, dtype = self.state[p], STATE_DTYPES[state_dtype]
@@ -166,10 +167,7 @@ class CLASSP(Optimizer):
 
     def _store(self, p: Tensor, values: Tensor, random: Tensor) -> None:
         state = self.state[p]
-        if state["accumulator"].dtype == torch.float32:
-            state["accumulator"] = values
-            return
-        compressed, base = compress(_local(values), state["accumulator"].dtype, random)
+        compressed, base = compress(values, state["accumulator"].dtype, random)
         _local(state["accumulator"]).copy_(compressed)
         if base is not None:
             state["base"].copy_(base)
@@ -219,7 +217,8 @@ class CLASSP(Optimizer):
                     # zero-gradient step and expect to find it.
                     self._init_state(p, group["state_dtype"])
                 wants = group["fused"] is not False and not group["foreach"]
-                takes = wants and kernels.takes(_local(p.detach()), _local(p.grad))
+                tensors = (_local(t) for t in (p.detach(), p.grad, self.state[p]["accumulator"]))
+                takes = wants and kernels.takes(*tensors)
                 (compiled if takes else others).append(p)
             work.append((group, compiled, others))
         _check_gradients([p.grad for _, _, others in work for p in others])  # type: ignore[misc]

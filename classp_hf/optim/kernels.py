@@ -68,14 +68,15 @@ BUILT = _library is not None
 """Whether the compiled step is there. Without it CLASSP takes PyTorch's operations one by one, several times slower."""
 
 
-def takes(param: Tensor, grad: Tensor) -> bool:
-    """Whether the compiled step can update `param` (a plain tensor: the local part of a sharded one)."""
+def takes(param: Tensor, grad: Tensor, accumulator: Tensor) -> bool:
+    """Whether the compiled step can update `param` (plain tensors: the local parts of sharded ones)."""
     return (
         BUILT
         and param.device.type == "cpu"
         and param.dtype in (torch.float32, torch.bfloat16)
         and grad.dtype in (torch.float32, torch.bfloat16)
         and param.is_contiguous()
+        and accumulator.is_contiguous()
         and not torch.compiler.is_compiling()
     )
 
