@@ -17,11 +17,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_model
 from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
@@ -54,6 +52,14 @@ from .optim_args import parse_optim_args
 from .preemption import PreemptionCallback
 from .redaction import known_secrets, public_arguments, public_command
 from .registration import NAME, refuse_deepspeed
+from .resume import (
+    is_complete,
+    last_complete_checkpoint,
+    load_optimizer_state,
+    load_weights,
+    optimizer_state,
+    read_state,
+)
 from .tasks import Task, prepare_tasks
 from .training_args import ContinualTrainingArguments
 
@@ -368,7 +374,7 @@ class ContinualTrainer(Trainer):
                 self._gathered = restored
         if self._pending_optimizer is not None:
             state = torch.load(self._pending_optimizer, map_location="cpu", weights_only=True)
-            _load_optimizer_state(self, state)
+            load_optimizer_state(self.optimizer, self.model, state)
             if self.task_heads is not None:
                 self.task_heads.forget_optimizer_state(self.optimizer)
         self._pending_memory = self._pending_optimizer = None
@@ -486,7 +492,7 @@ class ContinualTrainer(Trainer):
 
     def _last_checkpoint(self, folder: Path) -> str | None:
         """The last complete checkpoint in `folder`, the same on every rank."""
-        found = [_last_complete_checkpoint(folder)]
+        found = [last_complete_checkpoint(folder)]
         return broadcast_object_list(found)[0]
 
     # ---- The sequence -----------------------------------------------------------------------------------------------
@@ -648,7 +654,7 @@ class ContinualTrainer(Trainer):
         path = base / STATE_NAME
         state: dict[str, Any] = {"config": config, "accuracy_matrix": [], "seconds": 0.0}
         if path.is_file():
-            state = _read_state(path)
+            state = read_state(path)
             differing = [k for k in config if state["config"].get(k) != config[k]]
             if differing:
                 what = "; ".join(f"{k}: {state['config'].get(k)} there, {config[k]} here" for k in differing[:3])
@@ -735,7 +741,7 @@ class ContinualTrainer(Trainer):
         checkpoint = None if self.args.save_only_model else self._last_checkpoint(folder)
         if self.args.should_save:
             for other in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-                if not _is_complete(other):
+                if not is_complete(other):
                     shutil.rmtree(other, ignore_errors=True)
         return checkpoint
 
@@ -769,7 +775,7 @@ class ContinualTrainer(Trainer):
         self.save_model(str(folder), _internal_call=True)  # True: not yet the model to push
         persists = not self.args.reset_optimizer and not isinstance(_unwrap(self.optimizer), CLASSP)
         if self.optimizer is not None and persists:
-            state = _optimizer_state(self)
+            state = optimizer_state(self.bare_optimizer, self.model)
             if self.args.should_save:
                 with replacing(folder / "optimizer.pt") as temporary:
                     torch.save(state, temporary)
@@ -787,7 +793,7 @@ class ContinualTrainer(Trainer):
         self._between_tasks = True
         if self.task_heads is not None:
             self.task_heads.active = None
-        _load_weights(self.model, folder)
+        load_weights(self.model, folder)
         if (folder / MEMORY_NAME).is_file():
             self.load_memory(ContinualMemory.load(folder), resumed=True)
         if self.task_heads is not None:
@@ -1021,36 +1027,6 @@ def _unwrap(optimizer: Any) -> Any:
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
-def _optimizer_state(trainer: ContinualTrainer) -> dict[str, Any]:
-    """The optimizer's state by parameter name and unsharded, for any number of processes. Call it on every rank."""
-    states = trainer.bare_optimizer.state
-    return {
-        "state": {
-            n: {k: full_tensor(v) if isinstance(v, Tensor) else v for k, v in states[p].items()}
-            for n, p in trainable_parameters(trainer.model)
-            if p in states
-        }
-    }
-
-
-def _load_optimizer_state(trainer: ContinualTrainer, state: dict[str, Any]) -> None:
-    """Take back what `_optimizer_state` gave. The groups, which this task's schedule has set, stay as they are."""
-    if all(isinstance(key, str) for key in state["state"]):  # else it is a file of version 0.1.0
-        parameters = (p for group in trainer.optimizer.param_groups for p in group["params"])
-        positions = {p: i for i, p in enumerate(parameters)}
-        by_name = state["state"]
-        state["state"] = {
-            positions[p]: {
-                k: like_parameter(v, p.detach(), v.dtype) if isinstance(v, Tensor) and v.shape == p.shape else v
-                for k, v in by_name[n].items()
-            }
-            for n, p in trainable_parameters(trainer.model)
-            if n in by_name
-        }
-    state["param_groups"] = trainer.optimizer.state_dict()["param_groups"]
-    trainer.optimizer.load_state_dict(state)
-
-
 def _describe_optimizer(optimizer: Any, args: ContinualTrainingArguments) -> dict[str, Any]:
     if optimizer is None:
         return {"name": args.optim_name, "lr": args.learning_rate}
@@ -1063,73 +1039,3 @@ def _auto_class(model: nn.Module) -> str:
     if not is_language_model(model):
         return "AutoModelForSequenceClassification"
     return "AutoModelForSeq2SeqLM" if bare_model(model).config.is_encoder_decoder else "AutoModelForCausalLM"
-
-
-def _last_complete_checkpoint(folder: Path) -> str | None:
-    found = [c for c in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _is_complete(c)]
-    return str(max(found, key=_step)) if found else None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether `trainer_state.json`, which is written last, is whole."""
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):  # not there, or cut off
-        return False
-    return True
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    """What `_write_state` wrote; a ValueError for anything else."""
-    number = (int, float)
-
-    def is_list(value: Any, of: Any) -> bool:
-        return isinstance(value, list) and all(isinstance(v, of) and not isinstance(v, bool) for v in value)
-
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        rows, config = state["accuracy_matrix"], state["config"]
-        T, done = len(config["tasks"]), max(len(rows) - 1, 0)
-        informed = state.get("informed", {"tasks": [], "methods": []})
-        sound = (
-            isinstance(config, dict)
-            and isinstance(rows, list)
-            and done <= T
-            and all(is_list(row, number) and len(row) == T and all(map(math.isfinite, row)) for row in rows)
-            and all(isinstance(state.get(k, 0.0), number) for k in ("seconds", "boundary_seconds"))
-            and is_list(state.get("steps", []), int)
-            and len(state.get("steps", rows[1:])) == done
-            and all(is_list(informed[k], str) for k in ("tasks", "methods"))
-            and all(is_list(means, number) for means in state.get("importance", {}).values())
-            and isinstance(state.get("optimizer", {} if not done else None), dict)
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
-        sound = False
-    if not sound:
-        raise ValueError(
-            f"{path} is not what an interrupted sequence leaves: it is damaged, or was edited. Restore it, or choose another "
-            "output_dir."
-        )
-    return state
-
-
-def _load_weights(model: Any, folder: Path) -> None:
-    """Read back what `save_model` wrote into `folder`: adapters or a whole model, sharded files or one."""
-    if bare_model(model) is model:
-        if (folder / "model.safetensors").is_file():
-            load_model(model, folder / "model.safetensors")
-        else:  # in several files
-            model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
-    elif (folder / "adapter_config.json").is_file():
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-    else:  # a whole model, whose adapters were folded into it
-        saved = type(bare_model(model)).from_pretrained(folder, dtype=model.dtype).state_dict()
-        with torch.no_grad():
-            for name, tensor in folded_state_dict(model).items():
-                tensor.copy_(saved[name])

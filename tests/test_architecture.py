@@ -32,6 +32,7 @@ ARROWS = {
     "registration": {"optim", "optim_args", "callback"},
     "training_args": {"registration", "redaction"},
     "report": {"files", "memory", "training_args", "redaction"},
+    "resume": {"memory", "methods"},
     "trainer": {
         *(
             "files",
@@ -49,6 +50,7 @@ ARROWS = {
             "training_args",
             "report",
             "redaction",
+            "resume",
             "classification",
             "language",
             "launch",

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from classp_hf import ClasspTrainer, ContinualMemory, ContinualTrainer
 from classp_hf.memory import MEMORY_NAME
-from classp_hf.trainer import STATE_NAME, _read_state
+from classp_hf.resume import read_state
+from classp_hf.trainer import STATE_NAME
 
 FUZZ = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -202,7 +203,7 @@ def test_any_sequence_state_is_read_or_refused(text):
         path = Path(folder) / STATE_NAME
         path.write_text(text, encoding="utf-8")
         try:
-            state = _read_state(path)
+            state = read_state(path)
         except ValueError as error:
             assert f"{path} is not what an interrupted sequence leaves" in str(error)
         else:
@@ -229,7 +230,7 @@ def test_any_sequence_state_is_read_or_refused(text):
 def test_a_damaged_sequence_state_is_refused(make_model, make_tasks, make_args, collator, tmp_path, change):
     path = tmp_path / STATE_NAME
     path.write_text(json.dumps(STATE))
-    assert _read_state(path) == STATE
+    assert read_state(path) == STATE
     path.write_text(json.dumps(STATE | change))
     trainer = ContinualTrainer(model=make_model(), args=make_args(output_dir=str(tmp_path)), data_collator=collator)
     with pytest.raises(

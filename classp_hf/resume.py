@@ -1,0 +1,117 @@
+"""What a resumed sequence reads: its state file, complete checkpoints, weights and optimizer of a task boundary."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model
+from torch import Tensor, nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .memory import bare_model, full_tensor, like_parameter, trainable_parameters
+from .methods.adapters import folded_state_dict
+
+
+def optimizer_state(optimizer: Any, model: nn.Module) -> dict[str, Any]:
+    """The optimizer's state by parameter name and unsharded, for any number of processes. Call it on every rank."""
+    states = optimizer.state
+    return {
+        "state": {
+            n: {k: full_tensor(v) if isinstance(v, Tensor) else v for k, v in states[p].items()}
+            for n, p in trainable_parameters(model)
+            if p in states
+        }
+    }
+
+
+def load_optimizer_state(optimizer: Any, model: nn.Module, state: dict[str, Any]) -> None:
+    """Take back what `optimizer_state` gave. The groups, which this task's schedule has set, stay as they are."""
+    if all(isinstance(key, str) for key in state["state"]):  # else it is a file of version 0.1.0
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        positions = {p: i for i, p in enumerate(parameters)}
+        by_name = state["state"]
+        state["state"] = {
+            positions[p]: {
+                k: like_parameter(v, p.detach(), v.dtype) if isinstance(v, Tensor) and v.shape == p.shape else v
+                for k, v in by_name[n].items()
+            }
+            for n, p in trainable_parameters(model)
+            if n in by_name
+        }
+    state["param_groups"] = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(state)
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Read back what `save_model` wrote into `folder`: adapters or a whole model, sharded files or one."""
+    if bare_model(model) is model:
+        if (folder / "model.safetensors").is_file():
+            load_model(model, folder / "model.safetensors")
+        else:  # in several files
+            model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+    elif (folder / "adapter_config.json").is_file():
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    else:  # a whole model, whose adapters were folded into it
+        saved = type(bare_model(model)).from_pretrained(folder, dtype=model.dtype).state_dict()
+        with torch.no_grad():
+            for name, tensor in folded_state_dict(model).items():
+                tensor.copy_(saved[name])
+
+
+def last_complete_checkpoint(folder: Path) -> str | None:
+    found = [c for c in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete(c)]
+    return str(max(found, key=_step)) if found else None
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether `trainer_state.json`, which is written last, is whole."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):  # not there, or cut off
+        return False
+    return True
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `_write_state` wrote; a ValueError for anything else."""
+    number = (int, float)
+
+    def is_list(value: Any, of: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(v, of) and not isinstance(v, bool) for v in value)
+
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        rows, config = state["accuracy_matrix"], state["config"]
+        T, done = len(config["tasks"]), max(len(rows) - 1, 0)
+        informed = state.get("informed", {"tasks": [], "methods": []})
+        sound = (
+            isinstance(config, dict)
+            and isinstance(rows, list)
+            and done <= T
+            and all(is_list(row, number) and len(row) == T and all(map(math.isfinite, row)) for row in rows)
+            and all(isinstance(state.get(k, 0.0), number) for k in ("seconds", "boundary_seconds"))
+            and is_list(state.get("steps", []), int)
+            and len(state.get("steps", rows[1:])) == done
+            and all(is_list(informed[k], str) for k in ("tasks", "methods"))
+            and all(is_list(means, number) for means in state.get("importance", {}).values())
+            and isinstance(state.get("optimizer", {} if not done else None), dict)
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        sound = False
+    if not sound:
+        raise ValueError(
+            f"{path} is not what an interrupted sequence leaves: it is damaged, or was edited. Restore it, or choose another "
+            "output_dir."
+        )
+    return state
