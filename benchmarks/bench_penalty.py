@@ -2,15 +2,17 @@
 
     python benchmarks/bench_penalty.py --threads 2
 
-A training step is a batch of 16 texts of 32 tokens, forward and backward in bf16 autocast, clipping, and a step of AdamW
-(fused) or, for `elastic, CLASSP`, the same with CLASSP. `naive`: `(lambda / 2) * sum F (w - a)^2` as a part of the loss, its
-gradient by autograd. F is that of 64 texts.
+A training step is forward and backward, clipping, and a step of AdamW (fused) or, for `elastic, CLASSP`, of CLASSP. Its batch is that
+of `recipes/sentiment_sequence.py`, the embedded run (32 texts of up to 64 tokens, float32), or that of `recipes/compare_methods.py` (16
+texts of 32 tokens, bf16 autocast). `naive`: `(lambda / 2) * sum F (w - a)^2` as a part of the loss, its gradient by autograd. F is that of
+64 texts.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,8 +45,12 @@ def main() -> None:
     batches = (batch for _, batch in batches_of_equal_shape(enumerate(examples), 16))
     fisher = sum_squared_gradients(model, batches, parameters)
     mean = sum(f.sum() for f in fisher.values()) / sum(f.numel() for f in fisher.values())
-    batch = dict(tokenizer(texts[:16], truncation=True, max_length=32, padding="max_length", return_tensors="pt"))
-    batch["labels"] = labels[:16]
+    small = dict(tokenizer(texts[:16], truncation=True, max_length=32, padding="max_length", return_tensors="pt"))
+    large = dict(tokenizer(texts[:32], truncation=True, max_length=64, padding=True, return_tensors="pt"))
+    runs = {  # batch, whether in bf16
+        "sentiment_sequence": ({**large, "labels": labels[:32]}, False),
+        "compare_methods": ({**small, "labels": labels[:16]}, True),
+    }
 
     anchor = {n: p.detach().clone() for n, p in parameters.items()}
     ewc, l2sp, elastic, elastic_classp = EWC(ewc_lambda=0.1), L2SP(), Elastic(), Elastic()
@@ -55,9 +61,10 @@ def main() -> None:
         "CLASSP": CLASSP(model.parameters(), lr=1e-5),
     }
 
-    def step(optimizer) -> None:
+    def step(optimizer, run) -> None:
+        batch, bf16 = runs[run]
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -71,7 +78,7 @@ def main() -> None:
             p.grad.add_(g)
 
     accumulators = {n: f.clone() for n, f in fisher.items()}
-    step(optimizers["CLASSP"])  # its state, filled with what 64 texts needed
+    step(optimizers["CLASSP"], "compare_methods")  # its state, filled with what 64 texts needed
     for n, p in parameters.items():
         optimizers["CLASSP"].state[p]["accumulator"].copy_(accumulators[n])
     for method, name in ((elastic, "AdamW"), (elastic_classp, "CLASSP")):
@@ -79,12 +86,11 @@ def main() -> None:
         method._trainer = SimpleNamespace(bare_optimizer=optimizers[name], accumulators=lambda: accumulators)
 
     done = {
-        "step, AdamW": lambda: step(optimizers["AdamW"]),
+        **{f"step, {o}, {run}": partial(step, optimizers[o], run) for o in optimizers for run in runs},
         "naive autograd": naive,
         "ewc": lambda: ewc.penalty_gradient(model),
         "l2sp": lambda: l2sp.penalty_gradient(model),
         "elastic, AdamW": lambda: elastic.penalty_gradient(model),
-        "step, CLASSP": lambda: step(optimizers["CLASSP"]),
         "elastic, CLASSP": lambda: elastic_classp.after_step(model),
     }
     times = {name: np.empty(options.rounds) for name in done}
@@ -92,13 +98,16 @@ def main() -> None:
         for name, do in done.items():
             began = time.perf_counter()
             do()
-            if i >= 0:
-                times[name][i] = time.perf_counter() - began
-    shares = {}
-    for name, t in times.items():
-        baseline = np.median(times["step, CLASSP" if name.endswith("CLASSP") else "step, AdamW"])
-        shares[name] = [round(float(q), 4) for q in np.percentile(t / baseline, [25, 50, 75])]
-        print(f"  {name:<16}{1000 * np.median(t):8.1f} ms;", *(f"{100 * q:7.1f}%" for q in shares[name]))
+            times[name][max(i, 0)] = time.perf_counter() - began
+    shares: dict[str, dict[str, list[float]]] = {run: {} for run in runs}
+    for run, found in shares.items():
+        for name, t in times.items():
+            if not name.startswith("step"):
+                baseline = np.median(times[f"step, {'CLASSP' if name.endswith('CLASSP') else 'AdamW'}, {run}"])
+                found[name] = [round(float(q), 4) for q in np.percentile(t / baseline, [25, 50, 75])]
+                print(
+                    f"  {run:<20}{name:<16}{1000 * np.median(t):8.1f} ms;", *(f"{100 * q:7.1f}%" for q in found[name])
+                )
     command = f"python benchmarks/bench_penalty.py --threads {options.threads} --rounds {options.rounds}"
     report.write_json(options.output, {"command": command, "shares_of_a_step": shares, **report.environment()})
 

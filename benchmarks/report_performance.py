@@ -33,15 +33,16 @@ def spread(quartiles: list[float], digits: int = 2, percent: bool = False) -> st
 def steps(found: dict[str, Any]) -> list[str]:
     parts = []
     for kind, rows in found["steps"].items():
-        table = [["", "time, AdamW = 1 (quartiles)", "bound", "extra memory"]]
+        table = [["", "time, AdamW = 1 (quartiles)", "bound", "bandwidth", "extra memory"]]
         for name, row in rows.items():
-            bound = "" if row["bound"] is None else f"{row['bound']:.2f}"
-            table.append([name, spread(row["ratio"]), bound, f"{row['extra_memory_percent']:.1f} %"])
-        milliseconds = rows["AdamW, fused"]["milliseconds"]
+            figures = ["" if row[n] is None else f"{row[n]:.2f}" for n in ("bound", "bandwidth")]
+            table.append([name, spread(row["ratio"]), *figures, f"{row['extra_memory_percent']:.1f} %"])
+        first = rows["AdamW, fused"]
+        where = f"{found['threads']} thread{'s' * (found['threads'] > 1)}" if found["device"] == "cpu" else "GPU"
         parts += [
-            f"**{found['threads']} thread{'s' if found['threads'] > 1 else ''}, gradients: {kind}** (AdamW {milliseconds} ms)"
+            f"**{where}, {found['dtype']}, gradients: {kind}** (AdamW {first['milliseconds']} ms, a copy {first['copy_gb_per_second']} GB/s)"
         ]
-        parts += [report._markdown(table, "<>>>")]
+        parts += [report._markdown(table, "<>>>>")]
     return [*parts, source(found)]
 
 
@@ -49,12 +50,18 @@ def page(results: Path) -> str:
     parts = [
         "# Performance",
         "Written by `python benchmarks/report_performance.py` from the JSON under [benchmarks/results/](../benchmarks/results); every number comes from one run of the "
-        "program named below its table, as a ratio within that run. No GPU was at hand for any of them: there are no GPU rows.",
+        "program named below its table, as a ratio within that run.",
         "## A step of the optimizer",
         "all-MiniLM-L6-v2's 22.7M float32 weights. A dense step of CLASSP reads the gradient and reads and writes weight and accumulator: 20 bytes a weight against AdamW's 28, which is the "
-        "`bound` where memory is what takes the time. `batch`: the gradients of a real batch of 16 texts, in which most rows of the word embedding have none; a block of 256 weights in which "
-        "no gradient passes costs reading its gradients. Extra memory: what a step allocates at its peak, in percent of the parameters.",
+        "`bound` where memory is what takes the time; `bandwidth`, on a GPU: those bytes a second, against what copying the weights reaches in the same run. `batch`: the gradients of a real batch of 16 texts; "
+        "`embedding`: those of its word embedding alone, of which most rows have none: a block of 256 weights in which no gradient passes costs reading its gradients. Extra memory: what a step "
+        "allocates at its peak, in percent of the parameters.",
     ]
+    if not list(results.glob("bench_step_*cuda*.json")):
+        parts += [
+            "**GPU**: none was at hand, so there is no row. `python benchmarks/bench_step.py --device cuda --weights 1000000000` measures one; what is known of that step without a GPU is in "
+            "[architecture.md](architecture.md#gpus)."
+        ]
     for path in sorted(results.glob("bench_step_*.json")):
         parts += steps(json.loads(path.read_text()))
     if found := load("bench_sequence", results):
@@ -65,9 +72,12 @@ def page(results: Path) -> str:
             source(found),
         ]
     if found := load("bench_penalty", results):
-        table = [["", "share of a training step (quartiles)"]]
-        table += [[name, spread(q, 1, percent=True)] for name, q in found["shares_of_a_step"].items() if not name.startswith("step")]  # fmt: skip
-        parts += ["## A penalty", report._markdown(table, "<>"), source(found)]
+        shares = found["shares_of_a_step"]
+        table = [["share of a training step (quartiles)", *shares]]
+        names = next(iter(shares.values()))
+        table += [[name, *(spread(of[name], 1, percent=True) for of in shares.values())] for name in names]
+        what = "Of a step of the recipes: `sentiment_sequence` (batches of 32 texts of up to 64 tokens, float32), `compare_methods` (16 texts of 32 tokens, bf16 autocast)."
+        parts += ["## A penalty", what, report._markdown(table, "<>>"), source(found)]
     if found := load("bench_fisher", results):
         table = [["", "times faster (quartiles)", "ms an example", "peak MiB beside the model"]]
         table += [[n, spread(r["speedup"]), f"{r['ms_an_example']:.1f}", f"{r['peak_mib']:.0f}"] for n, r in found["rows"].items()]  # fmt: skip

@@ -14,7 +14,8 @@ from reference_classp import ReferenceCLASSP, ReleasedCLASSP
 from torch import nn
 
 from classp_hf import CLASSP
-from classp_hf.optim.classp import _selected_quantile, _sorted_quantile
+from classp_hf.optim import kernels
+from classp_hf.optim.classp import _sample_stride, _selected_quantile, _sorted_quantile
 
 # One table drives every path: (kwargs, desc).
 TABLE = [
@@ -223,6 +224,22 @@ def test_both_ways_to_the_quantile_agree(density, zeros):
         else float(squares.sort().values[zeros:][math.ceil((1 - density) * (1000 - zeros)) - 1])
     )
     assert float(_selected_quantile(squares, density)) == float(_sorted_quantile(squares, density)) == expected
+
+
+@pytest.mark.skipif(not kernels.BUILT, reason="no C compiler")
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.1, 1e-3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_quantile_is_the_same_to_the_bit(density, dtype):
+    generator = torch.Generator().manual_seed(0)
+    grads = [10 ** torch.linspace(-25, 0, math.prod(s)).view(s) for s in [(1,), (8191,), (4096, 2), (3, 100_003)]]
+    grads = [(g * torch.randn(g.shape, generator=generator)).to(dtype) for g in grads]
+    grads += [torch.zeros(50, dtype=dtype), torch.zeros(0, 4, dtype=dtype), grads[2].T]
+    grads[1][:7] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45, 3e38])
+    strides = [_sample_stride(g) for g in grads]
+    expected = [
+        float(_selected_quantile(g.reshape(-1)[::n].float().square(), density)) for g, n in zip(grads, strides)
+    ]
+    assert kernels.density_thresholds(grads, strides, density) == expected
 
 
 def test_density_one_updates_everything_and_small_tensors_are_exact():

@@ -1,10 +1,11 @@
 """The CLASSP optimizer: Algorithm 1 of arXiv 2405.09637 as one pure function on tensors, and its foreach form.
 
-The compiled CPU form is in kernels.py, low-bit accumulators in state.py.
+The compiled CPU form is in kernels.py, that for GPUs in triton_kernels.py, low-bit accumulators in state.py.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -59,19 +60,23 @@ class CLASSP(Optimizer):
             (1 - density) quantile of g^2 over them, estimated per tensor and step from a fixed strided sample of up
             to 4,096 coordinates, without host synchronisation. Excludes `threshold`.
         maximize: ascend instead of descend.
-        foreach: use PyTorch's multi-tensor operations. Default: on for GPU tensors, off on CPU, where whole-model
-            temporaries make them slower.
-        fused: update CPU tensors (float32, bfloat16) with the compiled step, in one pass. Default: where it was built.
+        foreach: use PyTorch's multi-tensor operations. Default: on for GPU tensors where there is no Triton, off on CPU,
+            where whole-model temporaries make them slower.
+        fused: update in one pass: CPU tensors with the compiled step, GPU tensors with Triton's. Default: where those are
+            there, and for the dtypes they take (float32, bfloat16; on a GPU float16 too).
         state_dtype: `"float32"`; `"bfloat16"` or `"uint8"` keep the memory in two bytes or one a weight, rounded at
             random so that small increments count on average (error bounds: `classp_hf/optim/state.py`).
 
     Raises:
         ValueError: a hyperparameter out of its range, both `threshold` and `density`, or both `foreach` and `fused`; a
             complex parameter.
-        RuntimeError: `fused=True` where the compiled step was not built. From `step`: a sparse gradient; a NaN or
-            infinite gradient. Those never reach a weight or the memory, where they would stay for ever; the compiled
-            step has updated the other coordinates when it finds them.
+        RuntimeError: `fused=True` where the compiled step was not built and there is no Triton. From `step`: a sparse
+            gradient; a NaN or infinite gradient. Those never reach a weight or the memory, where they would stay for
+            ever; the fused step has updated the other coordinates when it finds them, and on a GPU, which it does not wait
+            for, a later `step` raises.
     """
+
+    _stepper: Any = None  # of tensors on GPUs
 
     def __init__(
         self,
@@ -200,10 +205,10 @@ class CLASSP(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        work: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
+        self._raise_if_found(self._stepper.found() if self._stepper else 0)
+        work: list[tuple[dict[str, Any], dict[str, list[Tensor]]]] = []
         for group in self.param_groups:
-            compiled: list[Tensor] = []
-            others: list[Tensor] = []
+            by_form: dict[str, list[Tensor]] = {"compiled": [], "triton": [], "torch": []}
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -216,38 +221,64 @@ class CLASSP(Optimizer):
                     # Also when nothing passes the threshold: distributed checkpoints initialise the state with a
                     # zero-gradient step and expect to find it.
                     self._init_state(p, group["state_dtype"])
-                wants = group["fused"] is not False and not group["foreach"]
-                tensors = (_local(t) for t in (p.detach(), p.grad, self.state[p]["accumulator"]))
-                takes = wants and kernels.takes(*tensors)
-                (compiled if takes else others).append(p)
-            work.append((group, compiled, others))
-        _check_gradients([p.grad for _, _, others in work for p in others])  # type: ignore[misc]
+                by_form[self._form(p, group)].append(p)
+            work.append((group, by_form))
+        _check_gradients([p.grad for _, by_form in work for p in by_form["torch"]])  # type: ignore[misc]
 
         bad = 0
-        for group, compiled, others in work:
+        for group, by_form in work:
             # in one order on every rank: of sharded gradients it takes a collective call
-            thresholds = {p: _threshold(p.grad, group) for p in group["params"] if p.grad is not None}
+            thresholds = _thresholds([p for p in group["params"] if p.grad is not None], by_form["compiled"], group)
             names = ("lr", "power", "eps", "apply_decay", "weight_decay", "maximize")
             hyperparameters = {name: group[name] for name in names}
-            if compiled:
-                states = [self.state[p] for p in compiled]
+            if compiled := by_form["compiled"]:
                 bad += kernels.classp_step_(
-                    [_local(p.detach()) for p in compiled],
-                    [_local(p.grad) for p in compiled],  # type: ignore[arg-type]
-                    [_local(state["accumulator"]) for state in states],
-                    [state.get("base") for state in states],
+                    *self._tensors(compiled),
                     [float(thresholds[p]) for p in compiled],
                     **{**hyperparameters, "lr": float(group["lr"])},
                 )
-            for params in _batches(others, group["foreach"]):
+            if on_gpu := by_form["triton"]:
+                if self._stepper is None:
+                    self._stepper = _triton_kernels().Stepper()
+                scaled = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
+                self._stepper(*self._tensors(on_gpu), [thresholds[p] for p in on_gpu], **hyperparameters, **scaled)
+            for params in _batches(by_form["torch"], group["foreach"]):
                 self._step_with_torch(params, [thresholds[p] for p in params], hyperparameters)
-        if sharded := [p for _, compiled, _ in work for p in compiled if _is_sharded(p)][:1]:
+        if sharded := [p for _, by_form in work for p in by_form["compiled"] if _is_sharded(p)][:1]:
             bad = int(_over_shards([torch.tensor(bad)], sharded, "sum")[0])  # every rank must come to the same verdict
-        if bad:
-            raise _non_finite(
-                f"{bad} coordinate{'s' * (bad > 1)}", "Nothing there was updated, nor entered the memory."
-            )
+        self._raise_if_found(bad)
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether `step` itself heeds `torch.amp.GradScaler`'s `grad_scale` and `found_inf`, without waiting for them."""
+        pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return bool(pairs) and all(self._form(p, group) == "triton" for p, group in pairs)
+
+    def _form(self, p: Tensor, group: dict[str, Any]) -> str:
+        """Which form of the step updates `p`: "compiled" (kernels.py), "triton" or "torch"."""
+        accumulator = self.state.get(p, {}).get("accumulator")
+        contiguous = accumulator is None or _local(accumulator).is_contiguous()
+        if group["fused"] is False or group["foreach"] or not contiguous:
+            return "torch"
+        param, grad = _local(p.detach()), _local(p.grad)  # type: ignore[arg-type]
+        if kernels.takes(param, grad):
+            return "compiled"
+        return "triton" if param.is_cuda and _triton_kernels() and _triton_kernels().takes(param, grad) else "torch"
+
+    def _tensors(self, params: list[Tensor]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+        states = [self.state[p] for p in params]
+        return (
+            [_local(p.detach()) for p in params],
+            [_local(p.grad) for p in params],  # type: ignore[arg-type]
+            [_local(state["accumulator"]) for state in states],
+            [state.get("base") for state in states],
+        )
+
+    def _raise_if_found(self, bad: int) -> None:
+        if bad:
+            coordinates = f"{bad} coordinate{'s' * (bad > 1)}"
+            raise _non_finite(coordinates, "Nothing there was updated, nor entered the memory.")
 
     def _step_with_torch(self, params: list[Tensor], thresholds: list[Any], hyperparameters: dict[str, Any]) -> None:
         weights = [_local(p.detach()) for p in params]
@@ -262,6 +293,16 @@ class CLASSP(Optimizer):
             classp_(weights[0], shrunk[0], accumulators[0], **hyperparameters)
         for p, values, bits in zip(params, accumulators, random):
             self._store(p, values, bits)
+
+
+@functools.cache
+def _triton_kernels() -> Any:
+    """The module, or None where there is no Triton, which PyTorch brings where it supports GPUs with it."""
+    try:
+        from . import triton_kernels
+    except ImportError:
+        return None
+    return triton_kernels
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:
@@ -280,7 +321,7 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
         raise ValueError(f"state_dtype must be one of {', '.join(STATE_DTYPES)}, got {group['state_dtype']!r}")
     if group["fused"] and group["foreach"]:
         raise ValueError("foreach=True and fused=True exclude each other. Pass one of them.")
-    if group["fused"] and not kernels.BUILT:
+    if group["fused"] and not (kernels.BUILT or _triton_kernels()):
         raise RuntimeError(
             "fused=True, but CLASSP's compiled step was not built: there was no C compiler when classp_hf was installed. "
             "Install one (gcc or clang) and then classp_hf again, or leave fused out."
@@ -462,6 +503,17 @@ def _threshold(grad: Tensor, group: dict[str, Any]) -> float | Tensor:
     return group["threshold"] if group["density"] is None else _density_threshold(grad.float(), group["density"])
 
 
+def _thresholds(params: list[Tensor], compiled: list[Tensor], group: dict[str, Any]) -> dict[Tensor, float | Tensor]:
+    """`_threshold` of every parameter's gradient; of those that the compiled step takes in one call."""
+    if (density := group["density"]) is None:
+        return dict.fromkeys(params, group["threshold"])
+    whole = [p for p in compiled if not _is_sharded(p.grad)]
+    grads: list[Tensor] = [p.grad for p in whole]  # type: ignore[misc]
+    strides = [_sample_stride(g) for g in grads]
+    found: dict[Tensor, Any] = dict(zip(whole, kernels.density_thresholds(grads, strides, density))) if whole else {}
+    return {p: found[p] if p in found else _threshold(p.grad, group) for p in params}  # type: ignore[arg-type]
+
+
 def _shrink(grad: Tensor, threshold: float | Tensor) -> Tensor:
     """The gradient in float32 with the coordinates that may not update set to zero."""
     g = grad.float()
@@ -477,9 +529,7 @@ def _density_threshold(g: Tensor, density: float) -> Tensor:
     """
     if g.numel() == 0:
         return _local(g).new_zeros(())
-    stride = max(1, g.numel() // _DENSITY_SAMPLE)
-    while stride > 1 and math.gcd(stride, g.shape[-1]) != 1:  # else whole columns would never be sampled
-        stride += 1
+    stride = _sample_stride(g)
     if _is_sharded(g):
         begin = _first_index(g.shape, g.device_mesh, g.placements)  # type: ignore[attr-defined]
         sample = _sample_of_shard(_local(g), begin, g.numel(), stride)
@@ -490,6 +540,13 @@ def _density_threshold(g: Tensor, density: float) -> Tensor:
     if squares.device.type == "cpu" and not torch.compiler.is_compiling():
         return _selected_quantile(squares, density)
     return _sorted_quantile(squares, density)
+
+
+def _sample_stride(g: Tensor) -> int:
+    stride = max(1, g.numel() // _DENSITY_SAMPLE)
+    while stride > 1 and math.gcd(stride, g.shape[-1]) != 1:  # else whole columns would never be sampled
+        stride += 1
+    return stride
 
 
 def _selected_quantile(squares: Tensor, density: float) -> Tensor:

@@ -16,7 +16,8 @@
 #define U8_SHIFT 19
 #define BF16_SHIFT 16
 #define MAX_JOBS 256
-#define VERSION 2 /* of the structs below; kernels.py has the same */
+#define MAX_SAMPLE 8192
+#define VERSION 3 /* of the structs below; kernels.py has the same */
 
 enum { F32 = 0, BF16 = 1, U8 = 2 };
 
@@ -218,6 +219,47 @@ CLONES static int64_t pull(const pull_tensor *t, const pull_hyper *hyper, int64_
 }
 
 typedef struct {
+    int64_t one;          /* a tensor is worked on as a whole */
+    int64_t count;        /* of the sample, g[0], g[stride], ...; at most MAX_SAMPLE */
+    const void *g;
+    int64_t stride;
+    double density;
+    float threshold;      /* the result: the (1 - density) quantile of the positive g^2, 0 if there are none */
+    int32_t g_dtype;
+} density_tensor;
+
+/* As `_selected_quantile` in classp.py, to the bit. Bits of floats >= 0 are ordered as they are: the rank's digits, of 11 bits,
+ * are found one after the other by counting. */
+static int64_t quantile(density_tensor *t) {
+    uint32_t sample[MAX_SAMPLE], counts[2048], found = 0;
+    int64_t n = 0;
+    for (int64_t i = 0; i < t->count; i++) {
+        const int64_t at = i * t->stride;
+        const float g = t->g_dtype == BF16 ? from_bits((uint32_t)((const uint16_t *)t->g)[at] << 16) : ((const float *)t->g)[at];
+        sample[n] = to_bits(g * g);
+        n += g * g > 0;
+    }
+    int64_t rank = (int64_t)ceil((1 - t->density) * (double)n - 1e-6);
+    t->threshold = 0;
+    if (rank <= 0) return 0;
+    for (int shift = 22; shift >= 0; shift -= 11) {
+        memset(counts, 0, sizeof counts);
+        for (int64_t i = 0; i < n; i++) counts[sample[i] >> shift & 2047]++;
+        uint32_t digit = 0;
+        while (rank > counts[digit]) rank -= counts[digit++];
+        found |= digit << shift;
+        int64_t left = 0;
+        for (int64_t i = 0; i < n; i++) {
+            sample[left] = sample[i];
+            left += (sample[i] >> shift & 2047) == digit;
+        }
+        n = left;
+    }
+    t->threshold = from_bits(found);
+    return 0;
+}
+
+typedef struct {
     const char *tensors;  /* structs of `size` bytes that begin with their number of weights */
     size_t size;
     int64_t (*work)(const char *tensor, const void *hyper, int64_t begin, int64_t end);
@@ -256,10 +298,11 @@ static void *work_off(void *argument) {
 
 static void work_off_too(void *argument) { work_off(argument); }
 
-static int64_t run_on_threads(job whole, int threads) {
+/* `worth`: blocks that a thread has to get for starting it to be worth it */
+static int64_t run_on_threads(job whole, int threads, int worth) {
     int64_t blocks = 0, result = 0;
     for (int64_t k = 0; k < whole.count; k++) blocks += blocks_of(whole.tensors + k * whole.size);
-    if (threads > blocks / 128) threads = (int)(blocks / 128);  /* starting one costs as much as some 30,000 weights */
+    if (threads > blocks / worth) threads = (int)(blocks / worth);
     if (threads > MAX_JOBS) threads = MAX_JOBS;
     if (threads < 1) threads = 1;
     /* more jobs than threads: those over weights without a gradient are done sooner */
@@ -290,10 +333,19 @@ static int64_t pull_work(const char *tensor, const void *hyper, int64_t begin, i
     return pull((const pull_tensor *)tensor, (const pull_hyper *)hyper, begin, end);
 }
 
+static int64_t quantile_work(const char *tensor, const void *hyper, int64_t begin, int64_t end) {
+    (void)hyper, (void)begin, (void)end;
+    return quantile((density_tensor *)tensor);
+}
+
 int64_t classp_step(const classp_tensor *tensors, int64_t count, const classp_hyper *hyper, int threads) {
-    return run_on_threads((job){(const char *)tensors, sizeof *tensors, update_work, hyper, count, 0, 0, 0}, threads);
+    return run_on_threads((job){(const char *)tensors, sizeof *tensors, update_work, hyper, count, 0, 0, 0}, threads, 128);
 }
 
 void classp_pull(const pull_tensor *tensors, int64_t count, const pull_hyper *hyper, int threads) {
-    run_on_threads((job){(const char *)tensors, sizeof *tensors, pull_work, hyper, count, 0, 0, 0}, threads);
+    run_on_threads((job){(const char *)tensors, sizeof *tensors, pull_work, hyper, count, 0, 0, 0}, threads, 128);
+}
+
+void classp_thresholds(density_tensor *tensors, int64_t count, int threads) {
+    run_on_threads((job){(const char *)tensors, sizeof *tensors, quantile_work, NULL, count, 0, 0, 0}, threads, 8);
 }

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["BUILT", "classp_step_", "pull_", "pulls", "takes"]
+__all__ = ["BUILT", "classp_step_", "density_thresholds", "pull_", "pulls", "takes"]
 
-_VERSION = 2
+_VERSION = 3
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 
 
@@ -29,6 +29,18 @@ class _Hyperparameters(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_float) for name in ("step", "decay", "power", "eps")),
         ("apply_decay", ctypes.c_int32),
+    ]
+
+
+class _DensityTensor(ctypes.Structure):
+    _fields_ = [
+        ("one", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("g", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("density", ctypes.c_double),
+        ("threshold", ctypes.c_float),
+        ("g_dtype", ctypes.c_int32),
     ]
 
 
@@ -58,6 +70,7 @@ def _load() -> ctypes.CDLL | None:
                 ):
                     pointers = ctypes.POINTER(tensor), ctypes.POINTER(hyper)
                     function.argtypes = [pointers[0], ctypes.c_int64, pointers[1], ctypes.c_int]
+                library.classp_thresholds.argtypes = [ctypes.POINTER(_DensityTensor), ctypes.c_int64, ctypes.c_int]
                 return library
     return None
 
@@ -68,7 +81,7 @@ BUILT = _library is not None
 """Whether the compiled step is there. Without it CLASSP takes PyTorch's operations one by one, several times slower."""
 
 
-def takes(param: Tensor, grad: Tensor, accumulator: Tensor) -> bool:
+def takes(param: Tensor, grad: Tensor) -> bool:
     """Whether the compiled step can update `param` (plain tensors: the local parts of sharded ones)."""
     return (
         BUILT
@@ -76,7 +89,6 @@ def takes(param: Tensor, grad: Tensor, accumulator: Tensor) -> bool:
         and param.dtype in (torch.float32, torch.bfloat16)
         and grad.dtype in (torch.float32, torch.bfloat16)
         and param.is_contiguous()
-        and accumulator.is_contiguous()
         and not torch.compiler.is_compiling()
     )
 
@@ -124,6 +136,24 @@ def classp_step_(
     bad = _library.classp_step(tensors, len(params), ctypes.byref(hyperparameters), torch.get_num_threads())
     torch.autograd.graph.increment_version([*params, *accumulators])
     return bad
+
+
+def density_thresholds(grads: Sequence[Tensor], strides: Sequence[int], density: float) -> list[float]:
+    """The (1 - density) quantile of the positive squares of `grad.reshape(-1)[::stride]`, 0 where there are none.
+
+    Args:
+        grads: of the dtypes that `takes` accepts, none with more than 8,192 coordinates in its sample.
+    """
+    assert _library is not None
+    grads = [g.contiguous() for g in grads]
+    tensors = (_DensityTensor * len(grads))(
+        *(
+            _DensityTensor(1, -(-g.numel() // stride), g.data_ptr(), stride, density, 0.0, _DTYPES[g.dtype])
+            for g, stride in zip(grads, strides)
+        )
+    )
+    _library.classp_thresholds(tensors, len(grads), torch.get_num_threads())
+    return [t.threshold for t in tensors]
 
 
 def pulls(*tensors: Tensor | None) -> bool:
