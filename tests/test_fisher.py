@@ -21,6 +21,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from classp_hf import EWC, ContinualTrainer
 from classp_hf.methods import fisher
 from classp_hf.methods.fisher import batches_of_equal_shape, sum_squared_gradients
+from classp_hf.optim import kernels
 
 WORDS = 40
 
@@ -313,3 +314,17 @@ def test_a_tasks_fisher_does_not_depend_on_how_examples_are_shared_out(task_fish
     assert_equal({n: ranks[0][n] + ranks[1][n] for n in one}, one)
     monkeypatch.undo()
     assert any(not torch.allclose(t, one[n]) for n, t in task_fisher("empirical").items())
+
+
+@pytest.mark.parametrize("built", [True, False], ids=["compiled", "torch"])
+@pytest.mark.parametrize("examples, tokens, rows, columns", [(3, 5, 7, 50), (8, 22, 70, 300), (2, 3, 37, 33), (1, 2, 4, 32), (2, 1, 5, 40), (1, 9, 3, 1)])  # fmt: skip
+def test_squares_of_products(built, examples, tokens, rows, columns, monkeypatch):
+    if built and not kernels.BUILT:
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(kernels, "BUILT", built)
+    monkeypatch.setattr(fisher, "_PIECE", 100)
+    torch.manual_seed(0)
+    left, right, total = torch.randn(examples, tokens, rows), torch.randn(examples, columns, tokens).mT, torch.rand(rows, columns)  # fmt: skip
+    expected = total.double() + torch.einsum("etr,etc->erc", left.double(), right.double()).square().sum(0)
+    fisher._Products(left, right).square_into(total)
+    torch.testing.assert_close(total, expected.float(), rtol=1e-5, atol=1e-5)

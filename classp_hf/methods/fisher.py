@@ -15,6 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 from transformers.pytorch_utils import Conv1D
 
 from ..memory import bare_model, is_language_model
+from ..optim import kernels
 
 # Per-example gradients are made in pieces of about so many numbers: what a CPU's cache holds, what keeps a GPU busy.
 _PIECE, _PIECE_GPU = 2**18, 2**24
@@ -260,6 +261,8 @@ class _Products:
         if tokens == 1:
             left, right = (t[:, 0].square().float() for t in (self.left, self.right))
             total.addmm_(left.T, right)
+            return
+        if kernels.square_products_(total, self.left, self.right):
             return
         piece = _PIECE if total.device.type == "cpu" else _PIECE_GPU
         step = max(1, min(rows, piece // total.shape[1]))

@@ -17,7 +17,7 @@
 #define BF16_SHIFT 16
 #define MAX_JOBS 256
 #define MAX_SAMPLE 8192
-#define VERSION 3 /* of the structs below; kernels.py has the same */
+#define VERSION 4 /* of the structs below; kernels.py has the same */
 
 enum { F32 = 0, BF16 = 1, U8 = 2 };
 
@@ -259,6 +259,69 @@ static int64_t quantile(density_tensor *t) {
     return 0;
 }
 
+#define TILE_ROWS 4
+#define TILE_COLUMNS 32
+#define UNIT_ROWS 32 /* of `total`, which a thread works on as a whole, so that it stays in its first-level cache */
+#define UNIT_COLUMNS 128
+
+typedef struct {
+    int64_t n;            /* BLOCK times the number of units */
+    int64_t examples, tokens, rows, columns;
+    const float *left;    /* (examples, tokens, rows) */
+    const float *right;   /* (examples, tokens, columns) */
+    float *total;         /* (rows, columns), to which the sum over examples of the squares of left^T right is added */
+} product_tensor;
+
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=fast")
+typedef float sixteen __attribute__((vector_size(64), aligned(4), may_alias));
+
+/* One tile of one example: `tile` is total's, of which `columns` make a row. */
+static inline __attribute__((always_inline)) void square_tile(
+    const product_tensor *t, const float *left, const float *right, float *tile
+) {
+    sixteen sum[TILE_ROWS][2] = {0};
+    for (int64_t k = 0; k < t->tokens; k++, left += t->rows, right += t->columns) {
+        const sixteen low = *(const sixteen *)right, high = *(const sixteen *)(right + 16);
+        for (int i = 0; i < TILE_ROWS; i++) {
+            sum[i][0] += left[i] * low;
+            sum[i][1] += left[i] * high;
+        }
+    }
+    for (int i = 0; i < TILE_ROWS; i++, tile += t->columns) {
+        *(sixteen *)tile += sum[i][0] * sum[i][0];
+        *(sixteen *)(tile + 16) += sum[i][1] * sum[i][1];
+    }
+}
+
+static void square_edge(const product_tensor *t, const float *left, const float *right, float *tile, int rows, int columns) {
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < columns; j++) {
+            float sum = 0;
+            for (int64_t k = 0; k < t->tokens; k++) sum += left[k * t->rows + i] * right[k * t->columns + j];
+            tile[i * t->columns + j] += sum * sum;
+        }
+}
+
+CLONES static int64_t square_products(const product_tensor *t, int64_t unit) {
+    const int64_t across = (t->columns + UNIT_COLUMNS - 1) / UNIT_COLUMNS;
+    const int64_t row = unit / across * UNIT_ROWS, column = unit % across * UNIT_COLUMNS;
+    const int64_t last_row = row + UNIT_ROWS < t->rows ? row + UNIT_ROWS : t->rows;
+    const int64_t last_column = column + UNIT_COLUMNS < t->columns ? column + UNIT_COLUMNS : t->columns;
+    for (int64_t e = 0; e < t->examples; e++) {
+        const float *left = t->left + e * t->tokens * t->rows, *right = t->right + e * t->tokens * t->columns;
+        for (int64_t j = column; j < last_column; j += TILE_COLUMNS)
+            for (int64_t i = row; i < last_row; i += TILE_ROWS) {
+                float *tile = t->total + i * t->columns + j;
+                const int64_t rows = last_row - i, columns = last_column - j;
+                if (rows >= TILE_ROWS && columns >= TILE_COLUMNS) square_tile(t, left + i, right + j, tile);
+                else square_edge(t, left + i, right + j, tile, rows < TILE_ROWS ? (int)rows : TILE_ROWS, columns < TILE_COLUMNS ? (int)columns : TILE_COLUMNS);
+            }
+    }
+    return 0;
+}
+#pragma GCC pop_options
+
 typedef struct {
     const char *tensors;  /* structs of `size` bytes that begin with their number of weights */
     size_t size;
@@ -338,6 +401,12 @@ static int64_t quantile_work(const char *tensor, const void *hyper, int64_t begi
     return quantile((density_tensor *)tensor);
 }
 
+static int64_t product_work(const char *tensor, const void *hyper, int64_t begin, int64_t end) {
+    (void)hyper;
+    for (int64_t unit = begin / BLOCK; unit < end / BLOCK; unit++) square_products((const product_tensor *)tensor, unit);
+    return 0;
+}
+
 int64_t classp_step(const classp_tensor *tensors, int64_t count, const classp_hyper *hyper, int threads) {
     return run_on_threads((job){(const char *)tensors, sizeof *tensors, update_work, hyper, count, 0, 0, 0}, threads, 128);
 }
@@ -348,4 +417,9 @@ void classp_pull(const pull_tensor *tensors, int64_t count, const pull_hyper *hy
 
 void classp_thresholds(density_tensor *tensors, int64_t count, int threads) {
     run_on_threads((job){(const char *)tensors, sizeof *tensors, quantile_work, NULL, count, 0, 0, 0}, threads, 8);
+}
+
+void classp_square_products(product_tensor *t, int threads) {
+    t->n = BLOCK * ((t->rows + UNIT_ROWS - 1) / UNIT_ROWS) * ((t->columns + UNIT_COLUMNS - 1) / UNIT_COLUMNS);
+    run_on_threads((job){(const char *)t, sizeof *t, product_work, NULL, 1, 0, 0, 0}, threads, 4);
 }

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["BUILT", "classp_step_", "density_thresholds", "pull_", "pulls", "takes"]
+__all__ = ["BUILT", "classp_step_", "density_thresholds", "pull_", "pulls", "square_products_", "takes"]
 
-_VERSION = 3
+_VERSION = 4
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 
 
@@ -44,6 +44,13 @@ class _DensityTensor(ctypes.Structure):
     ]
 
 
+class _Products(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("n", "examples", "tokens", "rows", "columns")),
+        *((name, ctypes.c_void_p) for name in ("left", "right", "total")),
+    ]
+
+
 class _PulledTensor(ctypes.Structure):
     _fields_ = [
         ("n", ctypes.c_int64),
@@ -71,6 +78,7 @@ def _load() -> ctypes.CDLL | None:
                     pointers = ctypes.POINTER(tensor), ctypes.POINTER(hyper)
                     function.argtypes = [pointers[0], ctypes.c_int64, pointers[1], ctypes.c_int]
                 library.classp_thresholds.argtypes = [ctypes.POINTER(_DensityTensor), ctypes.c_int64, ctypes.c_int]
+                library.classp_square_products.argtypes = [ctypes.POINTER(_Products), ctypes.c_int]
                 return library
     return None
 
@@ -154,6 +162,35 @@ def density_thresholds(grads: Sequence[Tensor], strides: Sequence[int], density:
     )
     _library.classp_thresholds(tensors, len(grads), torch.get_num_threads())
     return [t.threshold for t in tensors]
+
+
+def square_products_(total: Tensor, left: Tensor, right: Tensor) -> bool:
+    """Add to `total`, (rows, columns), the sum over examples of the squares of `left[example].T @ right[example]`.
+
+    No example's product is ever whole: each tile of it is squared where it was made.
+
+    Args:
+        left: (examples, tokens, rows).
+        right: (examples, tokens, columns).
+
+    Returns:
+        Whether it was done; not where the tensors are no float32 ones on the CPU, or nothing was built.
+    """
+    tensors = (total, left, right)
+    if (
+        not BUILT
+        or any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors)
+        or not total.is_contiguous()
+    ):
+        return False
+    assert _library is not None
+    left, right = left.contiguous(), right.contiguous()
+    examples, tokens, rows = left.shape
+    pointers = (t.data_ptr() for t in (left, right, total))
+    given = _Products(0, examples, tokens, rows, right.shape[-1], *pointers)
+    _library.classp_square_products(ctypes.byref(given), torch.get_num_threads())
+    torch.autograd.graph.increment_version([total])
+    return True
 
 
 def pulls(*tensors: Tensor | None) -> bool:
