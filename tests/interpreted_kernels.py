@@ -140,3 +140,21 @@ def test_a_gradient_that_is_not_finite_is_reported_by_the_next_step_and_never_re
     p.grad = torch.ones(2000)
     optimizer.step()  # goes on if it is let
     assert optimizer.accumulator(p)[3] == 1
+
+
+def test_a_gpu_on_which_the_step_does_not_work_gets_pytorchs_operations(monkeypatch):
+    """Asked with a small step, once a device."""
+    monkeypatch.setattr(triton_kernels, "_WORKS", {})
+    assert triton_kernels.works(torch.device("cpu"))
+    for broken, problem in (
+        (
+            lambda *_, **__: (_ for _ in ()).throw(RuntimeError("Failed to find C compiler")),
+            "RuntimeError: Failed to find C compiler",
+        ),
+        (lambda *_, **__: None, "it gives other weights"),
+    ):
+        triton_kernels._WORKS.clear()
+        monkeypatch.setattr(triton_kernels.Stepper, "__call__", broken)
+        with pytest.warns(UserWarning, match=problem):
+            assert not triton_kernels.works(torch.device("cpu"))
+        assert not triton_kernels.works(torch.device("cpu"))

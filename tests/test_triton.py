@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -15,12 +16,17 @@ triton = pytest.importorskip("triton")
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "uint8": "u8"}
 
 
-def compiled_for(target, kernel, weight, state, power):
+def compiled_for(target, kernel, weight, state, power, scaled=False):
     import triton.language as tl
     from triton.compiler import ASTSource
 
-    constants = {"grad_scale": None, "found_inf": None, "KIND": power, "APPLY_DECAY": True}
+    constants = {"KIND": power, "APPLY_DECAY": True}
     pointers = {"bad": "i32", "lr": "fp32"}
+    for name in ("grad_scale", "found_inf"):
+        if scaled:
+            pointers[name] = "fp32"
+        else:
+            constants[name] = None
     if kernel.arg_names[0] == "table":
         constants |= {name: getattr(tl, dtype) for name, dtype in zip("WGS", (weight, weight, state))}
         pointers |= {"table": "i64", "tensor_of": "i32", "thresholds": "fp32"}
@@ -45,8 +51,8 @@ def test_compiles_for_a_gpu_with_wide_loads_and_no_contraction(weight, state, po
     from classp_hf.optim import triton_kernels
 
     h200 = GPUTarget("cuda", 90, 32)
-    for kernel in (triton_kernels._step_all, triton_kernels._step_one):
-        asm = compiled_for(h200, kernel, weight, state, power)
+    for kernel, scaled in itertools.product((triton_kernels._step_all, triton_kernels._step_one), (False, True)):
+        asm = compiled_for(h200, kernel, weight, state, power, scaled)
         assert asm["cubin"]  # by NVIDIA's own assembler
         assert re.search(r"ld\.global\.v4\.b32", asm["ptx"]) and re.search(r"st\.global\.v4\.b32", asm["ptx"])
         if power:

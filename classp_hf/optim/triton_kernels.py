@@ -6,6 +6,8 @@ no gradient passes costs reading its gradients. Nothing is read back to the host
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -33,7 +35,38 @@ def takes(param: Tensor, grad: Tensor) -> bool:
         and grad.dtype in _DTYPES
         and param.is_contiguous()
         and not torch.compiler.is_compiling()
+        and (param.device in _WORKS or not _capturing(param.device))
+        and works(param.device)
     )
+
+
+def works(device: torch.device) -> bool:
+    """Whether a small step on `device` gives what PyTorch's operations give; asked once, with a warning if not.
+
+    Triton needs a C compiler and Python's headers at run time, and GPUs of some age.
+    """
+    if device not in _WORKS:
+        g = torch.linspace(-1, 1, 3000, device=device)
+        w, s, x = torch.ones_like(g), torch.zeros_like(g), torch.where(g.square() > 0.25, g, 0.0)
+        hyperparameters = {"lr": 0.1, "power": 2.0, "eps": 1e-6, "apply_decay": True, "weight_decay": 0.0, "maximize": False}  # fmt: skip
+        problem = ""
+        try:
+            Stepper()([w], [g], [s], [None], [0.25], **hyperparameters)  # type: ignore[arg-type]
+            if not (torch.allclose(s, x.square()) and torch.allclose(w, 1 - 0.1 * x / (x.square() + 1e-6).sqrt())):
+                problem = "it gives other weights than PyTorch's operations"
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            warnings.warn(
+                f"CLASSP's Triton step does not work on {device} ({problem}). PyTorch's operations are used instead, which "
+                "are slower.",
+                stacklevel=2,
+            )
+        _WORKS[device] = not problem
+    return _WORKS[device]
+
+
+_WORKS: dict[torch.device, bool] = {}
 
 
 @triton.jit
@@ -182,7 +215,7 @@ class Stepper:
     """Launches the steps of one optimizer, and reports what they found."""
 
     def __init__(self) -> None:
-        self._tables: dict[Any, tuple[list[int], Tensor, Tensor, int]] = {}
+        self._tables: dict[Any, tuple[list[int], Tensor, list[list[int]], Tensor]] = {}
         self._bad: dict[torch.device, Tensor] = {}
         self._reports: list[tuple[Tensor, Tensor, torch.cuda.Event | None]] = []
 
@@ -232,10 +265,7 @@ class Stepper:
                 rate,
                 None if grad_scale is None else grad_scale.to(device),
                 None if found_inf is None else found_inf.to(device),
-                weight_decay,
-                eps,
-                power,
-                1.0 if maximize else -1.0,
+                *(float(x) for x in (weight_decay, eps, power, 1 if maximize else -1)),
             )
             constants = {"KIND": int(power) if power in (1, 2) else 0, "APPLY_DECAY": apply_decay}
             if not _INTERPRETED:
@@ -257,18 +287,21 @@ class Stepper:
     def _table(
         self, kind: Any, chosen: list[tuple[Tensor, Tensor, Tensor, Tensor | None]]
     ) -> tuple[Tensor, Tensor, int]:
-        """What `_step_all` reads; the same as at the step before if all tensors are where they were."""
-        rows, first = [], 0
-        for w, g, s, base in chosen:
-            at = 0 if base is None else base.data_ptr()
-            rows += [w.data_ptr(), g.data_ptr(), s.data_ptr(), at, w.numel(), first]
-            first += triton.cdiv(w.numel(), _WEIGHTS)
-        device, key = kind[0], (kind, rows[0])  # of every parameter group
-        if key not in self._tables or self._tables[key][0] != rows:
-            counts = torch.tensor([triton.cdiv(w.numel(), _WEIGHTS) for w, *_ in chosen])
-            tensor_of = torch.arange(len(chosen), dtype=torch.int32).repeat_interleave(counts)
-            self._tables[key] = rows, _to(device, torch.tensor(rows)), _to(device, tensor_of), first
-        return self._tables[key][1:]
+        """What `_step_all` reads. Made anew where something has moved, as gradients may at every step."""
+        device, blocks = kind[0], [triton.cdiv(w.numel(), _WEIGHTS) for w, *_ in chosen]
+        rows = [
+            [*(0 if t is None else t.data_ptr() for t in tensors), tensors[0].numel(), first]
+            for tensors, first in zip(chosen, itertools.accumulate(blocks, initial=0))
+        ]
+        key = kind, rows[0][0]  # a parameter group
+        known = self._tables.get(key)
+        if known is None or known[0] != blocks:
+            of = torch.arange(len(blocks), dtype=torch.int32).repeat_interleave(torch.tensor(blocks))
+            known = blocks, _to(device, of), [], torch.empty(0)
+        if known[2] != rows:
+            known = *known[:2], rows, _to(device, torch.tensor(rows))
+        self._tables[key] = known
+        return known[3], known[1], sum(blocks)
 
     def _ask(self, devices: list[torch.device]) -> None:
         """Send for the numbers of bad gradients, one message at a time."""
