@@ -88,7 +88,7 @@ def page(results: Path) -> str:
             "resident_mib": "memory of the process, MiB",
             "disk_mib": "disk, MiB",
         }
-        table = [["", "tasks 4 to 13", "the last ten", "ratio"]]
+        table = [["", "tasks 3 to 14", "the last twelve", "ratio"]]
         table += [[label, *(f"{x:.1f}" for x in found["early_late"][n]), f"{found['early_late'][n][1] / found['early_late'][n][0]:.3f}"] for n, label in named.items()]  # fmt: skip
         parts += ["## Fifty tasks", report._markdown(table, "<>>>"), source(found)]
     return "\n\n".join(parts) + "\n"

@@ -63,7 +63,8 @@ class CLASSP(Optimizer):
         foreach: use PyTorch's multi-tensor operations. Default: on for GPU tensors where there is no Triton, off on CPU,
             where whole-model temporaries make them slower.
         fused: update in one pass: CPU tensors with the compiled step, GPU tensors with Triton's. Default: where those are
-            there, and for the dtypes they take (float32, bfloat16; on a GPU float16 too).
+            there, and for the dtypes they take (float32, bfloat16; on a GPU float16 too). Given as True, a GPU step also heeds
+            `torch.amp.GradScaler` by itself, without waiting for it.
         state_dtype: `"float32"`; `"bfloat16"` or `"uint8"` keep the memory in two bytes or one a weight, rounded at
             random so that small increments count on average (error bounds: `classp_hf/optim/state.py`).
 
@@ -205,7 +206,8 @@ class CLASSP(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        self._raise_if_found(self._stepper.found() if self._stepper else 0)
+        if self._stepper and not torch.compiler.is_compiling():
+            self._raise_if_found(self._stepper.found())
         work: list[tuple[dict[str, Any], dict[str, list[Tensor]]]] = []
         for group in self.param_groups:
             by_form: dict[str, list[Tensor]] = {"compiled": [], "triton": [], "torch": []}
@@ -226,7 +228,7 @@ class CLASSP(Optimizer):
         _check_gradients([p.grad for _, by_form in work for p in by_form["torch"]])  # type: ignore[misc]
 
         bad = 0
-        for group, by_form in work:
+        for number, (group, by_form) in enumerate(work):
             # in one order on every rank: of sharded gradients it takes a collective call
             thresholds = _thresholds([p for p in group["params"] if p.grad is not None], by_form["compiled"], group)
             names = ("lr", "power", "eps", "apply_decay", "weight_decay", "maximize")
@@ -241,30 +243,42 @@ class CLASSP(Optimizer):
                 if self._stepper is None:
                     self._stepper = _triton_kernels().Stepper()
                 scaled = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
-                self._stepper(*self._tensors(on_gpu), [thresholds[p] for p in on_gpu], **hyperparameters, **scaled)
+                self._stepper(
+                    number, *self._tensors(on_gpu), [thresholds[p] for p in on_gpu], **hyperparameters, **scaled
+                )
             for params in _batches(by_form["torch"], group["foreach"]):
                 self._step_with_torch(params, [thresholds[p] for p in params], hyperparameters)
+        # every rank must come to the same verdict
         if sharded := [p for _, by_form in work for p in by_form["compiled"] if _is_sharded(p)][:1]:
-            bad = int(_over_shards([torch.tensor(bad)], sharded, "sum")[0])  # every rank must come to the same verdict
+            bad = int(_over_shards([torch.tensor(bad)], sharded, "sum")[0])
+        if on_gpu := [p for _, by_form in work for p in by_form["triton"]]:
+            sharded = [p for p in on_gpu if _is_sharded(p)][:1]
+            over_ranks = (lambda number: _over_shards([number], sharded, "sum")[0]) if sharded else None
+            self._stepper.send({p.device for p in on_gpu}, over_ranks)
         self._raise_if_found(bad)
         return loss
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether `step` itself heeds `torch.amp.GradScaler`'s `grad_scale` and `found_inf`, without waiting for them."""
+        """Whether `step` itself heeds `torch.amp.GradScaler`'s `grad_scale` and `found_inf`, without waiting for them.
+
+        Only if `fused=True` asks for it, as of torch's own optimizers: accelerate then takes a skipped step for a step.
+        """
         pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return bool(pairs) and all(self._form(p, group) == "triton" for p, group in pairs)
+        return bool(pairs) and all(group["fused"] and self._form(p, group) == "triton" for p, group in pairs)
 
     def _form(self, p: Tensor, group: dict[str, Any]) -> str:
         """Which form of the step updates `p`: "compiled" (kernels.py), "triton" or "torch"."""
-        accumulator = self.state.get(p, {}).get("accumulator")
-        contiguous = accumulator is None or _local(accumulator).is_contiguous()
-        if group["fused"] is False or group["foreach"] or not contiguous:
+        if group["fused"] is False or group["foreach"] or torch.compiler.is_compiling():
             return "torch"
-        param, grad = _local(p.detach()), _local(p.grad)  # type: ignore[arg-type]
-        if kernels.takes(param, grad):
+        accumulator = self.state.get(p, {}).get("accumulator")
+        accumulator = None if accumulator is None else _local(accumulator)
+        if accumulator is not None and not accumulator.is_contiguous():
+            return "torch"
+        tensors = _local(p.detach()), _local(p.grad), accumulator  # type: ignore[arg-type]
+        if kernels.takes(*tensors):
             return "compiled"
-        return "triton" if param.is_cuda and _triton_kernels() and _triton_kernels().takes(param, grad) else "torch"
+        return "triton" if p.is_cuda and _triton_kernels() and _triton_kernels().takes(*tensors) else "torch"
 
     def _tensors(self, params: list[Tensor]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
         states = [self.state[p] for p in params]
@@ -300,7 +314,7 @@ def _triton_kernels() -> Any:
     """The module, or None where there is no Triton, which PyTorch brings where it supports GPUs with it."""
     try:
         from . import triton_kernels
-    except ImportError:
+    except Exception:  # a broken one, too
         return None
     return triton_kernels
 
@@ -500,7 +514,7 @@ def _foreach_classp_(
 
 def _threshold(grad: Tensor, group: dict[str, Any]) -> float | Tensor:
     """What g^2 has to exceed."""
-    return group["threshold"] if group["density"] is None else _density_threshold(grad.float(), group["density"])
+    return group["threshold"] if group["density"] is None else _density_threshold(grad, group["density"])
 
 
 def _thresholds(params: list[Tensor], compiled: list[Tensor], group: dict[str, Any]) -> dict[Tensor, float | Tensor]:
@@ -528,7 +542,7 @@ def _density_threshold(g: Tensor, density: float) -> Tensor:
     Of a sharded (DTensor) gradient it is that of the whole tensor, to the bit and on every rank; a collective call.
     """
     if g.numel() == 0:
-        return _local(g).new_zeros(())
+        return _local(g).new_zeros((), dtype=torch.float32)
     stride = _sample_stride(g)
     if _is_sharded(g):
         begin = _first_index(g.shape, g.device_mesh, g.placements)  # type: ignore[attr-defined]
@@ -536,7 +550,7 @@ def _density_threshold(g: Tensor, density: float) -> Tensor:
         sample = _over_shards([sample], [g], "sum")[0]
     else:
         sample = g.reshape(-1)[::stride]
-    squares = sample.square()
+    squares = sample.float().square()
     if squares.device.type == "cpu" and not torch.compiler.is_compiling():
         return _selected_quantile(squares, density)
     return _sorted_quantile(squares, density)

@@ -89,15 +89,15 @@ BUILT = _library is not None
 """Whether the compiled step is there. Without it CLASSP takes PyTorch's operations one by one, several times slower."""
 
 
-def takes(param: Tensor, grad: Tensor) -> bool:
+def takes(param: Tensor, grad: Tensor, accumulator: Tensor | None) -> bool:
     """Whether the compiled step can update `param` (plain tensors: the local parts of sharded ones)."""
+    tensors = [t for t in (param, grad, accumulator) if t is not None]
     return (
         BUILT
-        and param.device.type == "cpu"
+        and all(type(t) is Tensor and t.device.type == "cpu" for t in tensors)
         and param.dtype in (torch.float32, torch.bfloat16)
         and grad.dtype in (torch.float32, torch.bfloat16)
         and param.is_contiguous()
-        and not torch.compiler.is_compiling()
     )
 
 

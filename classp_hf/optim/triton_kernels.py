@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -27,15 +27,18 @@ _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8}
 
 
-def takes(param: Tensor, grad: Tensor) -> bool:
-    """Whether the step can update `param` (plain tensors: the local parts of sharded ones)."""
+def takes(param: Tensor, grad: Tensor, accumulator: Tensor | None) -> bool:
+    """Whether the step can update `param` (plain tensors: the local parts of sharded ones).
+
+    Not while a CUDA graph is captured: neither can what the kernel reads be sent then, nor a kernel be loaded.
+    """
+    tensors = [t for t in (param, grad, accumulator) if t is not None]
     return (
-        param.is_cuda
+        all(type(t) is Tensor and t.is_cuda and t.data_ptr() % 16 == 0 for t in tensors)
         and param.dtype in _DTYPES
         and grad.dtype in _DTYPES
         and param.is_contiguous()
-        and not torch.compiler.is_compiling()
-        and (param.device in _WORKS or not _capturing(param.device))
+        and not torch.cuda.is_current_stream_capturing()
         and works(param.device)
     )
 
@@ -46,12 +49,12 @@ def works(device: torch.device) -> bool:
     Triton needs a C compiler and Python's headers at run time, and GPUs of some age.
     """
     if device not in _WORKS:
-        g = torch.linspace(-1, 1, 3000, device=device)
+        g = torch.linspace(-1, 1, 3000, device=device, dtype=torch.float32)
         w, s, x = torch.ones_like(g), torch.zeros_like(g), torch.where(g.square() > 0.25, g, 0.0)
         hyperparameters = {"lr": 0.1, "power": 2.0, "eps": 1e-6, "apply_decay": True, "weight_decay": 0.0, "maximize": False}  # fmt: skip
         problem = ""
         try:
-            Stepper()([w], [g], [s], [None], [0.25], **hyperparameters)  # type: ignore[arg-type]
+            Stepper()(0, [w], [g], [s], [None], [0.25], **hyperparameters)  # type: ignore[arg-type]
             if not (torch.allclose(s, x.square()) and torch.allclose(w, 1 - 0.1 * x / (x.square() + 1e-6).sqrt())):
                 problem = "it gives other weights than PyTorch's operations"
         except Exception as error:
@@ -104,13 +107,13 @@ def _update(
     at = row[:, None] * _BLOCK + tl.arange(0, _BLOCK)[None, :]
     inside = at < n
     raw = _load(g + at, inside, MASKED).to(tl.float32)
-    finite = tl.abs(raw) <= _LARGEST
-    wrong = tl.sum(tl.sum((~finite).to(tl.int32), 1), 0)
-    if wrong > 0:
-        tl.atomic_add(bad, wrong)
     x = raw
     if grad_scale is not None:
         x = x / tl.load(grad_scale)
+    finite = tl.abs(x) <= _LARGEST
+    wrong = tl.sum(tl.sum((~finite).to(tl.int32), 1), 0)
+    if wrong > 0:
+        tl.atomic_add(bad, wrong)
     passed = finite & tl.where(threshold == 0, x != 0, x * x > threshold)
     x = tl.where(passed, x, 0.0)
     updates = tl.max(tl.max(passed.to(tl.int32), 1), 0)
@@ -167,10 +170,20 @@ def _update(
 
 
 @triton.jit
-def _update_block(
-    block, w, g, s, base, n, threshold, bad, lr, grad_scale, found_inf, weight_decay, eps, power, sign,
-    KIND: tl.constexpr, APPLY_DECAY: tl.constexpr,
+def _step_all(
+    table, tensor_of, thresholds, bad, lr, grad_scale, found_inf, weight_decay, eps, power, sign,
+    W: tl.constexpr, G: tl.constexpr, S: tl.constexpr, KIND: tl.constexpr, APPLY_DECAY: tl.constexpr,
 ):  # fmt: skip
+    """All tensors of a table, whose rows are the addresses of weight, gradient, accumulator and bases, the size, the first block."""
+    k = tl.load(tensor_of + tl.program_id(0))
+    row = table + 6 * k
+    w = tl.multiple_of(tl.load(row).to(tl.pointer_type(W)), 16)
+    g = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(G)), 16)
+    s = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(S)), 16)
+    base = tl.load(row + 3).to(tl.pointer_type(tl.int16))
+    n = tl.load(row + 4)
+    block = tl.program_id(0).to(tl.int64) - tl.load(row + 5)
+    threshold = tl.load(thresholds + k)
     go = True
     if found_inf is not None:
         go = tl.load(found_inf) == 0
@@ -183,44 +196,17 @@ def _update_block(
                     KIND, APPLY_DECAY, True)  # fmt: skip
 
 
-@triton.jit
-def _step_one(
-    w, g, s, base, n, threshold, bad, lr, grad_scale, found_inf, weight_decay, eps, power, sign,
-    KIND: tl.constexpr, APPLY_DECAY: tl.constexpr,
-):  # fmt: skip
-    """One tensor."""
-    block = tl.program_id(0).to(tl.int64)
-    _update_block(block, w, g, s, base, n, tl.load(threshold), bad, lr, grad_scale, found_inf, weight_decay, eps, power,
-                  sign, KIND, APPLY_DECAY)  # fmt: skip
-
-
-@triton.jit
-def _step_all(
-    table, tensor_of, thresholds, bad, lr, grad_scale, found_inf, weight_decay, eps, power, sign,
-    W: tl.constexpr, G: tl.constexpr, S: tl.constexpr, KIND: tl.constexpr, APPLY_DECAY: tl.constexpr,
-):  # fmt: skip
-    """All tensors of a table, whose rows are the addresses of weight, gradient, accumulator and bases, the size, the first block."""
-    k = tl.load(tensor_of + tl.program_id(0))
-    row = table + 6 * k
-    w = tl.multiple_of(tl.load(row).to(tl.pointer_type(W)), 16)
-    g = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(G)), 16)
-    s = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(S)), 16)
-    base = tl.load(row + 3).to(tl.pointer_type(tl.int16))
-    block = tl.program_id(0).to(tl.int64) - tl.load(row + 5)
-    _update_block(block, w, g, s, base, tl.load(row + 4), tl.load(thresholds + k), bad, lr, grad_scale, found_inf,
-                  weight_decay, eps, power, sign, KIND, APPLY_DECAY)  # fmt: skip
-
-
 class Stepper:
-    """Launches the steps of one optimizer, and reports what they found."""
+    """Launches the steps of one optimizer, and reports the gradients they passed over."""
 
     def __init__(self) -> None:
         self._tables: dict[Any, tuple[list[int], Tensor, list[list[int]], Tensor]] = {}
         self._bad: dict[torch.device, Tensor] = {}
-        self._reports: list[tuple[Tensor, Tensor, torch.cuda.Event | None]] = []
+        self._sent: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
     def __call__(
         self,
+        group: int,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
         accumulators: Sequence[Tensor],
@@ -239,6 +225,7 @@ class Stepper:
         """Algorithm 1 on all of `params`, which `takes` accepts; they and `accumulators` (with their `bases`) change in place.
 
         Args:
+            group: number of the parameter group.
             lr: a float, or a 1-element tensor, which is not read back.
             grad_scale: 1-element tensor that the gradients are divided by, as `torch.amp.GradScaler` passes it.
             found_inf: 1-element tensor; if it is not 0, nothing happens.
@@ -249,91 +236,101 @@ class Stepper:
                 kinds.setdefault((tensors[0].device, *(t.dtype for t in tensors)), []).append(i)
         for kind, members in kinds.items():
             device = kind[0]
+            f32 = {"device": device, "dtype": torch.float32}
             on_gpu = isinstance(lr, Tensor) and lr.is_cuda
-            rate = lr.to(device) if on_gpu else torch.full((1,), float(lr), device=device)  # type: ignore[union-attr]
-            if device not in self._bad:
-                self._bad[device] = torch.zeros(1, dtype=torch.int32, device=device)
+            rate = lr.to(device) if on_gpu else torch.full((1,), float(lr), **f32)  # type: ignore[union-attr]
             limits = [thresholds[i] for i in members]
             if all(isinstance(t, Tensor) for t in limits):
-                limit = torch.stack([t.to(device, torch.float32) for t in limits])  # type: ignore[union-attr]
+                limit = torch.stack([t.to(**f32) for t in limits])  # type: ignore[union-attr]
                 if grad_scale is not None:  # they were found in scaled gradients
                     limit /= grad_scale.to(device) ** 2
             else:
-                limit = torch.full((len(members),), float(limits[0]), device=device)
-            hyperparameters = (
-                self._bad[device],
-                rate,
-                None if grad_scale is None else grad_scale.to(device),
-                None if found_inf is None else found_inf.to(device),
-                *(float(x) for x in (weight_decay, eps, power, 1 if maximize else -1)),
-            )
-            constants = {"KIND": int(power) if power in (1, 2) else 0, "APPLY_DECAY": apply_decay}
-            if not _INTERPRETED:
-                constants["enable_fp_fusion"] = False
+                limit = torch.full((len(members),), float(limits[0]), **f32)
             chosen = [(params[i], grads[i].contiguous(), accumulators[i], bases[i]) for i in members]
-            aligned = all(t.data_ptr() % 16 == 0 for tensors in chosen for t in tensors[:3])
+            options = {} if _INTERPRETED else {"enable_fp_fusion": False}
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                if aligned and not _capturing(device):
-                    table, tensor_of, blocks = self._table(kind, chosen)
-                    types = dict(zip("WGS", (_DTYPES[dtype] for dtype in kind[1:])))
-                    _step_all[(blocks,)](table, tensor_of, limit, *hyperparameters, **types, **constants)
-                else:  # making a table takes a copy from the host
-                    for k, (w, g, s, base) in enumerate(chosen):
-                        grid = (triton.cdiv(w.numel(), _WEIGHTS),)
-                        _step_one[grid](w, g, s, base, w.numel(), limit[k], *hyperparameters, **constants)
+                table, tensor_of, blocks = self._table((group, *kind), device, chosen)
+                _step_all[(blocks,)](
+                    table,
+                    tensor_of,
+                    limit,
+                    self._counter(device),
+                    rate,
+                    None if grad_scale is None else grad_scale.to(device),
+                    None if found_inf is None else found_inf.to(device),
+                    *(float(x) for x in (weight_decay, eps, power, 1 if maximize else -1)),
+                    **dict(zip("WGS", (_DTYPES[dtype] for dtype in kind[1:]))),
+                    KIND=int(power) if power in (1, 2) else 0,
+                    APPLY_DECAY=apply_decay,
+                    **options,
+                )
             torch.autograd.graph.increment_version([t for w, _, s, _ in chosen for t in (w, s)])
-        self._ask(list({kind[0] for kind in kinds}))
+
+    def _counter(self, device: torch.device) -> Tensor:
+        if device not in self._bad:
+            self._bad[device] = torch.zeros(1, dtype=torch.int32, device=device)
+        return self._bad[device]
 
     def _table(
-        self, kind: Any, chosen: list[tuple[Tensor, Tensor, Tensor, Tensor | None]]
+        self, key: Any, device: torch.device, chosen: list[tuple[Tensor, Tensor, Tensor, Tensor | None]]
     ) -> tuple[Tensor, Tensor, int]:
         """What `_step_all` reads. Made anew where something has moved, as gradients may at every step."""
-        device, blocks = kind[0], [triton.cdiv(w.numel(), _WEIGHTS) for w, *_ in chosen]
+        blocks = [triton.cdiv(w.numel(), _WEIGHTS) for w, *_ in chosen]
         rows = [
             [*(0 if t is None else t.data_ptr() for t in tensors), tensors[0].numel(), first]
             for tensors, first in zip(chosen, itertools.accumulate(blocks, initial=0))
         ]
-        key = kind, rows[0][0]  # a parameter group
         known = self._tables.get(key)
         if known is None or known[0] != blocks:
-            of = torch.arange(len(blocks), dtype=torch.int32).repeat_interleave(torch.tensor(blocks))
-            known = blocks, _to(device, of), [], torch.empty(0)
+            of = torch.arange(len(blocks), dtype=torch.int32, device="cpu")
+            of = of.repeat_interleave(torch.tensor(blocks, device="cpu"))
+            known = blocks, _to(device, of), [], torch.empty(0, device="cpu")
         if known[2] != rows:
-            known = *known[:2], rows, _to(device, torch.tensor(rows))
+            known = *known[:2], rows, _to(device, torch.tensor(rows, device="cpu"))
         self._tables[key] = known
         return known[3], known[1], sum(blocks)
 
-    def _ask(self, devices: list[torch.device]) -> None:
-        """Send for the numbers of bad gradients, one message at a time."""
-        if self._reports or any(_capturing(device) for device in devices):
+    def send(self, devices: set[torch.device], over_ranks: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Send for the number of bad gradients, one message a device at a time; for `found` at a later step.
+
+        Args:
+            over_ranks: sums a number over the ranks that hold the parts of sharded tensors.
+        """
+        if self._sent:
             return
         for device in devices:
-            bad = self._bad[device]
+            bad = self._counter(device)
+            bad = bad.clone() if over_ranks is None else over_ranks(bad)
             if device.type != "cuda":
-                self._reports.append((bad, bad.clone(), None))
+                self._sent.append((bad, None))
                 continue
             with torch.cuda.device(device):
-                host = torch.empty(1, dtype=bad.dtype, pin_memory=True).copy_(bad, non_blocking=True)
+                host = torch.empty(1, dtype=bad.dtype, device="cpu", pin_memory=True).copy_(bad, non_blocking=True)
                 event = torch.cuda.Event()
                 event.record()
-            self._reports.append((bad, host, event))
+            self._sent.append((host, event))
 
     def found(self) -> int:
-        """How many NaN or infinite gradients the steps before passed over, as far as it is known without waiting."""
-        events = [event for _, _, event in self._reports if event is not None]
-        if events and (torch.cuda.is_current_stream_capturing() or not all(event.query() for event in events)):
+        """How many NaN or infinite gradients the steps before passed over.
+
+        As far as it is known without waiting; where there are several ranks it waits for the step before, so that all raise
+        at the same step.
+        """
+        events = [event for _, event in self._sent if event is not None]
+        if events and torch.cuda.is_current_stream_capturing():
             return 0
-        found = sum(int(host) for _, host, _ in self._reports)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for event in events:
+                event.synchronize()
+        if not all(event.query() for event in events):
+            return 0
+        found = sum(int(number) for number, _ in self._sent)
         if found:
             for bad in self._bad.values():
                 bad.zero_()
-        self._reports.clear()
+        self._sent.clear()
         return found
 
 
 def _to(device: torch.device, t: Tensor) -> Tensor:
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
