@@ -33,16 +33,17 @@ def spread(quartiles: list[float], digits: int = 2, percent: bool = False) -> st
 def steps(found: dict[str, Any]) -> list[str]:
     parts = []
     for kind, rows in found["steps"].items():
-        table = [["", "time, AdamW = 1 (quartiles)", "bound", "bandwidth", "extra memory"]]
+        shown = [n for n in ("bound", "bandwidth") if any(row[n] is not None for row in rows.values())]
+        table = [["", "time, AdamW = 1 (quartiles)", *shown, "extra memory"]]
         for name, row in rows.items():
-            figures = ["" if row[n] is None else f"{row[n]:.2f}" for n in ("bound", "bandwidth")]
+            figures = ["" if row[n] is None else f"{row[n]:.2f}" for n in shown]
             table.append([name, spread(row["ratio"]), *figures, f"{row['extra_memory_percent']:.1f} %"])
         first = rows["AdamW, fused"]
         where = f"{found['threads']} thread{'s' * (found['threads'] > 1)}" if found["device"] == "cpu" else "GPU"
         parts += [
             f"**{where}, {found['dtype']}, gradients: {kind}** (AdamW {first['milliseconds']} ms, a copy {first['copy_gb_per_second']} GB/s)"
         ]
-        parts += [report._markdown(table, "<>>>>")]
+        parts += [report._markdown(table, "<" + ">" * (len(table[0]) - 1))]
     return [*parts, source(found)]
 
 
