@@ -30,11 +30,11 @@ STEPS: dict[str, tuple[Callable[..., Any], dict[str, Any], int | None]] = {
     "AdamW, fused": (torch.optim.AdamW, {"fused": True}, 4),  # of the weights' dtype: see bytes_a_weight
     "Adagrad, fused": (torch.optim.Adagrad, {"fused": True}, 2),
     "SGD, fused": (torch.optim.SGD, {"fused": True, "lr": 1e-3}, 0),
-    "CLASSP p=2": (CLASSP, {}, 8),
-    "CLASSP p=1": (CLASSP, {"power": 1.0}, 8),
-    "CLASSP p=2, density 0.1": (CLASSP, {"density": 0.1}, None),
-    "CLASSP p=2, bfloat16 memory": (CLASSP, {"state_dtype": "bfloat16"}, 4),
-    "CLASSP p=2, uint8 memory": (CLASSP, {"state_dtype": "uint8"}, 2),
+    "CLASSP p=2": (CLASSP, {"fused": True}, 8),
+    "CLASSP p=1": (CLASSP, {"fused": True, "power": 1.0}, 8),
+    "CLASSP p=2, density 0.1": (CLASSP, {"fused": True, "density": 0.1}, None),
+    "CLASSP p=2, bfloat16 memory": (CLASSP, {"fused": True, "state_dtype": "bfloat16"}, 4),
+    "CLASSP p=2, uint8 memory": (CLASSP, {"fused": True, "state_dtype": "uint8"}, 2),
     "CLASSP p=2, foreach": (CLASSP, {"foreach": True}, None),
     "CLASSP p=2, naive": (CLASSP, NAIVE, None),
 }

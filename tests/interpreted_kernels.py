@@ -20,8 +20,8 @@ STATES = ("float32", "bfloat16", "uint8")
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """Every step of CLASSP takes the form that GPU tensors get."""
-    monkeypatch.setattr(CLASSP, "_form", lambda self, p, group: "triton")
+    """Steps of CLASSP take the forms that GPU tensors get."""
+    monkeypatch.setattr(CLASSP, "_form", lambda self, p, group: "triton" if group["fused"] else "torch")
 
 
 def tensors(dtype, state_dtype):
@@ -65,7 +65,7 @@ def test_gives_what_the_compiled_step_gives(dtype, state_dtype, power):
 
 @pytest.mark.parametrize(("kwargs", "desc"), TABLE, ids=IDS)
 def test_matches_the_pseudo_code(kwargs, desc, on_gpu):
-    params, optimizer, oracles = run_against_oracle(kwargs, {}, steps=10)
+    params, optimizer, oracles = run_against_oracle(kwargs, {"fused": True}, steps=10)
     for p, oracle in zip(params, oracles):
         np.testing.assert_allclose(p.detach().numpy(), oracle.w, rtol=2e-5, atol=2e-6)
         np.testing.assert_allclose(optimizer.state[p]["accumulator"].numpy(), oracle.s, rtol=1e-5)
@@ -77,7 +77,7 @@ def test_a_table_follows_tensors_that_move_and_serves_every_group(on_gpu):
     def run():
         torch.manual_seed(0)
         a, b = nn.Parameter(torch.randn(1500)), nn.Parameter(torch.randn(70, 3))
-        optimizer = CLASSP([{"params": [a]}, {"params": [b], "weight_decay": 0.1}], lr=0.1, density=0.3)
+        optimizer = CLASSP([{"params": [a]}, {"params": [b], "weight_decay": 0.1}], lr=0.1, density=0.3, fused=True)
         for _ in range(4):
             a.grad, b.grad = torch.randn(1500), torch.randn(70, 3)
             optimizer.step()
@@ -118,7 +118,7 @@ def test_a_grad_scaler_is_heeded_without_waiting_for_it(on_gpu, kwargs):
 
 def test_a_gradient_that_is_not_finite_is_reported_by_the_next_step_and_never_remembered(on_gpu):
     p = nn.Parameter(torch.ones(2000))
-    optimizer = CLASSP([p], lr=0.1)
+    optimizer = CLASSP([p], lr=0.1, fused=True)
     p.grad = torch.ones(2000)
     p.grad[3] = float("nan")
     optimizer.step()

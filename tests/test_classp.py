@@ -14,7 +14,7 @@ from reference_classp import ReferenceCLASSP, ReleasedCLASSP
 from torch import nn
 
 from classp_hf import CLASSP
-from classp_hf.optim import kernels
+from classp_hf.optim import classp, kernels
 from classp_hf.optim.classp import _sample_stride, _selected_quantile, _sorted_quantile
 
 # One table drives every path: (kwargs, desc).
@@ -69,6 +69,16 @@ def test_matches_the_pseudo_code(kwargs, desc, path):
     for p, oracle in zip(params, oracles):
         np.testing.assert_allclose(p.detach().numpy(), oracle.w, rtol=2e-5, atol=2e-6)
         np.testing.assert_allclose(optimizer.state[p]["accumulator"].numpy(), oracle.s, rtol=1e-5)
+
+
+def test_foreach_goes_over_the_model_in_batches(monkeypatch):
+    """Its temporaries are of a batch's size, not the model's."""
+    params, _, _ = run_against_oracle({"threshold": 0.5}, {"foreach": True}, steps=2)
+    monkeypatch.setattr(classp, "_FOREACH_BATCH", 30)
+    sizes = [[p.numel() for p in batch] for batch in classp._batches(params, True)]
+    assert sizes == [[7, 15, 1], [24, 1, 0], [533]]
+    in_batches, _, _ = run_against_oracle({"threshold": 0.5}, {"foreach": True}, steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(params, in_batches))
 
 
 @every_path

@@ -25,6 +25,10 @@ __all__ = ["CLASSP"]
 _DENSITY_SAMPLE = 4096
 
 
+# Weights in one call of the multi-tensor operations, which need temporaries of that size, unless one tensor has more.
+_FOREACH_BATCH = 2**24
+
+
 class CLASSP(Optimizer):
     r"""Continual Learning through Adjustment Suppression and Sparsity Promotion (Ludwig 2024, arXiv 2405.09637).
 
@@ -60,11 +64,12 @@ class CLASSP(Optimizer):
             (1 - density) quantile of g^2 over them, estimated per tensor and step from a fixed strided sample of up
             to 4,096 coordinates, without host synchronisation. Excludes `threshold`.
         maximize: ascend instead of descend.
-        foreach: use PyTorch's multi-tensor operations. Default: on for GPU tensors where there is no Triton, off on CPU,
-            where whole-model temporaries make them slower.
-        fused: update in one pass: CPU tensors with the compiled step, GPU tensors with Triton's. Default: where those are
-            there, and for the dtypes they take (float32, bfloat16; on a GPU float16 too). Given as True, a GPU step also heeds
-            `torch.amp.GradScaler` by itself, without waiting for it.
+        foreach: use PyTorch's multi-tensor operations. Default: on for GPU tensors, off on CPU, where whole-model
+            temporaries make them slower.
+        fused: update in one pass, tensors of the dtypes it takes (float32, bfloat16; on a GPU float16 too): on CPU with the
+            compiled step, the default where it was built; on a GPU, if True, with Triton's. That has run on no GPU yet,
+            and is compared with PyTorch's operations before its first step on one. It heeds `torch.amp.GradScaler` by
+            itself, without waiting for it.
         state_dtype: `"float32"`; `"bfloat16"` or `"uint8"` keep the memory in two bytes or one a weight, rounded at
             random so that small increments count on average (error bounds: `classp_hf/optim/state.py`).
 
@@ -262,10 +267,10 @@ class CLASSP(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether `step` itself heeds `torch.amp.GradScaler`'s `grad_scale` and `found_inf`, without waiting for them.
 
-        Only if `fused=True` asks for it, as of torch's own optimizers: accelerate then takes a skipped step for a step.
+        Under `fused=True`, as of torch's own optimizers: accelerate then takes a skipped step for a step.
         """
         pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return bool(pairs) and all(group["fused"] and self._form(p, group) == "triton" for p, group in pairs)
+        return bool(pairs) and all(self._form(p, group) == "triton" for p, group in pairs)
 
     def _form(self, p: Tensor, group: dict[str, Any]) -> str:
         """Which form of the step updates `p`: "compiled" (kernels.py), "triton" or "torch"."""
@@ -278,7 +283,9 @@ class CLASSP(Optimizer):
         tensors = _local(p.detach()), _local(p.grad), accumulator  # type: ignore[arg-type]
         if kernels.takes(*tensors):
             return "compiled"
-        return "triton" if p.is_cuda and _triton_kernels() and _triton_kernels().takes(*tensors) else "torch"
+        if not (p.is_cuda and group["fused"]):
+            return "torch"
+        return "triton" if _triton_kernels() and _triton_kernels().takes(*tensors) else "torch"
 
     def _tensors(self, params: list[Tensor]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
         states = [self.state[p] for p in params]
@@ -420,13 +427,20 @@ def _over_shards(values: list[Tensor], tensors: list[Tensor], operation: str) ->
 
 
 def _batches(params: list[Tensor], foreach: bool | None) -> list[list[Tensor]]:
-    """What goes into one call: tensors of one device and dtype with foreach, else one tensor."""
+    """What goes into one call: tensors of one device and dtype with foreach, of `_FOREACH_BATCH` weights in all; else one tensor."""
     if not (all(_local(p.detach()).is_cuda for p in params) if foreach is None else foreach):
         return [[p] for p in params]
-    by_kind: dict[Any, list[Tensor]] = {}
+    batches: list[list[Tensor]] = []
+    filling: dict[Any, tuple[list[Tensor], float]] = {}
     for p in params:
-        by_kind.setdefault((p.device, p.dtype, p.grad.dtype), []).append(p)  # type: ignore[union-attr]
-    return list(by_kind.values())
+        kind = p.device, p.dtype, p.grad.dtype  # type: ignore[union-attr]
+        batch, filled = filling.get(kind, ([], math.inf))
+        if filled + p.numel() > _FOREACH_BATCH:
+            batch, filled = [], 0
+            batches.append(batch)
+        batch.append(p)
+        filling[kind] = batch, filled + p.numel()
+    return batches
 
 
 def classp_(
