@@ -61,7 +61,13 @@ class ContinualMemoryCallback(TrainerCallback):
         if memory is None:
             logger.info(f"No continual memory beside {start!r}: this run begins one.")
         else:
-            stored, self.kept = match_accumulators(memory.get("accumulator"), model)
+            try:
+                stored, self.kept = match_accumulators(memory.get("accumulator"), model)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}\nThe memory was read from {uses.get('memory', start)!r}; `--optim_args memory=none` begins with an "
+                    "empty one."
+                ) from None
             logger.warning(
                 f"Going on from the continual memory of {', '.join(self.tasks) or 'an earlier run'} in {start!r}."
             )

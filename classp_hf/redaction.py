@@ -17,17 +17,23 @@ UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\
 _SECRET_NAME = re.compile(
     r"token(?!i[sz])|passw(?:or)?d|passphrase|secret|credential|(?:api|access|private)[_-]?key", re.IGNORECASE
 )
+# How many tokens of text there are or may be.
+_COUNT_NAME = re.compile(r"(?:num|max|min|total)_(?:\w+_)?tokens", re.IGNORECASE)
 # Hub tokens wherever they stand, and the user:password of a URL.
 _SECRET_VALUE = re.compile(r"hf_(?:oauth_[\w.-]+|[A-Za-z0-9]{20,})|(?<=://)[^/\s]+(?=@)")
 
 
+def _names_a_secret(name: str) -> bool:
+    return _SECRET_NAME.search(name) is not None and _COUNT_NAME.search(name) is None
+
+
 def known_secrets(arguments: Mapping[str, Any]) -> list[str]:
     """Values of `arguments` and of the environment that are named as secrets are, longest first."""
-    named = [v for k, v in arguments.items() if isinstance(v, str) and _SECRET_NAME.search(k)]
+    named = [v for k, v in arguments.items() if isinstance(v, str) and _names_a_secret(k)]
     # a short one is a number or a switch (`MAX_TOKENS=4096`), a file's or folder's name says where secrets are
     places = ("FILE", "PATH", "DIR")
     environment = {k: v for k, v in os.environ.items() if len(v) >= 8 and not k.upper().endswith(places)}
-    named += [v for k, v in environment.items() if _SECRET_NAME.search(k)]
+    named += [v for k, v in environment.items() if _names_a_secret(k)]
     return sorted({v for v in named if v}, key=len, reverse=True)
 
 
@@ -41,7 +47,7 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 
 def public_arguments(arguments: Mapping[str, Any], secrets: Sequence[str] = ()) -> dict[str, Any]:
     """`arguments` without those named token, password, secret, api_key and alike, at any depth, and redacted."""
-    return {redact(k, secrets): public_value(v, secrets) for k, v in arguments.items() if not _SECRET_NAME.search(k)}
+    return {redact(k, secrets): public_value(v, secrets) for k, v in arguments.items() if not _names_a_secret(k)}
 
 
 def public_value(value: Any, secrets: Sequence[str] = ()) -> Any:
@@ -65,7 +71,7 @@ def public_command(argv: Sequence[str], secrets: Sequence[str] = ()) -> str:
     secret_follows = False
     for word in argv:
         name, equals, value = word.partition("=")
-        named_secret = re.fullmatch(r"-{0,2}[\w.-]+", name) is not None and _SECRET_NAME.search(name) is not None
+        named_secret = re.fullmatch(r"-{0,2}[\w.-]+", name) is not None and _names_a_secret(name)
         if secret_follows and not re.fullmatch(r"--.+|-[A-Za-z]", word):
             word = REDACTED
         elif (named_secret and equals) or value in secrets:

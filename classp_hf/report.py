@@ -168,7 +168,12 @@ def _commit(folder: Path) -> str | None:
 
 
 def format_sequence(
-    tasks: Sequence[str], accuracy_matrix: Matrix, metrics: Mapping[str, Any], title: str, scale: Scale | None = None
+    tasks: Sequence[str],
+    accuracy_matrix: Matrix,
+    metrics: Mapping[str, Any],
+    title: str,
+    scale: Scale | None = None,
+    learned: int = 0,
 ) -> str:
     """A table for the terminal: a row a stage, a column a task; then the metrics and how to read them.
 
@@ -178,13 +183,15 @@ def format_sequence(
         metrics: of `metrics.summarize`; None is written "n/a".
         title: the first line.
         scale: how values are written. Default: accuracy in %.
+        learned: so many tasks, the first, were learned before this run.
     """
     _check_matrix(tasks, accuracy_matrix)
     scale = scale or Scale()
-    rows = [[stage, *map(scale.text, row)] for stage, row in zip(_stages(tasks), accuracy_matrix)]
+    rows = [[stage, *map(scale.text, row)] for stage, row in zip(_stages(tasks, learned), accuracy_matrix)]
     table = _pad([["", *tasks], *rows], "<" + ">" * len(tasks))
     readings = [f"{label:<17}  {value:>5}  ({meaning})" for label, value, meaning in _metric_rows(metrics, scale)]
-    return "\n".join([title, *("  ".join(cells) for cells in table), "", *readings])
+    note = [LEARNED_BEFORE] if learned else []
+    return "\n".join([title, *("  ".join(cells) for cells in table), "", *readings, *note])
 
 
 def format_comparison(arms: Mapping[str, Mapping[str, Any]]) -> str:
@@ -227,8 +234,15 @@ def _metric_rows(metrics: Mapping[str, Any], scale: Scale) -> list[list[str]]:
     ]
 
 
-def _stages(tasks: Sequence[str]) -> list[str]:
-    return ["at the start", *(f"after {task}" for task in tasks)]
+LEARNED_BEFORE = "Tasks learned before this run count as learned with what they had at its start."
+
+
+def _stages(tasks: Sequence[str], learned: int = 0) -> list[str]:
+    """What the rows of R are; the first `learned` tasks were not trained on in this run."""
+    return [
+        "at the start",
+        *(f"{'learned before:' if t < learned else 'after'} {task}" for t, task in enumerate(tasks)),
+    ]
 
 
 def _check_matrix(tasks: Sequence[str], R: Matrix) -> None:
@@ -492,9 +506,10 @@ def write_model_card(
         ],
     )
     names = [_plain(task) for task in tasks]
+    learned = arguments.get("learned_tasks", 0)
     rows = [
-        [stage, *(f"**{scale.text(v)}**" if t == j + 1 else scale.text(v) for j, v in enumerate(row))]
-        for t, (stage, row) in enumerate(zip(_stages(names), R))
+        [stage, *(f"**{scale.text(v)}**" if t == j + 1 > learned else scale.text(v) for j, v in enumerate(row))]
+        for t, (stage, row) in enumerate(zip(_stages(names, learned), R))
     ]
     measured = [[_plain(cell) for cell in row] for row in _metric_rows(results["metrics"], scale)]
     command = public_command(shlex.split(results["command"]))
@@ -515,6 +530,7 @@ def write_model_card(
         optimizer_text=_plain(_call_text(optimizer)),
         method_text=_plain(_call_text(method)),
         matrix_table=_markdown([["", *names], *rows], "<" + ">" * len(names)),
+        learned_note=LEARNED_BEFORE if learned else None,
         metrics_table=_markdown([["metric", "value", "meaning"], *measured], "<><"),
         command=command,
         fence="`" * max(3, 1 + _longest_run(command)),

@@ -155,7 +155,8 @@ def prepare_tasks(tasks: list[Task], tokenizer, label2id: dict[str, int], max_le
         raise ValueError(
             f"Labels {missing} are not in the model's label2id {label2id}. Build the model with num_labels=len(names), "
             "label2id={n: i for i, n in enumerate(names)}, id2label=dict(enumerate(names)) where "
-            f"names = label_names(tasks), here {names}."
+            f"names = label_names(tasks), here {names}; or, where they are other names for the model's labels, rename them: "
+            "Task(label_map={'pos': 'positive'}), or map=pos>positive in load_task's spec."
         )
     if tokenizer is None and not all(is_tokenised(task) for task in tasks):
         raise ValueError(

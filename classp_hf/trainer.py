@@ -206,7 +206,17 @@ class ContinualTrainer(Trainer):
         self._pending_memory: ContinualMemory | None = None
         self._pending_optimizer: Path | None = None
         if args.memory is not None:
-            self.load_memory(ContinualMemory.load(args.memory, revision=args.memory_revision))
+            memory_given = ContinualMemory.load(args.memory, revision=args.memory_revision)
+            try:
+                self.load_memory(memory_given)
+            except ValueError as error:
+                raise ValueError(f"{error}\nThe memory was read from {args.memory!r}.") from None
+        elif args.optim == NAME:
+            beside = Path(str(getattr(bare_model(self.model).config, "name_or_path", ""))) / MEMORY_NAME
+            if beside.is_file():
+                logger.warning(
+                    f"{beside}, beside the model, is not used. Pass memory={str(beside.parent)!r} to go on from it."
+                )
         self.remove_callback(ContinualMemoryCallback)  # of `register`; the trainer keeps the memory itself
         self.add_callback(_MethodCallback(self))
         self._preemption = PreemptionCallback(self)
@@ -524,6 +534,8 @@ class ContinualTrainer(Trainer):
             OSError: the disk is full, or the output directory cannot be written to.
             SystemExit: 143, after a SIGTERM with `args.enable_jit_checkpoint`, when what was done is saved.
         """
+        if isinstance(tasks, Task):
+            raise ValueError(f"train_sequence takes a list of tasks, got the task {tasks.name!r} alone. Pass [task].")
         with self._preemption.listening():
             return self._train_sequence(tasks, resume_from_checkpoint)
 
@@ -635,6 +647,15 @@ class ContinualTrainer(Trainer):
                     f"With heads='per_task' the heads of learned tasks come from the memory, which has none of {unknown}. "
                     "Pass the memory of the run that learned them."
                 )
+        names = [task.name for task in tasks]
+        strange = [name for name in names[:learned] if name not in self.seen_tasks]
+        again = [name for name in names[learned:] if name in self.seen_tasks]
+        if learned and self.seen_tasks and (strange or again):
+            parts = [f"has not seen {strange}"] * bool(strange) + [f"has seen {again} already"] * bool(again)
+            logger.warning(
+                f"learned_tasks={learned} says that {names[:learned]} are learned and the other tasks are not, but the memory, of "
+                f"{self.seen_tasks}, {' and '.join(parts)}."
+            )
         if learned and self.args.optim == NAME and not self.accumulators():
             logger.warning(
                 "learned_tasks without a memory: CLASSP knows nothing of what these tasks needed. Pass memory=, or a method "
@@ -987,10 +1008,19 @@ class ClasspTrainer(ContinualTrainer):
 class EWCTrainer(ContinualTrainer):
     """[`ContinualTrainer`] with Elastic Weight Consolidation (arXiv 1612.00796) and the optimizer of `args.optim`.
 
-    Other hyperparameters than the defaults: `EWCTrainer(..., method=EWC(ewc_lambda=3.0))`.
+    Args:
+        ewc_lambda: strength of the penalty. Default: EWC's. Its other hyperparameters: `method=EWC(ewc_lambda=3.0, ...)`.
+        kwargs: as in [`ContinualTrainer`].
     """
 
     default_method = "ewc"
+
+    def __init__(self, *args: Any, ewc_lambda: float | None = None, **kwargs: Any) -> None:
+        if ewc_lambda is not None:
+            if kwargs.get("method") is not None:
+                raise ValueError("Pass ewc_lambda or method, not both: method=EWC(ewc_lambda=...).")
+            kwargs["method"] = METHODS["ewc"](ewc_lambda=ewc_lambda)  # type: ignore[call-arg]
+        super().__init__(*args, **kwargs)
 
 
 class _MethodCallback(TrainerCallback):

@@ -152,9 +152,11 @@ def main() -> None:
     methods = [m for m in METHODS.values() if any(f.init for f in fields(m))]
     parser = HfArgumentParser((RecipeArguments, ContinualTrainingArguments, *methods), description=__doc__)
     given = sys.argv[1:]
+    own = vars(parser.parse_args(DEFAULTS))
+    parser.set_defaults(**{name: own[name] for name in (flag.removeprefix("--") for flag in DEFAULTS[::2])})
 
     def parse(arm_flags: list[str]):
-        return parser.parse_args_into_dataclasses(args=[*DEFAULTS, *arm_flags, *given])
+        return parser.parse_args_into_dataclasses(args=[*arm_flags, *given])
 
     recipe, args, *_ = parse([])
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -206,7 +208,9 @@ def main() -> None:
             scale = report.Scale.of(result)
             print(
                 "\n"
-                + report.format_sequence(result["tasks"], result["accuracy_matrix"], result["metrics"], arm, scale)
+                + report.format_sequence(
+                    result["tasks"], result["accuracy_matrix"], result["metrics"], arm, scale, args.learned_tasks
+                )
             )
         if len(results) > 1:
             print("\n" + report.format_comparison(results))

@@ -153,3 +153,16 @@ def test_arguments_are_copied_with_their_token_and_pickled_without(tmp_path):
     dumped = pickle.dumps(args)
     assert b"plain-secret" not in dumped
     assert pickle.loads(dumped).to_dict() == args.to_dict() and pickle.loads(dumped).hub_token is None
+
+
+@pytest.mark.parametrize("name", ["include_num_input_tokens_seen", "max_new_tokens", "MAX_TOKENS", "num_tokens"])
+def test_how_many_tokens_there_are_is_no_secret(name):
+    """ "no", its default in Transformers, would be replaced wherever an argument has that value."""
+    assert known_secrets({name: "no"}) == []
+    assert public_arguments({name: "no", "eval_strategy": "no"}, ["x"]) == {name: "no", "eval_strategy": "no"}
+    assert public_command(["train.py", f"--{name}", "no"]) == f"train.py --{name} no"
+
+
+def test_default_arguments_hold_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    assert known_secrets(vars(ContinualTrainingArguments(output_dir=str(tmp_path), use_cpu=True))) == []

@@ -235,6 +235,11 @@ def test_format_sequence_is_aligned():
     )
 
 
+def test_tasks_that_were_learned_before_are_not_shown_as_trained(tmp_path):
+    text = report.format_sequence(TASKS, R, summarize(R), "classp", learned=1)
+    assert "learned before: icwsm14/nyt" in text and "after fpb" in text and text.endswith(report.LEARNED_BEFORE)
+
+
 def test_format_sequence_of_one_task_has_undefined_metrics():
     one = [[0.0], [1.0]]
     text = report.format_sequence(["a"], one, summarize(one), "title")

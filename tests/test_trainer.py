@@ -391,8 +391,29 @@ def test_learned_tasks_that_cannot_be(make_model, make_tasks, make_args, collato
     trainer = ContinualTrainer(make_model(), make_args(learned_tasks=1, heads="per_task"), collator)
     with pytest.raises(ValueError, match=r"come from the memory, which has none of \['first'\]"):
         trainer.train_sequence(make_tasks(2))
-    ClasspTrainer(make_model(), make_args(learned_tasks=1), collator).train_sequence(make_tasks(2))
+    trainer = ClasspTrainer(make_model(), make_args(learned_tasks=1, output_dir=str(tmp_path / "a")), collator)
+    trainer.train_sequence(make_tasks(2))
     assert "CLASSP knows nothing of what these tasks needed" in caplog.text
+    card = (tmp_path / "a/README.md").read_text()
+    assert "learned before: first" in card and "after second" in card
+
+    model = type(make_model()).from_pretrained(tmp_path / "a")
+    caplog.clear()
+    ClasspTrainer(model, make_args(), collator)
+    assert f"Pass memory={str(tmp_path / 'a')!r} to go on from it" in caplog.text
+    trainer = ClasspTrainer(model, make_args(learned_tasks=1), collator, memory=tmp_path / "a")
+    trainer.train_sequence([make_tasks(3)[2], make_tasks(2)[1]])
+    assert "has not seen ['third'] and has seen ['second'] already" in caplog.text
+    with pytest.raises(ValueError, match=r"does not fit(.|\n)*The memory was read from '.*a'"):
+        ClasspTrainer(make_model(num_labels=2), make_args(), collator, memory=tmp_path / "a")
+    with pytest.raises(ValueError, match=r"got the task 'first' alone. Pass \[task\]"):
+        trainer.train_sequence(make_tasks(1)[0])
+
+
+def test_ewc_trainer_takes_its_strength(make_model, make_args, collator):
+    assert EWCTrainer(make_model(), make_args(), collator, ewc_lambda=3.0).method.ewc_lambda == 3.0
+    with pytest.raises(ValueError, match="Pass ewc_lambda or method, not both"):
+        EWCTrainer(make_model(), make_args(), collator, ewc_lambda=3.0, method="lwf")
 
 
 def test_a_memory_covers_parameters_that_never_had_a_gradient(make_model, make_tasks, make_args, collator, tmp_path):
