@@ -1,9 +1,7 @@
 """Time and memory of EWC's Fisher on all-MiniLM-L6-v2: one backward pass an example against one a batch, in one run.
 
     python benchmarks/bench_fisher.py --threads 2
-    python benchmarks/bench_fisher.py --threads 2 --bf16
 
-`--bf16`: forward passes in autocast, as Trainer's are, and EWC's with them, under its flag of that name.
 `ordinary`: the gradient of each batch's loss, as training takes it, of which no squares can be had: what a pass costs at least.
 `vmap`: `torch.func.vmap(grad)` over groups of four examples of equal length, whose gradients it holds at once. The
 examples are texts of icwsm14/nyt, cut to 32 tokens. Peak memory: of all tensors alive at once beside the model, counted over
@@ -98,16 +96,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="every way is timed once a round")
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/bench_fisher[_bf16].json")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/bench_fisher.json"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     path = embedded.model_path()
     # eager: the fused attention has no rule for vmap
     model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=3, attn_implementation="eager").eval()
-    if options.bf16:
-        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # as accelerate does it
     tokenizer = AutoTokenizer.from_pretrained(path)
     texts = [text for text, _ in embedded.icwsm14("nyt")[: options.examples]]
     examples = [
@@ -120,8 +115,6 @@ def main() -> None:
         "vmap": by_vmap,
         "ordinary": ordinary,
     }
-    if options.bf16:
-        del ways["vmap"]  # for which autocast is not made
     reference = one_by_one(model, examples[:16], 1)
     peaks = {}
     for name, way in ways.items():
@@ -129,10 +122,7 @@ def main() -> None:
             found = way(model, examples[:16], options.batch_size)
         peaks[name] = round(memory.peak / 2**20, 1)
         for n, t in reference.items() if found else ():
-            if options.bf16:  # rounded otherwise, as sums go another way
-                assert (found[n] - t).norm() <= 0.1 * t.norm() + 1e-12, n
-            else:
-                torch.testing.assert_close(found[n], t, rtol=1e-3, atol=1e-5 * float(t.max()) + 1e-12)
+            torch.testing.assert_close(found[n], t, rtol=1e-3, atol=1e-5 * float(t.max()) + 1e-12)
         del found
     del reference
     times = {name: np.empty(options.rounds) for name in ways}
@@ -156,10 +146,9 @@ def main() -> None:
         print(f"  {name:<24}{quartiles}  {row['ms_an_example']:8.1f} ms  {row['peak_mib']:8.1f} MiB")
     command = (
         f"python benchmarks/bench_fisher.py --threads {options.threads} --rounds {options.rounds} "
-        f"--examples {options.examples} --batch_size {options.batch_size}{' --bf16' * options.bf16}"
+        f"--examples {options.examples} --batch_size {options.batch_size}"
     )
-    output = options.output or Path(f"benchmarks/results/bench_fisher{'_bf16' * options.bf16}.json")
-    report.write_json(output, {"command": command, "rows": rows, **report.environment()})
+    report.write_json(options.output, {"command": command, "rows": rows, **report.environment()})
 
 
 if __name__ == "__main__":

@@ -79,13 +79,10 @@ def page(results: Path) -> str:
         table += [[name, *(spread(of[name], 1, percent=True) for of in shares.values())] for name in names]
         what = "Of a step of the recipes: `sentiment_sequence` (batches of 32 texts of up to 64 tokens, float32), `compare_methods` (16 texts of 32 tokens, bf16 autocast)."
         parts += ["## A penalty", what, report._markdown(table, "<>>"), source(found)]
-    for name, dtype in (("bench_fisher", "float32"), ("bench_fisher_bf16", "bf16 autocast")):
-        if not (found := load(name, results)):
-            continue
-        table = [[dtype, "times faster (quartiles)", "ms an example", "peak MiB beside the model"]]
+    if found := load("bench_fisher", results):
+        table = [["", "times faster (quartiles)", "ms an example", "peak MiB beside the model"]]
         table += [[n, spread(r["speedup"]), f"{r['ms_an_example']:.1f}", f"{r['peak_mib']:.0f}"] for n, r in found["rows"].items()]  # fmt: skip
-        parts += ["## EWC's Fisher"] * (name == "bench_fisher")
-        parts += [report._markdown(table, "<>>>"), source(found)]
+        parts += ["## EWC's Fisher", report._markdown(table, "<>>>"), source(found)]
     if found := load("bench_long_sequence", results):
         named = {
             "ms_a_step": "ms a training step",
