@@ -1,5 +1,5 @@
-/* CLASSP's step (Algorithm 1 of arXiv 2405.09637) and the pull towards an anchor, over lists of CPU tensors: each weight is
- * read and written once.
+/* On CPU tensors: CLASSP's step (Algorithm 1 of arXiv 2405.09637), the thresholds of its `density`, the pull towards an anchor,
+ * and the squares that EWC's Fisher adds up. The step and the pull read and write each weight once.
  *
  * The step: the same operations in the same order as `classp_` in classp.py, none contracted: the same results to the bit where
  * power is 1, to the last place elsewhere (torch's square root and power are of another library). Work goes in blocks of
