@@ -156,11 +156,13 @@ def test_arguments_are_copied_with_their_token_and_pickled_without(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["include_num_input_tokens_seen", "max_new_tokens", "MAX_TOKENS", "num_tokens"])
-def test_how_many_tokens_there_are_is_no_secret(name):
+def test_how_many_tokens_there_are_is_no_secret(name, monkeypatch):
     """ "no", its default in Transformers, would be replaced wherever an argument has that value."""
+    monkeypatch.setattr(os, "environ", {})
     assert known_secrets({name: "no"}) == []
     assert public_arguments({name: "no", "eval_strategy": "no"}, ["x"]) == {name: "no", "eval_strategy": "no"}
     assert public_command(["train.py", f"--{name}", "no"]) == f"train.py --{name} no"
+    assert known_secrets({f"{name}_api_key": "Zq-secret"}) == ["Zq-secret"]
 
 
 def test_default_arguments_hold_no_secret(tmp_path, monkeypatch):
