@@ -9,37 +9,21 @@ __version__ = "0.1.0"
 
 # Loaded on first use (PEP 562): importing the package has no side effect and is cheap.
 _EXPORTS = {
-    "CLASSP": ".optim",
-    "ClasspTrainer": ".trainer",
+    **dict.fromkeys(("CLASSP", "MoFO"), ".optim"),
+    **dict.fromkeys(("ClasspTrainer", "ContinualTrainer", "EWCTrainer"), ".trainer"),
+    **dict.fromkeys(("EMA", "EWC", "Elastic", "Interpolate", "L2SP", "LogitAdjustment", "LwF"), ".methods"),
+    **dict.fromkeys(("METHODS", "Merge", "Method", "OLoRA", "OSF", "Replay"), ".methods"),
+    **dict.fromkeys(("Task", "label_names", "load_task"), ".tasks"),
+    "ContinualCallback": ".engine",
     "ContinualMemory": ".memory",
-    "ContinualMemoryCallback": ".callback",
-    "ContinualTrainer": ".trainer",
     "ContinualTrainingArguments": ".training_args",
-    "EMA": ".methods",
-    "EWC": ".methods",
-    "EWCTrainer": ".trainer",
-    "Elastic": ".methods",
-    "Interpolate": ".methods",
-    "L2SP": ".methods",
-    "LogitAdjustment": ".methods",
-    "LwF": ".methods",
-    "METHODS": ".methods",
-    "Merge": ".methods",
-    "Method": ".methods",
-    "MoFO": ".optim",
-    "OLoRA": ".methods",
-    "OSF": ".methods",
-    "Replay": ".methods",
-    "Task": ".tasks",
-    "label_names": ".tasks",
-    "load_task": ".tasks",
     "register": ".registration",
 }
 
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
-    from .callback import ContinualMemoryCallback
+    from .engine import ContinualCallback
     from .memory import ContinualMemory
     from .methods import (
         EMA,
@@ -64,6 +48,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ContinualMemoryCallback":  # its name until 0.1
+        name = "ContinualCallback"
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_EXPORTS[name], __name__), name)

@@ -1,43 +1,154 @@
-"""`python -m classp_hf SCRIPT ...`: run a script nobody edited with `--optim classp` available to it.
+"""`python -m classp_hf [options] SCRIPT ...`: run a script nobody edited as continual learning.
 
-python -m classp_hf run_glue.py --optim classp --learning_rate 1e-3 --optim_args "density=0.1" ...
-python -m classp_hf -m trl.scripts.sft --optim classp ...
-accelerate launch -m classp_hf run_glue.py --optim classp ...
+python -m classp_hf run_glue.py --optim classp --learning_rate 1e-3 ...
+python -m classp_hf --method ewc run_glue.py --optim adamw_torch ...
+python -m classp_hf --optim classp --learning_rate 1e-3 --anchor 0.1 train_sentence_transformer.py
+accelerate launch -m classp_hf --memory previous/output -m trl.scripts.sft --optim classp ...
+python -m classp_hf demo
+
+The script's name ends the options. Those given here hold for every Trainer that the script builds, whatever it says itself.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import runpy
 import sys
+from dataclasses import fields
+from typing import Any
 
-USAGE = "usage: python -m classp_hf (SCRIPT | -m MODULE) [arguments of the script ...]"
+from .methods import METHODS, Elastic, Merge, Method, make_methods
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options before the script's name."""
+    from transformers import HfArgumentParser
+
+    result = argparse.ArgumentParser(
+        prog="python -m classp_hf",
+        usage="python -m classp_hf [options] (SCRIPT | -m MODULE) [arguments of the script ...], or: demo [arguments]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    result.add_argument("--memory", help="the continual memory to go on from: a file, a model's folder or a Hub id; "
+                        "`none` begins an empty one. Default: the one beside the model")  # fmt: skip
+    result.add_argument("--method", help="a method, or several joined by '+': "
+                        f"{', '.join(name for name, m in METHODS.items() if _works_here(m))}")  # fmt: skip
+    result.add_argument("--anchor", type=float, metavar="STRENGTH", help="the method `elastic` at this strength")
+    result.add_argument("--merge", type=float, metavar="WEIGHT", help="the method `merge` at this weight")
+    result.add_argument("--optim", help="the optimizer, also of scripts that have no such flag: `classp`, or a name that "
+                        "Transformers knows")  # fmt: skip
+    result.add_argument("--learning_rate", type=float, help="the learning rate, also of scripts that have no such flag")
+    result.add_argument("--optim_args", help="the optimizer's own options, key=value pairs separated by commas")
+    known = HfArgumentParser([m for m in METHODS.values() if _works_here(m) and any(f.init for f in fields(m))])
+    group = result.add_argument_group("options of the methods")
+    for action in known._actions:
+        if action.dest != "help":
+            group._add_action(action)
+    return result
+
+
+def _works_here(method: type[Method]) -> bool:
+    needs = ("extend_train_dataset", "prepare_model", "adjust_logits", "loss_term")
+    return method is not Method and not any(getattr(method, h) is not getattr(Method, h) for h in needs)
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Our options, and what begins with the script's name."""
+    flags = {a.option_strings[0] for a in parser()._actions if a.option_strings and a.nargs != 0}
+    i = 0
+    while i < len(arguments) and arguments[i] != "-m" and arguments[i].startswith("-"):
+        i += 2 if arguments[i] in flags else 1
+    return arguments[:i], arguments[i:]
+
+
+def _options(own: argparse.Namespace, command: argparse.ArgumentParser) -> dict[str, Any]:
+    """What `register` is given."""
+    from .optim_args import parse_optim_args
+
+    try:
+        methods = make_methods(own.method)
+        for method in methods:
+            if not _works_here(type(method)):
+                raise ValueError(
+                    f"the method {method.name!r} changes the data, the model or the loss: it needs "
+                    "classp_hf.ContinualTrainer"
+                )
+        named = {m.name for m in methods}
+        for cls, value in ((Elastic, own.anchor), (Merge, own.merge)):
+            if value is not None and cls.name not in named:
+                methods.append(cls(value))
+        made = []
+        for method in methods:
+            given = {f.name: getattr(own, f.name) for f in fields(method) if f.init}
+            changed = {k: v for k, v in given.items() if v != command.get_default(k)}
+            made.append(type(method)(**{**method.hyperparameters(), **changed}))
+        if own.optim == "classp":
+            parse_optim_args(own.optim_args)
+        if own.learning_rate is not None and not own.learning_rate > 0:
+            raise ValueError(f"--learning_rate must be > 0, got {own.learning_rate}")
+    except ValueError as error:
+        command.error(str(error))
+    return {
+        "method": made or None,
+        "memory": own.memory,
+        "optim": own.optim,
+        "learning_rate": own.learning_rate,
+        "optim_args": own.optim_args,
+    }
+
+
+def _check_script_arguments(command: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """What is wrong with the script's `--optim_args` is known before it loads data and model."""
+    from .optim_args import parse_optim_args
+
+    pairs = dict(zip(arguments, arguments[1:])) | dict(a.split("=", 1) for a in arguments if a.startswith("--optim"))
+    if pairs.get("--optim") == "classp" and "--optim_args" in pairs:
+        try:
+            parse_optim_args(pairs["--optim_args"])
+        except ValueError as error:
+            command.error(str(error))
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"{__doc__}\n{USAGE}")
-        sys.exit(0 if arguments else 2)
-
-    as_module = arguments[0] == "-m"
-    if as_module and len(arguments) < 2:
-        sys.exit(f"{USAGE}\nclassp_hf: error: -m needs the name of a module")
-    if not as_module and not os.path.isfile(arguments[0]):
-        sys.exit(f"{USAGE}\nclassp_hf: error: there is no script {arguments[0]!r}")
-
+    command = parser()
+    own, script = _split(sys.argv[1:])
+    options = command.parse_args(own)
+    if not script:
+        command.print_usage(sys.stderr)
+        sys.exit(2)
     from .launch import prepare_cpu_launch
     from .registration import register
 
+    if script[0] == "demo" and not os.path.isfile("demo"):
+        from .demo import main as demo
+
+        sys.argv = ["demo", *script[1:]]
+        demo()
+        return
+    as_module = script[0] == "-m"
+    if as_module and len(script) < 2:
+        command.error("-m needs the name of a module")
+    if not as_module and not os.path.isfile(script[0]):
+        command.error(f"there is no script {script[0]!r}")
+    _check_script_arguments(command, script)
     prepare_cpu_launch()
-    register()
+    given = _options(options, command)
+    register(**given)
     if as_module:
-        sys.argv = arguments[1:]
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        sys.argv = script[1:]
+        runpy.run_module(script[1], run_name="__main__", alter_sys=True)
     else:
-        sys.argv = arguments
-        sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))  # as `python SCRIPT` has it
-        runpy.run_path(arguments[0], run_name="__main__")
+        sys.argv = script
+        sys.path[0] = os.path.dirname(os.path.abspath(script[0]))  # as `python SCRIPT` has it
+        runpy.run_path(script[0], run_name="__main__")
+    from .engine import ContinualCallback
+
+    unused = [f"--{k}" for k, v in given.items() if v is not None]
+    if unused and not ContinualCallback.applied:
+        sys.exit(f"classp_hf: error: {', '.join(unused)} had no effect: {sys.argv[0]!r} trained no transformers.Trainer")
 
 
 if __name__ == "__main__":

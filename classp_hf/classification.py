@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from .memory import bare_model
+from .names import bare_model
 
 
-def classification_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+def classification_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy summed over the batch and divided by `num_items_in_batch` (its mean when that is None).
 
     Many encoders of Transformers average over the micro-batch whatever `num_items_in_batch` says, while Trainer takes
@@ -24,7 +24,7 @@ def classification_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor
             'problem_type="multi_label_classification", for regression with num_labels=1.'
         )
     loss = nn.functional.cross_entropy(
-        logits.float(), labels.to(logits.device), reduction="mean" if num_items_in_batch is None else "sum"
+        logits.float(), labels.to(logits.device), label_smoothing=label_smoothing, reduction="mean" if num_items_in_batch is None else "sum"
     )
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 

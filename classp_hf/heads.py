@@ -8,14 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .memory import (
-    ContinualMemory,
-    bare_model,
-    canonical_name,
-    full_tensor,
-    like_parameter,
-    trainable_parameters,
-)
+from .names import bare_model, canonical_name, full_tensor, like_parameter, trainable_parameters
 
 
 class TaskHeads:
@@ -30,12 +23,12 @@ class TaskHeads:
 
     def __init__(self, model: nn.Module) -> None:
         bare = bare_model(model)
-        prefix = bare.base_model_prefix + "."
+        prefix = getattr(bare, "base_model_prefix", "")
         self.model = model
-        self.names = frozenset(n for n, _ in trainable_parameters(model) if not n.startswith(prefix))
-        if not self.names:
+        self.names = frozenset(n for n, _ in trainable_parameters(model) if not n.startswith(f"{prefix}."))
+        if not self.names or not prefix:
             raise ValueError(
-                f"heads='per_task' needs trainable parameters outside of the base model {bare.base_model_prefix!r}; "
+                f"heads='per_task' needs trainable parameters outside of the base model {prefix!r}; "
                 f"{type(bare).__name__} has none. Use heads='shared'."
             )
         self.initial = self._copy()
@@ -79,9 +72,13 @@ class TaskHeads:
         Raises:
             ValueError: a head of other names or shapes than the model's.
         """
+        shapes = {n: tuple(p.shape) for n, p in self.parameters.items()}
         saved = {task: {canonical_name(n): t for n, t in head.items()} for task, head in state.items()}
         for task, head in saved.items():
-            ContinualMemory({f"head of {task}/{n}": t for n, t in head.items()}).check_fits(
-                {n: tuple(p.shape) for n, p in self.parameters.items()}
-            )
+            stored = {n: tuple(t.shape) for n, t in head.items()}
+            if stored != shapes:
+                raise ValueError(
+                    f"The head of {task} in the continual memory has the shapes {stored}, the model's {shapes}. Load the "
+                    "model it was saved with, or start without a memory."
+                )
         self.saved = saved

@@ -1,9 +1,10 @@
-"""The continual memory as a file: what earlier tasks needed, keyed by parameter name, beside the model.
+"""The continual memory: what earlier tasks needed, keyed by parameter name, as a file beside the model.
 
-`continual_memory.safetensors` holds tensors named `<kind>/<parameter name>`: `accumulator/…` (the CLASSP optimizer's
-state), `<method>.<part>/…` (such as `ewc.fisher/…` and `ewc.anchor/…`) and `head.<task>/…` (per-task heads). Its
-metadata carry a format version, the hyperparameters and a digest of everything else in the file. Accumulators are stored
-in the optimizer's `state_dtype`; those of one byte come with `accumulator_base/…` and make a file of format version 2.
+`continual_memory.st` is a safetensors file under a name that no loader takes for weights. It holds tensors named
+`<kind>/<parameter name>`: `accumulator/…` (`sum |g|^p`), `<method>.<part>/…` (such as `ewc.importance/…`),
+`head.<task>/…` (per-task heads) and `samples/…` (a few values of every weight, by which a memory knows its model). Its
+metadata carry a format version, tasks, hyperparameters and a digest of everything else. Accumulators of low-bit
+optimizers are stored in bfloat16, which holds them exactly.
 
 Names, not positions: `torch.optim.Optimizer.load_state_dict` maps state by order (pytorch#1489), which a new head or
 adapter shifts.
@@ -18,7 +19,7 @@ import os
 import re
 import reprlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .files import replacing
-from .optim.state import STATE_DTYPES, compress, expand, random_bits
-from .redaction import UNPRINTABLE, redact
+from .names import bare_model, canonical_name, full_tensor, samples
+from .optim.state import STATE_DTYPES, expand
+from .redaction import UNPRINTABLE
 
 logger = logging.get_logger(__name__)
 
@@ -39,63 +41,18 @@ _limited = reprlib.Repr()
 _limited.maxstring = _limited.maxother = 200
 _quoted = _limited.repr  # of text from a file, which may be long
 
-MEMORY_NAME = "continual_memory.safetensors"
+MEMORY_NAME = "continual_memory.st"
+OLD_NAME = "continual_memory.safetensors"
+"""What versions before 0.2 wrote; read until 0.3. Loaders that take every `*.safetensors` file for weights read it too."""
 FORMAT = "classp_hf.continual_memory"
-FORMAT_VERSION, LOW_BIT_VERSION = "1", "2"
+FORMAT_VERSIONS = ("1", "2")
+"""The first is written. The second, of version 0.1, has accumulators in uint8 with `accumulator_base/…`."""
 # Some 150,000 tensors. A header of safetensors' own limit, 100 MB, takes 7 s and 1 GB to parse.
 MAX_HEADER_BYTES = 16 << 20
 
-# Wrappers put these into parameter names: DDP, torch.compile, activation checkpointing, FSDP, PEFT.
-_WRAPPERS = re.compile(
-    r"^(?:module\.)+|\b_orig_mod\.|\b_checkpoint_wrapped_module\.|\b_fsdp_wrapped_module\.|^base_model\.model\."
-    r"|\bbase_layer\.|\bmodules_to_save\.[^.]+\."
-)
 
-
-def canonical_name(name: str) -> str:
-    """The parameter's name in the bare model: without the prefixes of DDP, FSDP, torch.compile and PEFT.
-
-    >>> canonical_name("module.base_model.model.bert.pooler.dense.base_layer.weight")
-    'bert.pooler.dense.weight'
-    """
-    previous = None
-    while name != previous:
-        previous, name = name, _WRAPPERS.sub("", name)
-    return name
-
-
-def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """`(canonical name, parameter)` of every parameter that requires a gradient; under FSDP2 the sharded ones."""
-    reshard(model)
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            yield canonical_name(name), p
-
-
-def reshard(model: nn.Module) -> bool:
-    """Whether FSDP2 has sharded the model. If so, it holds its sharded parameters from here on.
-
-    After a forward pass without a backward one some modules hold whole copies, which no optimizer and no memory knows.
-    """
-    from torch.distributed.fsdp import FSDPModule
-
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in sharded:
-        module.reshard()
-    return bool(sharded)
-
-
-def bare_model(model: nn.Module) -> Any:
-    """The Transformers model inside a PEFT model; any other model as it is."""
-    from peft import PeftModel
-
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def is_language_model(model: nn.Module) -> bool:
-    """Whether the model writes text: causal or sequence-to-sequence."""
-    can_generate = getattr(bare_model(model), "can_generate", None)
-    return can_generate is not None and bool(can_generate())
+class NoMemoryError(FileNotFoundError):
+    """There is none at that place; other errors leave open whether there is one."""
 
 
 @dataclass
@@ -103,7 +60,7 @@ class ContinualMemory:
     """Tensors keyed `<kind>/<parameter name>`, and JSON metadata.
 
     Attributes:
-        tensors: any dtype, on the CPU; the shape of the parameter they belong to.
+        tensors: any dtype, on the CPU; of most kinds in the shape of the parameter they belong to.
         metadata: JSON-serialisable; by convention `tasks` (names seen so far), `optimizer` and `method`
             (hyperparameters).
     """
@@ -124,30 +81,26 @@ class ContinualMemory:
     def kinds(self) -> list[str]:
         return sorted({key.split("/", 1)[0] for key in self.tensors})
 
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks it remembers, the oldest first."""
+        return list(self.metadata.get("tasks", []))
+
     def save(self, folder: str | os.PathLike) -> Path:
-        """Write `continual_memory.safetensors` into `folder` (created if missing), by atomic rename."""
+        """Write `continual_memory.st` into `folder` (created if missing), by atomic rename."""
         path = Path(folder) / MEMORY_NAME
-        tensors = self._stored()
-        header = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION if tensors.keys() == self.tensors.keys() else LOW_BIT_VERSION,
-            "content": json.dumps(self.metadata, sort_keys=True),
+        low_bit = self.metadata.get("optimizer", {}).get("state_dtype", "float32") != "float32"
+        # clone: safetensors refuses tensors that share storage (tied weights)
+        tensors = {
+            k: t.bfloat16() if low_bit and k.startswith("accumulator/") else t.clone() for k, t in self.tensors.items()
         }
+        content = json.dumps(self.metadata, sort_keys=True)
+        header = {"format": FORMAT, "format_version": FORMAT_VERSIONS[0], "content": content}
         header["sha256"] = _digest(tensors, header)
         with replacing(path) as temporary:
-            # clone: safetensors refuses tensors that share storage (tied weights)
-            save_file({k: t.clone() for k, t in tensors.items()}, temporary, metadata=header)
+            save_file(tensors, temporary, metadata=header)
+        path.with_name(OLD_NAME).unlink(missing_ok=True)
         return path
-
-    def _stored(self) -> dict[str, Tensor]:
-        """The tensors as the file has them."""
-        dtype = STATE_DTYPES[self.metadata.get("optimizer", {}).get("state_dtype", "float32")]
-        stored = dict(self.tensors)
-        for name, t in self.get("accumulator").items() if dtype != torch.float32 else ():
-            stored[f"accumulator/{name}"], base = compress(t, dtype, random_bits(t, t))
-            if base is not None:
-                stored[f"accumulator_base/{name}"] = base
-        return stored
 
     @classmethod
     def load(cls, path_or_repo: str | os.PathLike, revision: str | None = None) -> ContinualMemory:
@@ -163,7 +116,7 @@ class ContinualMemory:
                 no run writes: other metadata, NaN, infinite or negative accumulators, a path as a name. The digest tells
                 damage, not intent: whoever alters a file can make it anew.
         """
-        path = _resolve(path_or_repo, revision)
+        path = find_memory(path_or_repo, revision)
         try:
             with open(path, "rb") as start:
                 length = int.from_bytes(start.read(8), "little")
@@ -173,9 +126,9 @@ class ContinualMemory:
                 header = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
-            said = UNPRINTABLE.sub(" ", str(error).partition("\n")[0])[:300]  # PyTorch's goes on with frames of C++
+            reason = UNPRINTABLE.sub(" ", str(error).partition("\n")[0])[:300]  # PyTorch's goes on with frames of C++
             raise ValueError(
-                f"{path} is not a readable safetensors file ({said}): it is truncated or damaged. "
+                f"{path} is not a readable safetensors file ({reason}): it is truncated or damaged. "
                 "Copy it again from where the run wrote it."
             ) from error
         if header.get("format") != FORMAT:
@@ -183,10 +136,10 @@ class ContinualMemory:
                 f"{path} is not a continual memory (its `format` is {_quoted(header.get('format'))}, not {FORMAT!r}). "
                 f"Pass the {MEMORY_NAME} that a run of classp_hf wrote, or the folder that holds it."
             )
-        if header.get("format_version") not in (FORMAT_VERSION, LOW_BIT_VERSION):
+        if header.get("format_version") not in FORMAT_VERSIONS:
             raise ValueError(
                 f"{path} has format version {_quoted(header.get('format_version'))}; this version of classp_hf reads "
-                f"{FORMAT_VERSION} and {LOW_BIT_VERSION}. Install the version of classp_hf that wrote it."
+                f"{' and '.join(FORMAT_VERSIONS)}. Install the version of classp_hf that wrote it."
             )
         expected = header.pop("sha256", None)
         if _digest(tensors, header) != expected:
@@ -206,236 +159,171 @@ class ContinualMemory:
             ) from error
         return cls(tensors, metadata)
 
-    def check_fits(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise a ValueError that says which names or shapes differ, unless every kind fits the model.
 
-        Args:
-            shapes: canonical name -> shape of every parameter that will be trained.
-        """
-        problems = []
-        for kind in self.kinds():
-            stored = {name: tuple(t.shape) for name, t in self.get(kind).items()}
-            for label, names in (
-                ("only in the memory", stored.keys() - shapes.keys()),
-                ("only in the model", shapes.keys() - stored.keys()),
-            ):
-                if names:
-                    problems.append(f"  {kind}: {len(names)} {label}: {_shorten(sorted(names))}")
-            differing = [
-                f"{name} {stored[name]} in the memory, {shapes[name]} in the model"
-                for name in sorted(stored.keys() & shapes.keys())
-                if stored[name] != tuple(shapes[name])
-            ]
-            if differing:
-                problems.append(f"  {kind}: {len(differing)} of another shape: {_shorten(differing)}")
-        if problems:
-            raise ValueError(
-                "The continual memory does not fit this model's trainable parameters:\n" + "\n".join(problems) + "\n"
-                "It belongs to another model, head or adapter. Load the model it was saved with, or start without a "
-                "memory."
-            )
+@dataclass
+class Match:
+    """Which tensors of a memory belong to a model.
+
+    Attributes:
+        accumulators: canonical name -> accumulator of parameters that are trained, in the parameter's shape.
+        kept: of parameters that are frozen now or not in the model: they stay in the file.
+        notes: what was done, one clause each.
+    """
+
+    accumulators: dict[str, Tensor]
+    kept: dict[str, Tensor]
+    notes: list[str]
 
 
 def match_accumulators(
-    stored: Mapping[str, Tensor], model: nn.Module, excluded: frozenset[str] = frozenset(), resumed: bool = False
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Which of the `stored` accumulators (canonical name -> tensor) the model trains on with, and which it only keeps.
+    memory: ContinualMemory, model: nn.Module, excluded: frozenset[str] = frozenset(), same_run: bool = False
+) -> Match:
+    """Match the accumulators of `memory` with the parameters of `model`, tensor by tensor.
 
-    So that full and adapter fine-tuning may alternate: the memory of base weights that are frozen now is kept for when
-    they are trained again; an adapter the model does not have any more takes its memory with it, for it was a memory of
-    other weights; and so does an earlier adapter of the same name, which is told from one that goes on by its B, zero in a
-    LoRA that has not learned yet. New adapters, and base weights of a model whose adapter was trained so far, begin
-    without a memory. Every case is logged.
+    Used is what has a trained parameter of its name and shape; of an embedding that gained or lost rows the rows both
+    have. Everything else begins empty: new parameters (a new head), parameters of another shape, and those whose values
+    are not the ones the memory was written with while most others are (a head that was replaced). Parameters that are
+    frozen or gone keep their place in the file. An adapter's memory goes with its adapter: it says nothing of the weights
+    it was merged into, nor of the next adapter of that name (a LoRA whose B is zero has learned nothing yet).
 
     Args:
-        stored: from `ContinualMemory.get("accumulator")`.
         excluded: parameters that have no memory (per-task heads).
-        resumed: the memory is that of a checkpoint of this run, whose weights may not be in the model yet.
-
-    Returns:
-        Accumulators of parameters that are trained, and of parameters that are frozen.
+        same_run: the memory is that of a checkpoint of this run, whose weights may not be in the model yet.
 
     Raises:
-        ValueError: anything else that differs: it belongs to another model.
+        ValueError: less than a tenth of it fits: it belongs to another model.
     """
-    shapes = {n: s for n, s in memory_shapes(model).items() if n not in excluded}
-    frozen = {canonical_name(n): tuple(p.shape) for n, p in model.named_parameters() if not p.requires_grad}
-    adapters = {n for n in {*stored, *shapes} if _is_adapter(n)}
-    begun = {n for n in shapes if n in adapters and (resumed or not _is_new_lora(n, model))}
-    gone = {n for n in stored if n in adapters and n not in begun}
-    kept = {n: t for n, t in stored.items() if n not in gone and n not in shapes and frozen.get(n) == tuple(t.shape)}
-    used = {n: t for n, t in stored.items() if n not in gone and n not in kept}
-    new = {n for n in shapes if n not in used and (n in adapters or gone or adapters & stored.keys())}
-    if used or not stored:
-        ContinualMemory({f"accumulator/{n}": t for n, t in used.items()}).check_fits(
-            {n: s for n, s in shapes.items() if n not in new}
+    stored = {n: t for n, t in memory.get("accumulator").items() if n not in excluded}
+    parameters = {canonical_name(n): p for n, p in model.named_parameters()}
+    embeddings = {canonical_name(n) for n, p in _embeddings(model)}
+    changed = set() if same_run else _changed(memory.get("samples"), model)
+    compared = sum(n in parameters for n in memory.get("samples"))
+    replaced = changed if 2 * len(changed) < compared else set()
+    fresh = set() if same_run else {n for n in stored if _is_adapter(n) and _is_fresh(n, parameters)}
+    result, dropped = Match({}, {}, []), []
+    for n, t in stored.items():
+        p = parameters.get(n)
+        fits = p is not None and p.shape == t.shape and n not in replaced
+        if n in fresh:
+            dropped.append(n)
+        elif p is None or (fits and not p.requires_grad):
+            result.kept[n] = t
+        elif fits:
+            result.accumulators[n] = t
+        elif p.requires_grad and n in embeddings and p.ndim == t.ndim and p.shape[1:] == t.shape[1:]:
+            result.accumulators[n] = _with_rows(t, torch.zeros(p.shape))
+            result.notes.append(f"{n} keeps {min(len(p), len(t))} rows of {len(t)} and has {len(p)}")
+    own = {n for n, p in parameters.items() if p.requires_grad} - excluded
+    fitting = sum(t.numel() for n, t in (result.accumulators | result.kept).items() if n in parameters)
+    needed = sum(t.numel() for n, t in stored.items() if n not in dropped and not (_is_adapter(n) and n in result.kept))
+    if needed and fitting < 0.1 * needed:
+        raise ValueError(
+            f"The continual memory does not fit this model: of its {len(stored)} tensors ({shorten(sorted(stored), 2)}) "
+            f"{len(result.accumulators)} have the name and shape of a parameter that is trained "
+            f"({shorten(sorted(own), 2)}). It belongs to another model; start without a memory, or load that model."
         )
-    if gone:
-        logger.warning(
-            f"The continual memory of {len(gone)} adapter weights ({_shorten(sorted(gone), 1)}) is dropped: that adapter is merged, "
-            "removed or begun anew, and its memory says nothing of the weights it was merged into."
+    if empty := sorted(own - result.accumulators.keys()) if stored else []:
+        result.notes.append(f"{len(empty)} parameters begin without a memory ({shorten(empty, 2)})")
+    if result.kept:
+        result.notes.append(f"{len(result.kept)} tensors are kept for parameters that are frozen or not in this model")
+    if dropped:
+        result.notes.append(f"that of {len(dropped)} adapter weights is dropped, for that adapter is merged or new")
+    if changed and not replaced:
+        result.notes.append(
+            f"{len(changed)} of {compared} parameters were changed after it was written, by a training that it knows "
+            "nothing of"
         )
-    if kept:
-        logger.warning(
-            f"The continual memory of {len(kept)} weights that are frozen now is kept for when they are trained."
-        )
-    if new:
-        logger.warning(f"{len(new)} weights ({_shorten(sorted(new), 1)}) begin without a continual memory.")
-    return used, kept
+    return result
+
+
+def match_rows(stored: Mapping[str, Tensor], model: nn.Module, zeros: bool) -> dict[str, Tensor]:
+    """Of `stored` (canonical name -> tensor of the parameter's shape) what fits `model`; an embedding's new rows are 0 or,
+    unless `zeros`, the parameter's own."""
+    parameters = {canonical_name(n): p for n, p in model.named_parameters()}
+    embeddings = {canonical_name(n) for n, _ in _embeddings(model)}
+    result = {}
+    for n, t in stored.items():
+        p = parameters.get(n)
+        if p is not None and p.shape == t.shape:
+            result[n] = t
+        elif p is not None and n in embeddings and p.shape[1:] == t.shape[1:]:
+            own = full_tensor(p.detach()).float().cpu()
+            result[n] = _with_rows(t, torch.zeros_like(own) if zeros else own.clone())
+    return result
+
+
+def _with_rows(stored: Tensor, into: Tensor) -> Tensor:
+    rows = min(len(stored), len(into))
+    into[:rows] = stored[:rows]
+    return into
+
+
+def _embeddings(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """`(name, weight)` of the layers with a row a token: embeddings, and an output layer over the vocabulary."""
+    output = getattr(bare_model(model), "get_output_embeddings", lambda: None)()
+    rows = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    if output is not None and output.weight is not None:
+        rows |= {id(output.weight), id(getattr(output, "bias", None))}
+    return [(n, p) for n, p in model.named_parameters() if id(p) in rows]
+
+
+def _changed(written: Mapping[str, Tensor], model: nn.Module) -> set[str]:
+    """Canonical names of the parameters whose values are not those that were `written`, up to bfloat16's rounding."""
+    now = samples(model) if written else {}
+    return {
+        n
+        for n, t in written.items()
+        if n in now and (t.shape != now[n].shape or not torch.allclose(t.float(), now[n], rtol=2**-7, atol=1e-6))
+    }
 
 
 def _is_adapter(name: str) -> bool:
-    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-
-    return any(part.startswith(tuple(PEFT_TYPE_TO_PREFIX_MAPPING.values())) for part in name.split("."))
-
-
-def _is_new_lora(name: str, model: nn.Module) -> bool:
-    if ".lora_" not in name:
-        return False
-    B = re.sub(r"lora_(embedding_)?[AB]\b", r"lora_\1B", name)
-    return any(canonical_name(n) == B and not full_tensor(p.detach()).any() for n, p in model.named_parameters())
+    # PEFT's own table, without importing it where no adapter can be
+    peft = sys.modules.get("peft")
+    prefixes = tuple(peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING.values()) if peft is not None else ("lora_",)
+    return any(part.startswith(prefixes) for part in name.split("."))
 
 
-def memory_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> full (unsharded) shape of the trainable parameters."""
-    return {name: tuple(p.shape) for name, p in trainable_parameters(model)}
+def _is_fresh(name: str, parameters: Mapping[str, nn.Parameter]) -> bool:
+    """Whether the adapter is not in the model, or is a LoRA that has not learned yet."""
+    if name not in parameters:
+        return True
+    B = parameters.get(re.sub(r"lora_(embedding_)?[AB]\b", r"lora_\1B", name)) if ".lora_" in name else None
+    return B is not None and not full_tensor(B.detach()).any()
 
 
-def full_tensor(t: Tensor) -> Tensor:
-    """The whole tensor of a sharded one (a collective call on every rank), any other tensor as it is."""
-    from torch.distributed.tensor import DTensor
+def find_memory(path_or_repo: str | os.PathLike, revision: str | None = None) -> Path:
+    """The memory's file, downloaded from the Hub if need be.
 
-    return t.full_tensor() if isinstance(t, DTensor) else t
-
-
-def like_parameter(full: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
-    """`full` on the device of `p`, in `dtype`, sharded as `p` is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    full = full.to(device=p.device, dtype=dtype, copy=True)
-    if not isinstance(p, DTensor):
-        return full
-    # every rank has it all: nothing to send
-    return distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
-
-
-def local(t: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, sharing its memory; any other tensor as it is."""
-    from torch.distributed.tensor import DTensor
-
-    return t.to_local() if isinstance(t, DTensor) else t
-
-
-def mean_over_weights(tensors: Iterable[Tensor]) -> float:
-    """The mean over all elements of all tensors; 0.0 for none."""
-    total, count = 0.0, 0
-    for t in tensors:
-        total += _total(t)
-        count += t.numel()
-    return total / count if count else 0.0
-
-
-def _total(t: Tensor) -> float:
-    return float(full_tensor(t.sum(dtype=torch.float32 if t.device.type == "mps" else torch.float64)))
-
-
-def layer_means(accumulators: Mapping[str, Tensor]) -> dict[str, float]:
-    """Layer -> mean accumulator a weight, layers in the model's order.
-
-    A layer is what shares its name up to the first number (`bert.encoder.layer.3`), else up to the second part
-    (`bert.embeddings`).
+    Raises:
+        FileNotFoundError: as [`ContinualMemory.load`].
     """
-    sums: dict[str, list[float]] = {}
-    for name, t in accumulators.items():
-        numbered = re.match(r"(.*?\.\d+)\.", name)
-        parts = name.split(".")
-        layer = sums.setdefault(
-            numbered[1] if numbered else ".".join(parts[: min(2, len(parts) - 1)]) or name, [0.0, 0]
-        )
-        layer[0] += _total(t)
-        layer[1] += t.numel()
-    return {layer: total / max(count, 1) for layer, (total, count) in sums.items()}
-
-
-@torch.no_grad()
-def gather_(accumulators: dict[str, Tensor], model: nn.Module, power: float) -> None:
-    """`s <- s + |g|^power` for every trainable parameter that has a gradient: CLASSP's memory under any optimizer.
-
-    `accumulators` (canonical name -> float32, of the parameter's shape, device and sharding) is changed in place.
-    """
-    for n, p in trainable_parameters(model):
-        if p.grad is not None:
-            if n not in accumulators:
-                accumulators[n] = torch.zeros_like(p, dtype=torch.float32)
-            elif accumulators[n].device != p.device or type(accumulators[n]) is not type(p.detach()):
-                accumulators[n] = like_parameter(accumulators[n], p.detach(), torch.float32)
-            g = p.grad.float()
-            accumulators[n].add_(g.square() if power == 2 else g.abs().pow_(power))
-
-
-class CompactCopy:
-    """A copy of a weight tensor in 2 bytes a weight: int16 with a float32 scale a row; 16-bit weights as they are.
-
-    The error is at most max|row| / 65,534 a weight, hundreds of times finer than bfloat16: what counts is how far a weight
-    has moved since, which is small beside the weight.
-
-    Args:
-        weight: any floating dtype and shape; of a sharded tensor the local part is copied.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        weight = local(weight)
-        if weight.element_size() == 2 or weight.numel() == 0:
-            self.values, self.scale = weight.clone(), None
-        else:
-            rows = weight.reshape(-1, weight.shape[-1]) if weight.ndim else weight.reshape(1, 1)
-            self.scale = (rows.abs().amax(1, keepdim=True) / 32767).clamp_(min=torch.finfo(torch.float32).tiny)
-            self.values = (rows / self.scale).round_().to(torch.int16)
-
-    def difference(self, weight: Tensor) -> Tensor:
-        """`weight - copy`, float32."""
-        copied = self.values.float()
-        if self.scale is None:
-            return weight.float() - copied
-        return torch.addcmul(weight.float().reshape(copied.shape), copied, self.scale, value=-1).reshape(weight.shape)
-
-
-class NoMemoryError(FileNotFoundError):
-    """There is none at that place; other errors leave open whether there is one."""
-
-
-def _resolve(path_or_repo: str | os.PathLike, revision: str | None) -> Path:
     path = Path(path_or_repo)
     if os.path.isdir(path):  # Path's own raise for a name that is too long
-        path = path / MEMORY_NAME
+        path = next((path / name for name in (MEMORY_NAME, OLD_NAME) if (path / name).is_file()), path / MEMORY_NAME)
     if os.path.isfile(path):
         return path
-    looks_local = (
-        os.path.exists(path) or path.name == MEMORY_NAME or os.fspath(path_or_repo).startswith((".", "/", "~"))
-    )
-    if looks_local or len(path.parts) > 2:
-        place = redact(os.fspath(path_or_repo))
-        raise NoMemoryError(f"There is no continual memory at {place}. Pass the folder of a model saved with one.")
+    looks_local = os.path.exists(path) or path.suffix in (".st", ".safetensors")
+    if looks_local or os.fspath(path_or_repo).startswith((".", "/", "~")) or len(path.parts) > 2:
+        raise NoMemoryError(f"There is no continual memory at {path}. Pass the folder of a model saved with one.")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(hf_hub_download(str(path_or_repo), MEMORY_NAME, revision=revision))
+        try:
+            return Path(hf_hub_download(str(path_or_repo), MEMORY_NAME, revision=revision))
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):
+                raise
+            return Path(hf_hub_download(str(path_or_repo), OLD_NAME, revision=revision))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         certain = isinstance(error, (EntryNotFoundError, HFValidationError, RepositoryNotFoundError))
         certain = certain and not isinstance(error, LocalEntryNotFoundError)
-        said = redact(str(error))
         raise (NoMemoryError if certain else FileNotFoundError)(
-            f"{redact(repr(str(path_or_repo)))} is neither a local folder with a {MEMORY_NAME} nor a Hub repository that "
-            f"holds one ({type(error).__name__}: {said})."
-        ) from (error if said == str(error) else None)  # a traceback would show the secret again
+            f"{str(path_or_repo)!r} is neither a local folder with a {MEMORY_NAME} nor a Hub repository that "
+            f"holds one ({type(error).__name__}: {error})."
+        ) from error
 
 
 def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
@@ -486,25 +374,21 @@ def _is_nested(value: Any, levels: int) -> bool:
 def _expanded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a file with its accumulators in float32."""
     result = {key: t for key, t in tensors.items() if not key.startswith("accumulator_base/")}
-    bases = {key: t for key, t in tensors.items() if key not in result}
     for key, t in result.items():
-        if key.startswith("accumulator/"):
-            base = bases.pop(key.replace("accumulator/", "accumulator_base/", 1), None)
-            fits = base is None or (base.dtype == torch.int16 and base.shape == (-(-t.numel() // 256),))
-            if (t.dtype == torch.uint8) != (base is not None) or not fits:
+        if key.startswith("accumulator/") and t.dtype in (torch.uint8, torch.bfloat16):
+            base = tensors.get(key.replace("accumulator/", "accumulator_base/", 1))
+            blocks = (-(-t.numel() // 256),) if t.dtype == torch.uint8 else None
+            if blocks != (None if base is None else tuple(base.shape)) or (blocks and base.dtype != torch.int16):
                 raise ValueError(f"{_quoted(key)} has dtype {t.dtype} and not the base that belongs to it")
-            if t.dtype in (torch.uint8, torch.bfloat16):
-                result[key] = expand(t, base)
-    if bases:
-        raise ValueError(f"there are bases of accumulators that are not there: {_shorten(sorted(bases))}")
+            result[key] = expand(t, base)
     return result
 
 
 def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """What holds for every memory; whether it fits the model, `check_fits` and `Method.check_state` say."""
+    """What holds for every memory; whether it fits the model, `match_accumulators` and `Method.check_state` say."""
     for key, t in tensors.items():
         kind, _, name = key.partition("/")
-        own = kind in ("accumulator", "initial_head") or kind.startswith("head.")
+        own = kind in ("accumulator", "samples", "initial_head") or kind.startswith("head.")
         # names are keys and never become paths; one that could is no parameter's or task's
         names = [kind, name, kind.removeprefix("head.").replace("%2F", "/")] if own else [kind]
         parts = [part for n in names for part in n.replace("\\", "/").split("/")]
@@ -523,6 +407,7 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
                 raise ValueError(f"{_quoted(key)} holds {low:g}, and sums of powers of |g| are never negative")
 
 
-def _shorten(items: list[str], limit: int = 5) -> str:
+def shorten(items: Sequence[str], limit: int = 5) -> str:
+    """The first `limit` items, and how many more there are."""
     shown = [item if item.isprintable() and len(item) < 300 else _quoted(item) for item in items[:limit]]
     return ", ".join(shown) + (f", … ({len(items) - limit} more)" if len(items) > limit else "")

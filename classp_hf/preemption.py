@@ -36,22 +36,22 @@ class PreemptionCallback(TrainerCallback):
         if not self.trainer.args.enable_jit_checkpoint:
             yield
             return
-        previous = signal.signal(signal.SIGTERM, self._note)
+
+        def note(*_: Any) -> None:
+            self.asked = True
+
+        previous = signal.signal(signal.SIGTERM, note)
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, previous)
-
-    def _note(self, *_: Any) -> None:
-        self.asked = True
 
     def _agreed(self) -> bool:
         """Whether any rank was asked: all must leave at the same step."""
         args, accelerator = self.trainer.args, self.trainer.accelerator
         if not args.enable_jit_checkpoint or args.world_size == 1:
             return self.asked
-        asked = torch.tensor(float(self.asked), device=accelerator.device)
-        return bool(accelerator.reduce(asked, reduction="sum") > 0)
+        return bool(accelerator.reduce(torch.tensor(float(self.asked), device=accelerator.device), "sum") > 0)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.leaving = self._agreed()

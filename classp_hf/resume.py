@@ -1,4 +1,4 @@
-"""What a resumed sequence reads: its state file, complete checkpoints, weights and optimizer of a task boundary."""
+"""What a run leaves to be gone on from, and reads back: state file, checkpoints, weights and optimizer at a boundary."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_model
-from torch import Tensor, nn
-from transformers.trainer import TRAINER_STATE_NAME
+from torch import Tensor, nn, no_grad
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .memory import bare_model, full_tensor, like_parameter, trainable_parameters
 from .methods.adapters import folded_state_dict
+from .names import bare_model, full_tensor, like_parameter, trainable_parameters
+
+TRAINER_STATE = "trainer_state.json"
 
 
 def optimizer_state(optimizer: Any, model: nn.Module) -> dict[str, Any]:
@@ -31,20 +31,18 @@ def optimizer_state(optimizer: Any, model: nn.Module) -> dict[str, Any]:
 
 def load_optimizer_state(optimizer: Any, model: nn.Module, state: dict[str, Any]) -> None:
     """Take back what `optimizer_state` gave. The groups, which this task's schedule has set, stay as they are."""
-    if all(isinstance(key, str) for key in state["state"]):  # else it is a file of version 0.1.0
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
-        positions = {p: i for i, p in enumerate(parameters)}
-        by_name = state["state"]
-        state["state"] = {
-            positions[p]: {
-                k: like_parameter(v, p.detach(), v.dtype) if isinstance(v, Tensor) and v.shape == p.shape else v
-                for k, v in by_name[n].items()
-            }
-            for n, p in trainable_parameters(model)
-            if n in by_name
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    positions = {p: i for i, p in enumerate(parameters)}
+    by_name = state["state"]
+    by_position = {
+        positions[p]: {
+            k: like_parameter(v, p.detach(), v.dtype) if isinstance(v, Tensor) and v.shape == p.shape else v
+            for k, v in by_name[n].items()
         }
-    state["param_groups"] = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict(state)
+        for n, p in trainable_parameters(model)
+        if n in by_name
+    }
+    optimizer.load_state_dict({"state": by_position, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def load_weights(model: Any, folder: Path) -> None:
@@ -60,31 +58,27 @@ def load_weights(model: Any, folder: Path) -> None:
         set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
     else:  # a whole model, whose adapters were folded into it
         saved = type(bare_model(model)).from_pretrained(folder, dtype=model.dtype).state_dict()
-        with torch.no_grad():
+        with no_grad():
             for name, tensor in folded_state_dict(model).items():
                 tensor.copy_(saved[name])
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:
     found = [c for c in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete(c)]
-    return str(max(found, key=_step)) if found else None
+    return str(max(found, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]))) if found else None
 
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether `trainer_state.json`, which is written last, is whole."""
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        json.loads((checkpoint / TRAINER_STATE).read_text())
     except (OSError, ValueError):  # not there, or cut off
         return False
     return True
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
 def read_state(path: Path) -> dict[str, Any]:
-    """What `_write_state` wrote; a ValueError for anything else."""
+    """The state of a sequence from its file; a ValueError for anything that no sequence writes."""
     number = (int, float)
 
     def is_list(value: Any, of: Any) -> bool:
@@ -103,6 +97,7 @@ def read_state(path: Path) -> dict[str, Any]:
             and all(isinstance(state.get(k, 0.0), number) for k in ("seconds", "boundary_seconds"))
             and is_list(state.get("steps", []), int)
             and len(state.get("steps", rows[1:])) == done
+            and is_list(state.get("weights", []), number)
             and all(is_list(informed[k], str) for k in ("tasks", "methods"))
             and all(is_list(means, number) for means in state.get("importance", {}).values())
             and isinstance(state.get("optimizer", {} if not done else None), dict)
@@ -111,7 +106,7 @@ def read_state(path: Path) -> dict[str, Any]:
         sound = False
     if not sound:
         raise ValueError(
-            f"{path} is not what an interrupted sequence leaves: it is damaged, or was edited. Restore it, or choose another "
-            "output_dir."
+            f"{path} is not what an interrupted sequence leaves: it is damaged, or was edited. Restore it, or choose "
+            "another output_dir."
         )
     return state

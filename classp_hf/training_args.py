@@ -10,11 +10,11 @@ from typing import Any, Literal
 from accelerate.utils import str_to_bool
 from transformers import TrainingArguments
 
-from .redaction import known_secrets, public_value
-from .registration import NAME, TRANSFORMERS_LEARNING_RATE, register
+from .engine import CLASSP_LEARNING_RATE, CLASSP_NAME
+from .redaction import public_arguments
+from .registration import register
 
-DEFAULT_LEARNING_RATES = {NAME: 1e-3}
-"""By optimizer; every other optimizer keeps Transformers' default of 5e-5."""
+ADAMW_LEARNING_RATE = 5e-5
 
 
 @dataclass
@@ -25,9 +25,7 @@ class ContinualTrainingArguments(TrainingArguments):
 
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={
-            "help": f"The initial learning rate. Default: {DEFAULT_LEARNING_RATES[NAME]} for CLASSP, else 5e-5."
-        },
+        metadata={"help": f"The initial learning rate. Default: {CLASSP_LEARNING_RATE} for CLASSP, else 5e-5."},
     )
 
     # Over the sequence
@@ -45,8 +43,8 @@ class ContinualTrainingArguments(TrainingArguments):
     sequence_metric: str | None = field(
         default=None,
         metadata={
-            "help": "Name of the metric, from `compute_metrics`, that fills the matrix R. Default: accuracy; of language models "
-            "the loss; of a trainer with a `task_metric` that function's name."
+            "help": "Name of the metric, from `compute_metrics`, that fills the matrix R. Default: accuracy; of language "
+            "models the loss; of a trainer with a `task_metric` that function's name."
         },
     )
     sequence_metric_greater_is_better: bool | None = field(
@@ -62,20 +60,19 @@ class ContinualTrainingArguments(TrainingArguments):
     max_length: int | None = field(
         default=None, metadata={"help": "Texts are cut to this many tokens. Default: what the tokenizer allows."}
     )
-
     keep_task_models: bool = field(
         default=False,
         metadata={
-            "help": "Keep the model, memory and checkpoints of every task in `output_dir`/00-<task>/ and so on. Default: only the "
-            "last task's, which is what a resumed run needs."
+            "help": "Keep the model, memory and checkpoints of every task in `output_dir`/00-<task>/ and so on. Default: "
+            "only the last task's, which is what a resumed run needs."
         },
     )
     enable_jit_checkpoint: bool = field(
         default=False,
         metadata={
-            "help": "On SIGTERM finish the present step, save a checkpoint and exit with 143; --resume_from_checkpoint True goes on "
-            "from it. Between two tasks: exit when the evaluation is done. Give the process the time of one step, one "
-            "evaluation and one checkpoint."
+            "help": "On SIGTERM finish the present step, save a checkpoint and exit with 143; --resume_from_checkpoint True "
+            "goes on from it. Between two tasks: exit when the evaluation is done. Give the process the time of one step, "
+            "one evaluation and one checkpoint."
         },
     )
     model_license: str | None = field(
@@ -91,7 +88,6 @@ class ContinualTrainingArguments(TrainingArguments):
     memory_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the Hub repository given as `memory`."}
     )
-
     gather_memory: bool = field(
         default=False,
         metadata={
@@ -108,28 +104,16 @@ class ContinualTrainingArguments(TrainingArguments):
             raise ValueError(f"memory_power must be > 0, got {self.memory_power}")
         if self.learned_tasks < 0:
             raise ValueError(f"learned_tasks must be >= 0, got {self.learned_tasks}")
-        if self.optim == NAME:
-            register()
         if self.heads not in ("shared", "per_task"):
             raise ValueError(f"heads must be 'shared' or 'per_task', got {self.heads!r}")
+        if self.optim == CLASSP_NAME:
+            register()
+        self.default_learning_rate = self.learning_rate is None
+        if self.learning_rate is None:
+            self.learning_rate = CLASSP_LEARNING_RATE if self.optim == CLASSP_NAME else ADAMW_LEARNING_RATE
         if str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false")):
             self.use_cpu = True  # `accelerate launch --cpu`; several processes would not find each other without it
         super().__post_init__()
-
-    @classmethod
-    def from_training_arguments(cls, args: TrainingArguments) -> ContinualTrainingArguments:
-        """The same arguments, with the continual ones at their defaults."""
-        return cls(**{f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init})
-
-    def to_dict(self) -> dict[str, Any]:
-        """As Transformers', which hides fields named token, without secrets in the others: loggers write it down."""
-        secrets = known_secrets(vars(self))
-        return {k: public_value(v, secrets) for k, v in super().to_dict().items()}
-
-    def __str__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.to_dict().items())})"
-
-    __repr__ = __str__  # the dataclass would write one of its own, with the token
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the token: Trainer pickles the arguments into folders that it pushes (`training_args.bin`)."""
@@ -145,11 +129,27 @@ class ContinualTrainingArguments(TrainingArguments):
         vars(new).update(copy.deepcopy(vars(self), memo))
         return new
 
-    @property
-    def optim_name(self) -> str:
-        """`optim` as a plain string: it may be a member of `OptimizerNames`."""
-        return str(getattr(self.optim, "value", self.optim))
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in public_arguments(self.to_dict()).items())})"
 
-    @property
-    def default_learning_rate(self) -> float:
-        return DEFAULT_LEARNING_RATES.get(self.optim_name, TRANSFORMERS_LEARNING_RATE)
+    __repr__ = __str__  # the dataclass would write one of its own, with the token
+
+
+def with_continual_defaults(args: TrainingArguments | None) -> Any:
+    """A copy of `args` that has every field of [`ContinualTrainingArguments`], at its default where it was not there.
+
+    Subclasses (`Seq2SeqTrainingArguments`, TRL's) keep their class and fields. The caller may share `args` between trainers.
+    """
+    args = ContinualTrainingArguments(output_dir="tmp_trainer") if args is None else copy.copy(args)
+    own = {f.name: f.default for f in fields(ContinualTrainingArguments)}
+    for f in fields(TrainingArguments):
+        own.pop(f.name, None)
+    for name, default in {**own, "default_learning_rate": False, "enable_jit_checkpoint": False}.items():
+        if not hasattr(args, name):
+            setattr(args, name, default)
+    return args
+
+
+def optim_name(args: Any) -> str:
+    """`args.optim` as a plain string: it may be a member of `OptimizerNames`."""
+    return str(getattr(args.optim, "value", args.optim))

@@ -35,7 +35,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 HERE = str(Path(__file__).parent)
 
-MEMORY_NAME = "continual_memory.safetensors"
+MEMORY_NAME = "continual_memory.st"
 SECONDS = 3.0
 """A run takes about as long."""
 

@@ -24,7 +24,7 @@ from classp_hf import ContinualMemory
 from classp_hf.optim.classp import _sample_of_shard
 
 ACCELERATE = Path(__file__).parents[1] / "recipes" / "accelerate"
-FILES = ("model.safetensors", "continual_memory.safetensors")
+FILES = ("model.safetensors", "continual_memory.st")
 
 
 @pytest.fixture(scope="module")

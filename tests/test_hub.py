@@ -77,7 +77,7 @@ def test_push_sends_model_memory_and_card_in_one_commit(push, tmp_path):
         assert "/me/kept/commit/" in run.stdout
         _, files = hub.repos["me/kept", "main"]
         assert set(files) == {
-            *("README.md", "accuracy_matrix.png", "config.json", "continual_memory.safetensors", "model.safetensors"),
+            *("README.md", "accuracy_matrix.png", "config.json", "continual_memory.st", "model.safetensors"),
             *("importance.png", "results.json", "retention.png"),
         }
         assert all(files[n] == (tmp_path / "run" / n).read_bytes() for n in files)
@@ -107,7 +107,7 @@ def test_a_failed_push_loses_nothing_and_says_what_to_do(push, tmp_path, failure
         assert f"Nothing local is lost. {what_to_do}" in run.stdout
         assert f"and try again: hf upload me/kept {tmp_path / 'run'} . --exclude" in run.stdout
         assert TOKEN not in run.stdout + run.stderr
-        for name in ("model.safetensors", "continual_memory.safetensors", "results.json", "README.md"):
+        for name in ("model.safetensors", "continual_memory.st", "results.json", "README.md"):
             assert (tmp_path / "run" / name).is_file()
         assert hub.messages["me/kept"] == ["initial commit"]
 

@@ -43,7 +43,7 @@ ONE_RANK = [
     "shutil.rmtree checkpoint-N",
     "an example of the Fisher",
     "a weight of the merge",
-    "half of .continual_memory.safetensors.N.tmp",
+    "half of .continual_memory.st.N.tmp",
     "os.rename .sequence_state.json.N.tmp",
     "shutil.rmtree N-task-N",
     "os.rename .results.json.N.tmp",

@@ -58,7 +58,7 @@ def test_truncated(saved, keep):
     _, path = saved
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(
-        ValueError, match=r"continual_memory.safetensors is not a readable safetensors file .* truncated or damaged"
+        ValueError, match=r"continual_memory.st is not a readable safetensors file .* truncated or damaged"
     ):
         ContinualMemory.load(path)
 

@@ -77,7 +77,7 @@ def test_one_process_shows_and_writes_everything(one_process):
             "retention.png",
             "README.md",
             "model.safetensors",
-            "continual_memory.safetensors",
+            "continual_memory.st",
         ):
             assert (folder / arm / name).stat().st_size > 1000, name
     assert results(folder, "classp")["optimizer"]["name"] == "CLASSP"
@@ -93,7 +93,7 @@ def test_two_processes_with_the_same_global_batch_give_the_same_result(one_proce
         assert two["hardware"]["num_processes"] == 2
         for row, other in zip(one["accuracy_matrix"], two["accuracy_matrix"]):
             assert row == pytest.approx(other, abs=1 / 40 + 1e-9)  # one example on the edge may fall either way
-        for file in ("model.safetensors", "continual_memory.safetensors"):
+        for file in ("model.safetensors", "continual_memory.st"):
             a, b = (load_file(folder / arm / file) for folder in (one_process[0], tmp_path))
             assert a.keys() == b.keys()
             difference = sum(float((a[k].float() - b[k].float()).abs().sum()) for k in a)
@@ -117,7 +117,7 @@ def test_a_killed_run_resumes_to_the_same_result(one_process, tmp_path):
     run(tmp_path, 1, *ARMS, "--resume_from_checkpoint", "True")
     for arm in ("classp", "ewc"):
         assert results(tmp_path, arm)["accuracy_matrix"] == results(one_process[0], arm)["accuracy_matrix"]
-        for file in ("model.safetensors", "continual_memory.safetensors"):
+        for file in ("model.safetensors", "continual_memory.st"):
             a, b = (load_file(folder / arm / file) for folder in (one_process[0], tmp_path))
             assert all(torch.equal(a[k], b[k]) for k in a), (arm, file)
 
@@ -159,7 +159,7 @@ def test_fpb_then_imdb_with_lora_from_original_files(main, tmp_path):
     assert r["tasks"] == ["fpb", "imdb"]
     assert r["label_names"] == ["negative", "neutral", "positive"]  # one class for IMDB's pos and FPB's positive
     assert not (out / "naive").exists()
-    memory = load_file(out / "classp" / "continual_memory.safetensors")
+    memory = load_file(out / "classp" / "continual_memory.st")
     assert any("lora_A" in k for k in memory)
     assert "accumulator/classifier.weight" in memory
     assert sum(t.numel() for t in memory.values()) < 1_000_000  # adapters and the head, not the 22.7M weights

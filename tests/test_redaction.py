@@ -85,7 +85,7 @@ def test_no_file_of_a_run_holds_a_secret(run):
     folder, _ = run
     written = [p for p in folder.parent.rglob("*") if p.is_file() and p.name != "script.py"]
     names = {p.name for p in written}
-    assert {"results.json", "README.md", "sequence_state.json", "continual_memory.safetensors"} <= names
+    assert {"results.json", "README.md", "sequence_state.json", "continual_memory.st"} <= names
     assert {"training_args.bin", "trainer_state.json"} <= names and any("tfevents" in name for name in names)
     found = {
         f"{path.relative_to(folder)}: {kind}"

@@ -145,7 +145,7 @@ def test_files_shrink_and_convert_both_ways(name, tmp_path):
     memory.save(tmp_path / "again")
     again = ContinualMemory.load(tmp_path / "again")
     again.save(tmp_path / "twice")
-    files = [load_file(tmp_path / f / "continual_memory.safetensors") for f in ("again", "twice")]
+    files = [load_file(tmp_path / f / "continual_memory.st") for f in ("again", "twice")]
     assert files[0].keys() == files[1].keys() and all(torch.equal(t, files[1][k]) for k, t in files[0].items())
 
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Method
-
-if TYPE_CHECKING:
-    from ..tasks import Task
-    from ..trainer import ContinualTrainer
+from .base import Context, Method
 
 
 @dataclass
@@ -23,7 +19,9 @@ class Interpolate(Method):
     it started from and ended with. The first task is left as it is, so that methods differ only in how they hold on to it.
     """
 
-    name: ClassVar[str] = "interpolate"
+    name = "interpolate"
+    needs_start = True
+    ranges = {"interpolation_weight": ("in [0, 1]", lambda v: 0 <= v <= 1)}
 
     interpolation_weight: float = field(
         default=0.5, metadata={"help": "alpha: 0 keeps the old weights, 1 the new ones."}
@@ -31,16 +29,12 @@ class Interpolate(Method):
 
     old: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.interpolation_weight <= 1:
-            raise ValueError(f"interpolation_weight must be in [0, 1], got {self.interpolation_weight}")
-
-    def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        self.old = {n: p.detach().clone() for n, p in self.parameters(trainer.model)} if trainer.seen_tasks else {}
+    def before_task(self, context: Context) -> None:
+        self.old = context.starting_weights() if context.seen_tasks else {}
 
     @torch.no_grad()
-    def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        for n, p in self.parameters(trainer.model):
+    def after_task(self, context: Context) -> None:
+        for n, p in self.parameters(context.model):
             if n in self.old:
                 p.copy_(self.old[n].to(p.device).lerp(p.detach(), self.interpolation_weight))
         self.old = {}

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-import torch
-
-from .base import AnchoredMethod
-
-if TYPE_CHECKING:
-    from ..tasks import Task
-    from ..trainer import ContinualTrainer
+from .base import AnchoredMethod, Context
 
 
 @dataclass
@@ -22,19 +16,15 @@ class L2SP(AnchoredMethod):
     trains freely, as under EWC, so that methods differ only in how they hold on to it.
     """
 
-    name: ClassVar[str] = "l2sp"
+    name = "l2sp"
+    ranges = {"l2sp_alpha": (">= 0", lambda v: v >= 0)}
 
     l2sp_alpha: float = field(
         default=0.1, metadata={"help": "Strength of the pull, in units of the loss per squared weight."}
     )
 
-    def __post_init__(self) -> None:
-        if not self.l2sp_alpha >= 0:
-            raise ValueError(f"l2sp_alpha must be >= 0, got {self.l2sp_alpha}")
-
     def strength(self) -> float:
         return self.l2sp_alpha
 
-    @torch.no_grad()
-    def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        self.anchor = {n: p.detach().float().clone() for n, p in self.parameters(trainer.model)}
+    def after_task(self, context: Context) -> None:
+        self.anchor = {n: p.detach().float().clone() for n, p in self.parameters(context.model)}

@@ -1,0 +1,191 @@
+"""All that touches private or moved names of transformers, accelerate and torch: each with its versions and reason.
+
+transformers 4.57 to 5.24, accelerate 1.11 to 1.15, torch 2.6 to 2.13 (docs/compatibility.md says what was run).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from .files import sync_folder
+from .names import reshard
+
+MINIMUM_TRANSFORMERS = "4.57"
+
+
+class _OptimizerName(str):
+    """A name of an optimizer that `OptimizerNames` lists and that is pickled as a plain string.
+
+    A member of the enum could be read back only in processes that have registered it (`training_args.bin`).
+    """
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+    def __reduce__(self) -> Any:
+        return str, (str(self),)
+
+
+def add_optimizer(name: str, factory: Callable[[Any], tuple[type, dict[str, Any]]], callback: type[TrainerCallback]):
+    """Make `--optim name` known to transformers in this process, and give every Trainer a callback. Once a process.
+
+    There is no public way to add an optimizer's name: `OptimizerNames` is a closed enum, the table of handlers private
+    (transformers 4.57 to 5.24).
+
+    Args:
+        factory: training arguments -> optimizer class and its keyword arguments.
+
+    Raises:
+        ImportError: the installed transformers is older than the supported ones, or its private names have moved.
+    """
+    from transformers.training_args import OptimizerNames
+
+    if name in OptimizerNames._value2member_map_:
+        return
+    found = importlib.metadata.version("transformers")
+    if tuple(int(part) for part in found.split(".")[:2]) < tuple(map(int, MINIMUM_TRANSFORMERS.split("."))):
+        raise ImportError(
+            f"classp_hf needs transformers >= {MINIMUM_TRANSFORMERS}, found {found}. "
+            f'Run: pip install "transformers>={MINIMUM_TRANSFORMERS}"'
+        )
+    try:
+        from transformers.trainer import DEFAULT_CALLBACKS
+
+        try:
+            from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+        except ImportError:  # 4.57: a chain of comparisons in one static method
+            of_transformers = Trainer.get_optimizer_cls_and_kwargs
+
+            def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+                return factory(args) if args.optim == name else of_transformers(args, model)
+
+            Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)  # type: ignore[assignment]
+        else:
+            _OPTIMIZER_HANDLERS[name] = lambda context: factory(context.args)  # type: ignore[index]
+        member: Any = _OptimizerName(name)
+        OptimizerNames._member_map_[name.upper()] = member
+        OptimizerNames._member_names_.append(name.upper())
+        OptimizerNames._value2member_map_[name] = member
+        DEFAULT_CALLBACKS.append(callback)  # type: ignore[arg-type]
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ImportError(
+            f"transformers {found} keeps its optimizer names or default callbacks elsewhere than classp_hf knows ({error}), "
+            f"so `--optim {name}` cannot be added. Install another version of transformers (docs/compatibility.md), or "
+            "use classp_hf.ClasspTrainer, which does not need it."
+        ) from error
+
+
+def refuse_deepspeed(args: Any) -> None:
+    """Raise if DeepSpeed is asked for, by `--deepspeed` or by `accelerate launch`.
+
+    It holds weights, gradients and the optimizer's state in flat buffers of its own (and with optimizer offload may put
+    another optimizer in the place of the one asked for).
+    """
+    if args.deepspeed_plugin is not None:
+        raise ValueError(
+            "DeepSpeed is not supported: its flat buffers hide gradients and accumulators by parameter, so the memory of "
+            "earlier tasks would silently be neither used nor saved. Use FSDP2, which shards as ZeRO-3 does "
+            "(`accelerate launch --config_file recipes/accelerate/fsdp2.yaml`), or DDP."
+        )
+
+
+class PatchedTrainer(Trainer):
+    """Trainer with the mends that trainings one after another need. Each names what it is for."""
+
+    model: Any
+    optimizer: Any
+    _sharded_groups: list[list[torch.nn.Parameter]] | None = None
+
+    def check_fsdp(self) -> None:
+        """accelerate 1.15 shards the input embedding by itself and fails if a layer that holds it is sharded already."""
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(
+                f"FSDP version {plugin.fsdp_version} flattens parameters, and the memory is kept by parameter. Set "
+                "fsdp_version: 2."
+            )
+        if plugin.transformer_cls_names_to_wrap is None:
+            embedding = self.model.get_input_embeddings()
+            layers = {
+                type(m).__name__ for m in self.model.modules() if all(part is not embedding for part in m.modules())
+            }
+            plugin.transformer_cls_names_to_wrap = [n for n in self.model._no_split_modules or [] if n in layers]
+
+    def shard(self) -> None:
+        """Under FSDP2 cut the model into shards now, which accelerate does only together with an optimizer."""
+        if self.is_fsdp_enabled and not reshard(self.model):
+            self.create_optimizer()
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.model
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any):
+        # transformers 5.23: evaluating a model that was never trained marks it as prepared without wrapping it
+        # (`prepare_model` with evaluation_mode=True), so under DDP a later `train()` would not wrap it either and every
+        # rank would silently train alone. Wrap it first; `train()` takes over what it finds in `model_wrapped`.
+        distributed = self.accelerator.use_distributed and not self.is_fsdp_enabled
+        if distributed and self.model_wrapped is self.model:
+            self.model_wrapped = self.accelerator.prepare_model(self.model)
+        self.shard()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers 5.23: resumed from the checkpoint of its last step, a training whose `max_steps` end within an epoch
+        # would do one step more, for Trainer looks at `max_steps` after a step only.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        sharded = self.is_fsdp_enabled and reshard(self.model)
+        self._sharded_groups = [list(group["params"]) for group in optimizer.param_groups] if sharded else None
+        return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        # accelerate 1.15: preparing again what is sharded already, it finds the optimizer's parameters by the addresses of
+        # their shards. Empty shards share one address, so it would put one parameter in the place of others.
+        if self._sharded_groups is not None:
+            for group, parameters in zip(self.optimizer.param_groups, self._sharded_groups, strict=True):
+                group["params"] = parameters
+        return super().create_scheduler(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))  # transformers 5.23 saves none
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # The last file of every rank. `trainer_state.json`, which comes next and says that the checkpoint is complete (and
+        # lets Trainer delete older ones), waits for all of them to be on the disk.
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            sync_folder(Path(output_dir))
+
+
+def watch_saving(model: Any, then: Callable[[Any, str], None]) -> None:
+    """Call `then(model, folder)` after every `save_pretrained` of models of this class."""
+    owner = next((cls for cls in type(model).__mro__ if "save_pretrained" in vars(cls)), None)
+    if owner is None or hasattr(owner.save_pretrained, "watched"):
+        return
+    original = owner.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        folder = args[0] if args else kwargs.get("save_directory", kwargs.get("path"))
+        if folder is not None:
+            then(self, str(folder))
+        return result
+
+    save_pretrained.watched = True  # type: ignore[attr-defined]
+    owner.save_pretrained = save_pretrained

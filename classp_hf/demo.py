@@ -1,0 +1,218 @@
+"""The main job: fine-tune one classifier over a sequence of text tasks, and show what it kept.
+
+    python -m classp_hf demo
+    accelerate launch recipes/sentiment_sequence.py
+    accelerate launch recipes/sentiment_sequence.py --tasks fpb imdb --model_name_or_path google-bert/bert-base-uncased
+    accelerate launch recipes/sentiment_sequence.py --trainer ewc --ewc_lambda 0.3 --compare naive classp
+    accelerate launch recipes/sentiment_sequence.py --use_peft --lora_r 16 --compare none
+
+Every arm (`--trainer` and those of `--compare`) gets its own defaults (`ARMS` below); a flag you give applies to all
+arms. Every flag of transformers' TrainingArguments is accepted.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, set_seed
+
+from . import embedded, report
+from .engine import CLASSP_NAME
+from .launch import prepare_cpu_launch
+from .memory import ContinualMemory, NoMemoryError
+from .methods import METHODS
+from .registration import register
+from .tasks import label_names, load_task
+from .trainer import ClasspTrainer, ContinualTrainer
+from .training_args import ContinualTrainingArguments
+
+# What each arm is: trainer, method, and the flags it starts from. Learning rates: docs/log.md says how they were chosen.
+ADAMW = ["--learning_rate", "1e-4", "--reset_optimizer"]
+ARMS: dict[str, tuple[type[ContinualTrainer], str, list[str]]] = {
+    "classp": (ClasspTrainer, "logit_adjustment", ["--optim", "classp"]),
+    "classp_paper": (ContinualTrainer, "none", ["--optim", "classp"]),
+    **{name: (ContinualTrainer, name, ADAMW) for name in METHODS if name != "none"},
+    "olora": (ContinualTrainer, "olora", ["--learning_rate", "1e-3", "--reset_optimizer"]),
+    "naive": (ContinualTrainer, "none", ADAMW),
+}
+DEFAULTS = (
+    "--output_dir outputs/sentiment_sequence --num_train_epochs 2 --per_device_train_batch_size 32 "
+    "--per_device_eval_batch_size 128 --max_length 64 --logging_steps 10 --save_strategy no "
+    f"--dataloader_pin_memory {torch.cuda.is_available()}"
+).split()
+
+
+def _flag(default: object, help: str):
+    metadata = {"help": help}
+    return field(default_factory=lambda: list(default), metadata=metadata) if isinstance(default, tuple) else field(
+        default=default, metadata=metadata
+    )  # fmt: skip
+
+
+@dataclass
+class RecipeArguments:
+    tasks: list[str] = _flag(
+        ("icwsm14/nyt", "icwsm14/movie"),
+        "Tasks in order: icwsm14/nyt|movie|amazon|tweets, fpb, imdb, or "
+        "name:path_or_hub_id[:config][,text=COLUMN,label=COLUMN,names=a|b|c,map=x>y|z>w].",
+    )
+    trainer: str = _flag("classp", f"The arm to run: {', '.join(ARMS)}.")
+    compare: list[str] = _flag(("naive",), "Arms to run beside it, of the same; `--compare none` for no other.")
+    model_name_or_path: str | None = _flag(None, "Local folder or Hub id. Default: the embedded all-MiniLM-L6-v2.")
+    model_revision: str = _flag("main", "Branch, tag or commit of the model.")
+    max_train_samples: int | None = _flag(1600, "Training examples a task (0 or less: all of them).")
+    max_eval_samples: int | None = _flag(None, "Validation and test examples a task. Default: all.")
+    dropout: float = _flag(
+        0.0,
+        "Dropout while training; negative: as in the model's config. With 0, one process and several give the same result "
+        "if the global batch divides the number of training examples.",
+    )
+    use_peft: bool = _flag(
+        False, "Train LoRA adapters and the head instead of all weights. The arms olora and osf use adapters anyway."
+    )
+    lora_r: int = _flag(16, "Rank of the LoRA adapters.")
+    lora_alpha: int = _flag(32, "Scale of the LoRA adapters.")
+    lora_dropout: float = _flag(0.0, "Dropout in the LoRA adapters.")
+    lora_target_modules: list[str] | None = _flag(None, "Modules to adapt. Default: all linear layers.")
+    osf_effective_rank: float = _flag(
+        0.5, "Arm osf: share of each weight's singular directions that tasks may not change."
+    )
+
+    def __post_init__(self) -> None:
+        if self.compare == ["none"]:
+            self.compare = []
+        for arm in [self.trainer, *self.compare]:
+            if arm not in ARMS:
+                raise ValueError(f"Unknown arm {arm!r} in --trainer or --compare. Known: {', '.join(ARMS)}.")
+        if self.max_train_samples is not None and self.max_train_samples <= 0:
+            self.max_train_samples = None
+
+
+def build_model(recipe: RecipeArguments, labels: list[str], method: str = "none"):
+    name = recipe.model_name_or_path or embedded.model_path()
+    config = AutoConfig.from_pretrained(name, revision=recipe.model_revision)
+    if set(config.label2id) == set(labels):  # a classifier of these labels: its head's rows have their order
+        labels = sorted(labels, key=config.label2id.get)
+    changes = {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
+    if recipe.dropout >= 0:
+        for key, value in config.to_dict().items():
+            if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+                changes[key] = recipe.dropout
+    model = AutoModelForSequenceClassification.from_pretrained(
+        name, revision=recipe.model_revision, ignore_mismatched_sizes=True, **changes
+    )
+    if recipe.model_name_or_path is None:
+        model.config.name_or_path = model.name_or_path = embedded.MODEL_ID  # the same weights, by their digest
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=recipe.model_revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if recipe.use_peft or METHODS[method].folds_adapters:
+        from peft import LoraConfig, OSFConfig, PeftConfig, TaskType, get_peft_model
+
+        common = {"task_type": TaskType.SEQ_CLS, "target_modules": recipe.lora_target_modules or "all-linear"}
+        adapter: PeftConfig
+        if method == "osf":
+            adapter = OSFConfig(effective_rank=recipe.osf_effective_rank, **common)
+        else:
+            r, alpha, dropout = recipe.lora_r, recipe.lora_alpha, recipe.lora_dropout
+            adapter = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, **common)
+        model = get_peft_model(model, adapter)
+    return model, tokenizer
+
+
+def memory_beside(recipe: RecipeArguments) -> str | None:
+    """The model's own folder or repository, if a continual memory is there."""
+    try:
+        ContinualMemory.load(recipe.model_name_or_path, revision=recipe.model_revision)
+    except NoMemoryError:
+        return None
+    print(f"Going on from the continual memory in {recipe.model_name_or_path}.")
+    return recipe.model_name_or_path
+
+
+def main() -> None:
+    prepare_cpu_launch()
+    register()
+    methods = [m for m in METHODS.values() if any(f.init for f in fields(m))]
+    parser = HfArgumentParser((RecipeArguments, ContinualTrainingArguments, *methods), description=__doc__)
+    given = sys.argv[1:]
+    own = vars(parser.parse_args(DEFAULTS))
+    parser.set_defaults(**{name: own[name] for name in (flag.removeprefix("--") for flag in DEFAULTS[::2])})
+
+    def parse(arm_flags: list[str]):
+        return parser.parse_args_into_dataclasses(args=[*arm_flags, *given])
+
+    recipe, args, *_ = parse([])
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("classp_hf").setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
+
+    with args.main_process_first(desc="loading the tasks"):
+        tasks = [
+            load_task(
+                spec,
+                seed=args.seed,
+                max_train_samples=recipe.max_train_samples,
+                max_eval_samples=recipe.max_eval_samples,
+            )
+            for spec in recipe.tasks
+        ]
+    labels = label_names(tasks)
+    if args.process_index == 0:
+        print(f"Labels of the shared head: {', '.join(labels)}")
+
+    arms = list(dict.fromkeys([recipe.trainer, *recipe.compare]))
+    there = [arm for arm in arms if (Path(args.output_dir) / arm / "sequence_state.json").exists()]
+    if there and not args.resume_from_checkpoint:
+        raise ValueError(
+            f"{args.output_dir} already holds runs of {', '.join(there)}. Pass --resume_from_checkpoint True to go on from "
+            "them, or choose another --output_dir."
+        )
+    results = {}
+    for arm in arms:
+        trainer_class, method_name, flags = ARMS[arm]
+        _, args, *configured = parse(flags)
+        base = Path(args.output_dir)
+        args.output_dir = str(base / arm)
+        if trainer_class is ClasspTrainer and args.heads != "shared":
+            method_name = "none"  # there is no shared head whose logits could be adjusted
+        method = next((m for m in configured if m.name == method_name), method_name)
+        set_seed(args.seed)
+        model, tokenizer = build_model(recipe, labels, method_name)
+        if args.memory is None and recipe.model_name_or_path and CLASSP_NAME in (args.optim, arm):
+            args.memory, args.memory_revision = memory_beside(recipe), recipe.model_revision
+        trainer = trainer_class(model=model, args=args, processing_class=tokenizer, method=method)
+        if trainer.is_world_process_zero():
+            print(f"\n=== {arm}: {' -> '.join(t.name for t in tasks)} ===", flush=True)
+        results[arm] = trainer.train_sequence(tasks)
+        if args.push_to_hub and arm == recipe.trainer:
+            trainer.push_to_hub()
+
+    if args.process_index == 0:
+        for arm, result in results.items():
+            scale = report.Scale.of(result)
+            print(
+                "\n"
+                + report.format_sequence(
+                    result["tasks"], result["accuracy_matrix"], result["metrics"], arm, scale, args.learned_tasks
+                )
+            )
+        if len(results) > 1:
+            print("\n" + report.format_comparison(results))
+        try:
+            report.plot_retention(results, base / "retention.png")
+        except ImportError as error:
+            print(error)
+        print(f"\nResults, figures, models and cards: {base}")
+
+
+if __name__ == "__main__":
+    main()
