@@ -1,32 +1,24 @@
-"""The CLASSP optimizer: Algorithm 1 of arXiv 2405.09637 as one pure function on tensors, and its foreach form.
-
-The compiled CPU form is in kernels.py, that for GPUs in triton_kernels.py, low-bit accumulators in state.py.
-"""
+"""The CLASSP optimizer: Algorithm 1 of arXiv 2405.09637. With p = 2 the step is PyTorch's fused Adagrad."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import kernels
+from ._torch import FUSED_DEVICES, fused_adagrad_, is_sharded, local, over_shards
+from .density import cut_for_density, cut_for_threshold
 from .state import STATE_DTYPES, compress, expand, random_bits
 
 __all__ = ["CLASSP"]
 
-# Sample size of the quantile that `density` needs: the standard error of an estimated density d is about
-# sqrt(d (1 - d) / 4096), at most 0.008.
-_DENSITY_SAMPLE = 4096
-
-
-# Weights in one call of the multi-tensor operations, which need temporaries of that size, unless one tensor has more.
-_FOREACH_BATCH = 2**24
+# Weights in one call. On CPUs what is read twice should still be in the cache; elsewhere it bounds temporaries.
+_CPU_BLOCK, _BLOCK = 2**18, 2**24
 
 
 class CLASSP(Optimizer):
@@ -43,10 +35,12 @@ class CLASSP(Optimizer):
         w_i   <- w_i - lr * g_i                            where mask_i and not apply_decay
 
     The current gradient enters s before it scales the step (the paper's equation 1 sums to t-1; its Algorithm 1 is
-    followed here). With `power=2, threshold=0` this is `torch.optim.Adagrad(initial_accumulator_value=eps, eps=0)`.
+    followed here). With `power=2, threshold=0` this is `torch.optim.Adagrad(initial_accumulator_value=eps, eps=0)`,
+    and PyTorch's fused Adagrad takes the step.
 
     The math runs in float32 and is cast to the parameter's dtype once, at the end. State: one tensor of the parameter's
-    shape and `state_dtype`, `state[p]["accumulator"]`; of that dtype after `load_state_dict` too.
+    shape and `state_dtype`, `state[p]["accumulator"]`, of that dtype after `load_state_dict` too. It holds s + offset,
+    where the group's `offset` is eps with `power=2` in float32 and 0 otherwise; `accumulator(p)` is s.
 
     Args:
         params: parameters, named parameters or parameter groups. Every hyperparameter may differ from group to group.
@@ -61,28 +55,28 @@ class CLASSP(Optimizer):
         weight_decay: decoupled (Loshchilov & Hutter 2019): `w <- w * (1 - lr * weight_decay)` for every coordinate of
             a parameter that has a gradient.
         density: the fraction, in (0, 1], of a tensor's nonzero gradients that may update: the threshold becomes the
-            (1 - density) quantile of g^2 over them, estimated per tensor and step from a fixed strided sample of up
-            to 4,096 coordinates, without host synchronisation. Excludes `threshold`.
+            (1 - density) quantile of g^2 over them, estimated per tensor and step from up to 4,096 of them
+            (`cut_for_density` gives the error). Excludes `threshold`. Sharded gradients are gathered, one at a time.
         maximize: ascend instead of descend.
-        foreach: use PyTorch's multi-tensor operations. Default: on for GPU tensors, off on CPU, where whole-model
-            temporaries make them slower.
-        fused: update in one pass, tensors of the dtypes it takes (float32, bfloat16; on a GPU float16 too): on CPU with the
-            compiled step, the default where it was built; on a GPU, if True, with Triton's. That has run on no GPU yet,
-            and is compared with PyTorch's operations before its first step on one. It heeds `torch.amp.GradScaler` by
-            itself, without waiting for it.
+        foreach: True: PyTorch's multi-tensor operations, never the fused step, on groups of at most 2**24 weights; the
+            default on GPUs where the fused step is not possible. False: one tensor at a time.
+        fused: whether PyTorch's fused Adagrad takes the step. Default: where it can, with `power=2`, `apply_decay` and
+            a float32 state on CPUs and CUDA devices, unless the step is compiled.
         state_dtype: `"float32"`; `"bfloat16"` or `"uint8"` keep the memory in two bytes or one a weight, rounded at
             random so that small increments count on average (error bounds: `classp_hf/optim/state.py`).
 
+    A gradient that is not finite, or so large that |g|^p could overflow the memory (|g|^p > 2e31), reaches neither
+    weights nor memory, where it would stay for ever. On CPUs `step` raises; it leaves the tensor as it is, or of one with
+    more than 2**18 weights the block with the bad gradient, and updates the others. On other devices, and when compiled,
+    it does not wait for the gradients: the whole step is skipped, and counted in `skipped_steps()`.
+
     Raises:
-        ValueError: a hyperparameter out of its range, both `threshold` and `density`, or both `foreach` and `fused`; a
-            complex parameter.
-        RuntimeError: `fused=True` where the compiled step was not built and there is no Triton. From `step`: a sparse
-            gradient; a NaN or infinite gradient. Those never reach a weight or the memory, where they would stay for
-            ever; the fused step has updated the other coordinates when it finds them, and on a GPU, which it does not wait
-            for, a later `step` raises.
+        ValueError: a hyperparameter out of its range, both `threshold` and `density`, both `foreach` and `fused`,
+            `fused=True` where that step is not CLASSP's or does not exist; a complex parameter.
+        RuntimeError: from `step`: a sparse gradient; on CPUs a gradient that is NaN, infinite or too large.
     """
 
-    _stepper: Any = None  # of tensors on GPUs
+    _skipped: Tensor | None = None
 
     def __init__(
         self,
@@ -100,34 +94,29 @@ class CLASSP(Optimizer):
         fused: bool | None = None,
         state_dtype: str = "float32",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "threshold": threshold,
-            "power": power,
-            "eps": eps,
-            "apply_decay": apply_decay,
-            "weight_decay": weight_decay,
-            "density": density,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "state_dtype": state_dtype,
-        }
+        defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         _check_hyperparameters(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         _check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            if p.is_complex():
-                self.param_groups.pop()
-                raise ValueError(f"CLASSP does not support complex parameters, got one of dtype {p.dtype}")
+        group = self.param_groups[-1]
+        group["offset"] = _offset(group)
+        try:
+            for p in group["params"]:
+                if p.is_complex():
+                    raise ValueError(f"CLASSP does not support complex parameters, got one of dtype {p.dtype}")
+                if group["fused"] and (p.device.type not in FUSED_DEVICES or p.dtype == torch.float64):
+                    raise ValueError(f"fused=True is not possible for a {p.dtype} parameter on {p.device}. Leave it out.")
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # of an older version
-            for name, value in {**self.defaults, "state_dtype": "float32"}.items():
+            for name, value in {**self.defaults, "state_dtype": "float32", "offset": 0.0}.items():
                 if name != "differentiable":  # PyTorch's own
                     group.setdefault(name, value)
 
@@ -151,37 +140,38 @@ class CLASSP(Optimizer):
 
     @torch.no_grad()
     def accumulator(self, p: Tensor) -> Tensor:
-        """The memory of parameter `p`, float32, of its shape and sharding; zeros before its first step.
-
-        With `state_dtype="float32"` this is the state itself, which the next step changes; otherwise a copy.
-        """
+        """The memory of parameter `p`, float32, of its shape and sharding; zeros before its first step. Not to be
+        written to: it may be the state itself."""
         state = self.state.get(p)
         if not state:
             return torch.zeros_like(p, dtype=torch.float32, memory_format=torch.preserve_format)
-        return expand(state["accumulator"], state.get("base"))
+        values, offset = expand(state["accumulator"], state.get("base")), self._group_of(p)["offset"]
+        return (values - offset).clamp_(min=0) if offset else values
 
     @torch.no_grad()
     def set_accumulator(self, p: Tensor, values: Tensor) -> None:
         """Make `values` (float32, >= 0, of the shape, device and sharding of `p`) its memory."""
-        group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
-        self._init_state(p, group["state_dtype"])
-        local = _local(values).float()
-        self._store(p, local, local if group["state_dtype"] == "float32" else random_bits(local, local))
+        group = self._group_of(p)
+        _align_offset(group, self.state)
+        state, mine = self._new_state(p, group), local(values).float()
+        self.state[p] = state
+        if state["accumulator"].dtype == torch.float32:
+            local(state["accumulator"]).copy_(mine).add_(group["offset"])
+        else:
+            _store(local(state["accumulator"]), state.get("base"), mine, random_bits(mine, mine))
 
-    def _init_state(self, p: Tensor, state_dtype: str) -> None:
-        state, dtype = self.state[p], STATE_DTYPES[state_dtype]
-        if state_dtype == "uint8" and type(p.detach()) is not Tensor:
+    def _group_of(self, p: Tensor) -> dict[str, Any]:
+        return next(group for group in self.param_groups if any(q is p for q in group["params"]))
+
+    def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        dtype = STATE_DTYPES[group["state_dtype"]]
+        if dtype == torch.uint8 and is_sharded(p.detach()):
             raise ValueError("state_dtype='uint8' is not supported on sharded (DTensor) parameters. Use 'bfloat16'.")
-        state["accumulator"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        empty = torch.full_like(p, group["offset"], dtype=dtype, memory_format=torch.preserve_format)
+        state = {"accumulator": empty}
         if dtype == torch.uint8:
             state["base"] = torch.zeros(-(-p.numel() // 256), dtype=torch.int16, device=p.device)
-
-    def _store(self, p: Tensor, values: Tensor, random: Tensor) -> None:
-        state = self.state[p]
-        compressed, base = compress(values, state["accumulator"].dtype, random)
-        _local(state["accumulator"]).copy_(compressed)
-        if base is not None:
-            state["base"].copy_(base)
+        return state
 
     @torch.no_grad()
     def update_density(self) -> float:
@@ -191,13 +181,17 @@ class CLASSP(Optimizer):
         """
         total, grads, updated = 0, [], []
         for group in self.param_groups:
-            for p in group["params"]:
-                total += p.numel()
-                if p.grad is not None and p.numel() > 0:
-                    grads.append(p.grad)
-                    updated.append((_shrink(_local(p.grad), _threshold(p.grad, group)) != 0).sum())
-        updated = _over_shards(updated, grads, "sum")
+            total += sum(p.numel() for p in group["params"])
+            params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
+            for p, cut in zip(params, _cuts(params, group)):
+                grads.append(p.grad)
+                updated.append((local(p.grad).float().abs() > (0.0 if cut is None else cut)).sum())
+        updated = over_shards(updated, grads, "sum")
         return float(torch.stack([n.to(updated[0].device) for n in updated]).sum()) / total if updated else 0.0
+
+    def skipped_steps(self) -> int:
+        """Steps that were skipped on a GPU, or when compiled, for a gradient that was not finite. Waits for the device."""
+        return 0 if self._skipped is None else int(self._skipped)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -211,14 +205,11 @@ class CLASSP(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        if self._stepper and not torch.compiler.is_compiling():
-            self._raise_if_found(self._stepper.found())
-        work: list[tuple[dict[str, Any], dict[str, list[Tensor]]]] = []
+        work = []
         for group in self.param_groups:
-            by_form: dict[str, list[Tensor]] = {"compiled": [], "triton": [], "torch": []}
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            params = [p for p in group["params"] if p.grad is not None]
+            _align_offset(group, self.state)
+            for p in params:
                 if p.grad.is_sparse:
                     raise RuntimeError(
                         f"CLASSP does not support sparse gradients (parameter of shape {tuple(p.shape)}). "
@@ -227,103 +218,252 @@ class CLASSP(Optimizer):
                 if not self.state[p]:
                     # Also when nothing passes the threshold: distributed checkpoints initialise the state with a
                     # zero-gradient step and expect to find it.
-                    self._init_state(p, group["state_dtype"])
-                by_form[self._form(p, group)].append(p)
-            work.append((group, by_form))
-        _check_gradients([p.grad for _, by_form in work for p in by_form["torch"]])  # type: ignore[misc]
+                    self.state[p] = self._new_state(p, group)
+            work.append((group, params))
+        unread = [(p.grad, group["power"]) for group, params in work for p in params if not _reads_back(p)]
+        found = self._found_inf(unread)
 
-        bad = 0
-        for number, (group, by_form) in enumerate(work):
-            # in one order on every rank: of sharded gradients it takes a collective call
-            thresholds = _thresholds([p for p in group["params"] if p.grad is not None], by_form["compiled"], group)
-            names = ("lr", "power", "eps", "apply_decay", "weight_decay", "maximize")
-            hyperparameters = {name: group[name] for name in names}
-            if compiled := by_form["compiled"]:
-                bad += kernels.classp_step_(
-                    *self._tensors(compiled),
-                    [float(thresholds[p]) for p in compiled],
-                    **{**hyperparameters, "lr": float(group["lr"])},
-                )
-            if on_gpu := by_form["triton"]:
-                if self._stepper is None:
-                    self._stepper = _triton_kernels().Stepper()
-                scaled = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
-                self._stepper(
-                    number, *self._tensors(on_gpu), [thresholds[p] for p in on_gpu], **hyperparameters, **scaled
-                )
-            for params in _batches(by_form["torch"], group["foreach"]):
-                self._step_with_torch(params, [thresholds[p] for p in params], hyperparameters)
+        bad: dict[Tensor, bool] = {}
+        for group, params in work:
+            for batch in _batches(self._pieces(params, group), group):
+                for p in _update(batch, group, found.get(batch[0].weight.device)):
+                    bad[p] = True
         # every rank must come to the same verdict
-        if sharded := [p for _, by_form in work for p in by_form["compiled"] if _is_sharded(p)][:1]:
-            bad = int(_over_shards([torch.tensor(bad)], sharded, "sum")[0])
-        if on_gpu := [p for _, by_form in work for p in by_form["triton"]]:
-            sharded = [p for p in on_gpu if _is_sharded(p)][:1]
-            over_ranks = (lambda number: _over_shards([number], sharded, "sum")[0]) if sharded else None
-            self._stepper.send({p.device for p in on_gpu}, over_ranks)
-        self._raise_if_found(bad)
+        if sharded := [p for _, params in work for p in params if is_sharded(p) and _reads_back(p)]:
+            verdicts = over_shards([torch.tensor(float(p in bad)) for p in sharded], sharded, "max")
+            bad |= {p: True for p, verdict in zip(sharded, verdicts) if verdict}
+        if bad:
+            raise RuntimeError(
+                f"CLASSP got NaN, infinite or overflowing gradients in {len(bad)} tensors (first shape: "
+                f"{tuple(next(iter(bad)).shape)}). They changed neither weights nor memory there. Lower the learning rate, "
+                "clip the gradients, or check the data and the loss."
+            )
         return loss
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether `step` itself heeds `torch.amp.GradScaler`'s `grad_scale` and `found_inf`, without waiting for them.
+    def _found_inf(self, grads: list[tuple[Tensor, float]]) -> dict[torch.device, Tensor]:
+        """For every device: 1.0 if a gradient, given with its power, is not finite or too large, on any rank; else 0.0."""
+        if not grads:
+            return {}
+        alike: dict[Any, dict[int, Tensor]] = {}
+        for i, (grad, power) in enumerate(grads):
+            shard = local(grad)
+            if shard.numel():  # an empty one has no maximum
+                alike.setdefault((shard.device, shard.dtype, power), {})[i] = shard
+        flags = [torch.zeros((), device=g.device) for g, _ in grads]
+        for (_, _, power), shards in alike.items():
+            largest = torch.stack(torch._foreach_norm(list(shards.values()), math.inf)).float()
+            for i, flag in zip(shards, (~(largest <= _limit(power))).float().unbind()):
+                flags[i] = flag
+        flags = over_shards(flags, [g for g, _ in grads], "max")
+        found = torch.stack([flag.to(flags[0].device) for flag in flags]).amax()
+        if self._skipped is None:
+            self._skipped = torch.zeros((), dtype=torch.int64, device=found.device)
+        self._skipped.add_(found.long())
+        return {device: found.to(device) for device in dict.fromkeys(flag.device for flag in flags)}
 
-        Under `fused=True`, as of torch's own optimizers: accelerate then takes a skipped step for a step.
-        """
-        pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return bool(pairs) and all(self._form(p, group) == "triton" for p, group in pairs)
+    def _pieces(self, params: list[Tensor], group: dict[str, Any]) -> Iterable[_Piece]:
+        for p, cut in zip(params, _cuts(params, group)):
+            state = self.state[p]
+            weight, grad, accumulator = local(p.detach()), local(p.grad), local(state["accumulator"])  # type: ignore[arg-type]
+            count, base = weight.numel(), state.get("base")
+            if count == 0:
+                continue
+            if not (weight.is_contiguous() and accumulator.is_contiguous() and grad.is_contiguous()):
+                if accumulator.dtype == torch.float32:  # else its blocks are in the order of the coordinates
+                    order = sorted(range(weight.ndim), key=weight.stride, reverse=True)
+                    weight, grad, accumulator = (t.permute(order) for t in (weight, grad, accumulator))
+                if not (weight.is_contiguous() and accumulator.is_contiguous()):
+                    yield _Piece(p, weight, grad, accumulator, base, 0, cut, False)
+                    continue
+                grad = grad.contiguous()
+            fused = weight.dtype != torch.float64 and _takes_fused(group, weight.device)
+            if not _reads_back(p):
+                block = _BLOCK
+            else:
+                block = _CPU_BLOCK if fused and cut is None and weight.dtype == torch.float32 else _CPU_BLOCK // 4
+            if count <= block:
+                yield _Piece(p, weight, grad, accumulator, base, 0, cut, fused)
+                continue
+            weight, grad, accumulator = weight.view(-1), grad.view(-1), accumulator.view(-1)
+            for start in range(0, count, block):
+                w, g, s = (t[start : start + block] for t in (weight, grad, accumulator))
+                b = None if base is None else base[start // 256 : -(-(start + block) // 256)]
+                yield _Piece(p, w, g, s, b, start, cut, fused)
 
-    def _form(self, p: Tensor, group: dict[str, Any]) -> str:
-        """Which form of the step updates `p`: "compiled" (kernels.py), "triton" or "torch"."""
-        if group["fused"] is False or group["foreach"] or torch.compiler.is_compiling():
-            return "torch"
-        accumulator = self.state.get(p, {}).get("accumulator")
-        accumulator = None if accumulator is None else _local(accumulator)
-        if accumulator is not None and not accumulator.is_contiguous():
-            return "torch"
-        tensors = _local(p.detach()), _local(p.grad), accumulator  # type: ignore[arg-type]
-        if kernels.takes(*tensors):
-            return "compiled"
-        if not (p.is_cuda and group["fused"]):
-            return "torch"
-        return "triton" if _triton_kernels() and _triton_kernels().takes(*tensors) else "torch"
 
-    def _tensors(self, params: list[Tensor]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
-        states = [self.state[p] for p in params]
-        return (
-            [_local(p.detach()) for p in params],
-            [_local(p.grad) for p in params],  # type: ignore[arg-type]
-            [_local(state["accumulator"]) for state in states],
-            [state.get("base") for state in states],
+class _Piece(NamedTuple):
+    """Consecutive coordinates of one parameter, which are updated in one call."""
+
+    param: Tensor
+    weight: Tensor
+    grad: Tensor
+    accumulator: Tensor
+    base: Tensor | None
+    start: int
+    cut: float | Tensor | None  # |g| up to it is ignored
+    fused: bool
+
+
+def _batches(pieces: Iterable[_Piece], group: dict[str, Any]) -> Iterable[list[_Piece]]:
+    """What goes into one call: pieces of one device, dtype and form of the step, of a block's weights in all."""
+    filling: dict[Any, tuple[list[_Piece], int]] = {}
+    for piece in pieces:
+        weight = piece.weight
+        kind = weight.device, weight.dtype, piece.grad.dtype, piece.fused
+        batch, filled = filling.get(kind, ([], 0))
+        limit = _CPU_BLOCK if _reads_back(piece.param) else _BLOCK
+        if batch and (group["foreach"] is False or filled + weight.numel() > limit):
+            yield batch
+            batch, filled = [], 0
+        batch.append(piece)
+        filling[kind] = batch, filled + weight.numel()
+    yield from (batch for batch, _ in filling.values())
+
+
+def _update(batch: list[_Piece], group: dict[str, Any], found: Tensor | None) -> list[Tensor]:
+    """Algorithm 1 on a batch, nothing where `found` is 1. Returns parameters with bad gradients, whose pieces it left."""
+    grads = [piece.grad.float() for piece in batch]
+    if found is None:
+        good = [_is_good(g, _limit(group["power"])) for g in grads]
+        if not all(good):
+            rest = [piece for piece, ok in zip(batch, good) if ok]
+            bad = [piece.param for piece, ok in zip(batch, good) if not ok]
+            return bad + (_update(rest, group, found) if rest else [])
+    cuts = [piece.cut for piece in batch]
+    fused = batch[0].fused
+    if found is not None and not fused:
+        cuts = [torch.where(found > 0, math.inf, -1.0 if cut is None else cut) for cut in cuts]
+    shrunk = [g if cut is None else _shrink(g, cut) for g, cut in zip(grads, cuts)]
+    weights = [piece.weight for piece in batch]
+    low_bit = batch[0].accumulator.dtype != torch.float32
+    random = [random_bits(g, piece.weight, piece.start) for g, piece in zip(grads, batch)] if low_bit else []
+    accumulators = [expand(piece.accumulator, piece.base) for piece in batch]
+    wide = weights if weights[0].dtype in (torch.float32, torch.float64) else [w.float() for w in weights]
+
+    lr = group["lr"] if found is not None else float(group["lr"])
+    if isinstance(lr, Tensor):  # never read back: a Python float would synchronise, and recompile
+        lr = lr.reshape(()).to(weights[0].device)
+    if group["weight_decay"]:
+        decay = lr * group["weight_decay"]
+        torch._foreach_mul_(wide, 1 - (decay if found is None else decay * (1 - found)))
+    if fused:
+        fused_adagrad_(wide, shrunk, accumulators, lr, group["maximize"], found)
+    else:
+        classp_(
+            wide,
+            shrunk,
+            accumulators,
+            lr=lr,
+            power=group["power"],
+            eps=group["eps"] - group["offset"],
+            apply_decay=group["apply_decay"],
+            maximize=group["maximize"],
         )
-
-    def _raise_if_found(self, bad: int) -> None:
-        if bad:
-            coordinates = f"{bad} coordinate{'s' * (bad > 1)}"
-            raise _non_finite(coordinates, "Nothing there was updated, nor entered the memory.")
-
-    def _step_with_torch(self, params: list[Tensor], thresholds: list[Any], hyperparameters: dict[str, Any]) -> None:
-        weights = [_local(p.detach()) for p in params]
-        grads = [_local(p.grad) for p in params]  # type: ignore[arg-type]
-        low_bit = self.state[params[0]]["accumulator"].dtype != torch.float32
-        random = [random_bits(g, w) for g, w in zip(grads, weights)] if low_bit else []
-        accumulators = [_local(self.accumulator(p)) for p in params]
-        shrunk = [_shrink(g, threshold) for g, threshold in zip(grads, thresholds)]
-        if len(params) > 1:
-            _foreach_classp_(weights, shrunk, accumulators, **hyperparameters)
-        else:
-            classp_(weights[0], shrunk[0], accumulators[0], **hyperparameters)
-        for p, values, bits in zip(params, accumulators, random):
-            self._store(p, values, bits)
+    if wide is not weights:
+        torch._foreach_copy_(weights, wide)
+    for piece, values, bits in zip(batch, accumulators, random):
+        _store(piece.accumulator, piece.base, values, bits)
+    return []
 
 
-@functools.cache
-def _triton_kernels() -> Any:
-    """The module, or None where there is no Triton, which PyTorch brings where it supports GPUs with it."""
-    try:
-        from . import triton_kernels
-    except Exception:  # a broken one, too
-        return None
-    return triton_kernels
+def classp_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    accumulators: list[Tensor],
+    *,
+    lr: float | Tensor,
+    power: float,
+    eps: float,
+    apply_decay: bool,
+    maximize: bool,
+) -> None:
+    """Algorithm 1 on tensors of one device and dtype; changes `weights` and `accumulators` in place.
+
+    Args:
+        weights: float32 or float64.
+        grads: float32, zero where g^2 does not exceed the threshold. Such coordinates do not change.
+        accumulators: float32; together with `eps` positive.
+    """
+    if power == 2:
+        torch._foreach_addcmul_(accumulators, grads, grads)
+    else:
+        powers = torch._foreach_abs(grads)
+        if power != 1:
+            torch._foreach_pow_(powers, power)
+        torch._foreach_add_(accumulators, powers)
+    steps = grads
+    if apply_decay:
+        roots = torch._foreach_add(accumulators, eps)
+        if power == 2:
+            torch._foreach_sqrt_(roots)
+        elif power != 1:
+            torch._foreach_pow_(roots, 1 / power)
+        steps = torch._foreach_div(grads, roots)
+    sign = 1 if maximize else -1
+    if isinstance(lr, Tensor):
+        torch._foreach_add_(weights, torch._foreach_mul(steps, lr.float()), alpha=sign)
+    else:
+        torch._foreach_add_(weights, steps, alpha=sign * lr)
+
+
+def _cuts(params: list[Tensor], group: dict[str, Any]) -> list[Any]:
+    """What |g| has to exceed: floats, 0-dim tensors where the host does not wait for them, or None if nothing."""
+    if group["density"] is None or group["density"] == 1:
+        cut = cut_for_threshold(group["threshold"]) if group["threshold"] else None
+        return [cut] * len(params)
+    # in one order on every rank: of sharded gradients it takes a collective call
+    cuts = [cut_for_density(p.grad, group["density"]) for p in params]  # type: ignore[arg-type]
+    return torch.stack(cuts).tolist() if cuts and all(map(_reads_back, params)) else cuts
+
+
+def _shrink(g: Tensor, cut: float | Tensor) -> Tensor:
+    return torch.where(g.abs() > cut, g, 0.0) if isinstance(cut, Tensor) else torch.hardshrink(g, cut)
+
+
+def _reads_back(p: Tensor) -> bool:
+    """Whether the host looks at the gradient of `p` before the step."""
+    return p.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _limit(power: float) -> float:
+    """The largest |g| of which 2**24 additions to an accumulator stay finite in float32."""
+    largest = torch.finfo(torch.float32).max
+    return min((largest * 2.0**-24) ** (1 / power), largest)
+
+
+def _is_good(g: Tensor, limit: float) -> bool:
+    """Whether all of `g` (float32) is finite and at most `limit`. A dot product is the fastest look at a tensor."""
+    flat = g.reshape(-1)
+    return float(torch.dot(flat, flat)) <= min(limit**2, torch.finfo(torch.float32).max) or float(g.abs().max()) <= limit
+
+
+def _store(accumulator: Tensor, base: Tensor | None, values: Tensor, random: Tensor) -> None:
+    compressed, new_base = compress(values, accumulator.dtype, random)
+    accumulator.copy_(compressed)
+    if base is not None:
+        base.copy_(new_base)
+
+
+def _takes_fused(group: dict[str, Any], device: torch.device | None = None) -> bool:
+    """Whether PyTorch's fused Adagrad is this group's step."""
+    possible = group["power"] == 2 and group["apply_decay"] and group["state_dtype"] == "float32"
+    wanted = group["fused"] is not False and not group["foreach"] and not torch.compiler.is_compiling()
+    return possible and wanted and device.type in FUSED_DEVICES
+
+
+def _offset(group: dict[str, Any]) -> float:
+    """What the state of `group` holds beside the accumulator: what fused Adagrad needs."""
+    return group["eps"] if group["power"] == 2 and group["state_dtype"] == "float32" else 0.0
+
+
+def _align_offset(group: dict[str, Any], state: dict[Tensor, Any]) -> None:
+    """Adapt the state to a changed eps or power, or if an older version saved it."""
+    if (offset := _offset(group)) == group["offset"]:
+        return
+    for p in group["params"]:
+        if p in state:
+            state[p]["accumulator"].add_(offset - group["offset"]).clamp_(min=offset)
+    group["offset"] = offset
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:
@@ -342,11 +482,6 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
         raise ValueError(f"state_dtype must be one of {', '.join(STATE_DTYPES)}, got {group['state_dtype']!r}")
     if group["fused"] and group["foreach"]:
         raise ValueError("foreach=True and fused=True exclude each other. Pass one of them.")
-    if group["fused"] and not (kernels.BUILT or _triton_kernels()):
-        raise RuntimeError(
-            "fused=True, but CLASSP's compiled step was not built: there was no C compiler when classp_hf was installed. "
-            "Install one (gcc or clang) and then classp_hf again, or leave fused out."
-        )
     density = group["density"]
     if density is not None:
         if not 0 < density <= 1:
@@ -356,269 +491,3 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
                 f"threshold={group['threshold']} and density={density} exclude each other: density sets the threshold "
                 "from the gradients. Pass one of them."
             )
-
-
-def _check_gradients(grads: list[Tensor]) -> None:
-    """Refuse what would corrupt the memory, before any weight or accumulator changes."""
-    if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-        return  # reading a value back to the host is not possible there
-    grads = [g for g in grads if g.numel() > 0]
-    if not grads:
-        return
-    on_cpu = all(type(g) is Tensor and g.device.type == "cpu" for g in grads)
-    if on_cpu and all(torch.linalg.vector_norm(g).isfinite() for g in grads):
-        return  # a 2-norm is many times faster there than the maximum; it may overflow for finite gradients: look again
-    shards = [_local(g) for g in grads]
-    largest = [torch.linalg.vector_norm(g, math.inf) if g.numel() else g.new_zeros(()) for g in shards]
-    if any(_is_sharded(g) for g in grads):
-        # all ranks must come to one verdict, and a maximum over ranks may lose a NaN
-        largest = _over_shards([x.nan_to_num(math.inf, math.inf) for x in largest], grads, "max")
-    if not all(torch.stack([x.to(largest[0].device, torch.float32) for x in largest]).isfinite().tolist()):
-        bad = [tuple(g.shape) for g, x in zip(grads, largest) if not x.isfinite()]
-        raise _non_finite(f"{len(bad)} of {len(grads)} tensors (first shape: {bad[0]})", "Nothing was updated.")
-
-
-def _non_finite(where: str, what_happened: str) -> RuntimeError:
-    return RuntimeError(
-        f"CLASSP got NaN or infinite gradients in {where}. {what_happened} Lower the learning rate, clip the gradients, or "
-        "check the data and the loss."
-    )
-
-
-def _is_sharded(x: Any) -> bool:
-    """Whether `x` is a DTensor, which holds one rank's part of a tensor."""
-    if type(x) in (Tensor, torch.nn.Parameter):
-        return False  # without the import, which takes long
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(x, DTensor)
-
-
-def _local(x: Tensor) -> Tensor:
-    """This rank's part of a sharded (DTensor) tensor, maybe empty, sharing its memory; any other tensor as it is."""
-    return x.to_local() if _is_sharded(x) else x  # type: ignore[attr-defined]
-
-
-def _over_shards(values: list[Tensor], tensors: list[Tensor], operation: str) -> list[Tensor]:
-    """Combine what every rank computed from its part of a tensor, by `operation` ("sum" or "max").
-
-    Collective: every rank must call it with the same tensors in the same order, whatever is empty on it. One all-reduce
-    for all tensors that are sharded alike.
-
-    Args:
-        values: of any shapes, which are the same on every rank.
-        tensors: which tensor each value belongs to. Values of tensors that are not sharded are returned as they are.
-    """
-    alike: dict[Any, list[int]] = {}
-    for i, t in enumerate(tensors):
-        if _is_sharded(t):
-            key = t.device_mesh, t.placements, values[i].dtype  # type: ignore[attr-defined]
-            alike.setdefault(key, []).append(i)
-    values = list(values)
-    for (mesh, placements, _), indices in alike.items():
-        from torch.distributed.tensor import DTensor, Partial, Replicate
-
-        parts = [Replicate() if placement.is_replicate() else Partial(operation) for placement in placements]
-        joined = torch.cat([values[i].reshape(-1) for i in indices])
-        joined = DTensor.from_local(joined, mesh, parts, run_check=False).full_tensor()
-        for i, value in zip(indices, joined.split([values[i].numel() for i in indices])):
-            values[i] = value.view_as(values[i])
-    return values
-
-
-def _batches(params: list[Tensor], foreach: bool | None) -> list[list[Tensor]]:
-    """What goes into one call: tensors of one device and dtype with foreach, of `_FOREACH_BATCH` weights in all; else one tensor."""
-    if not (all(_local(p.detach()).is_cuda for p in params) if foreach is None else foreach):
-        return [[p] for p in params]
-    batches: list[list[Tensor]] = []
-    filling: dict[Any, tuple[list[Tensor], float]] = {}
-    for p in params:
-        kind = p.device, p.dtype, p.grad.dtype  # type: ignore[union-attr]
-        batch, filled = filling.get(kind, ([], math.inf))
-        if filled + p.numel() > _FOREACH_BATCH:
-            batch, filled = [], 0
-            batches.append(batch)
-        batch.append(p)
-        filling[kind] = batch, filled + p.numel()
-    return batches
-
-
-def classp_(
-    param: Tensor,
-    g: Tensor,
-    accumulator: Tensor,
-    *,
-    lr: float | Tensor,
-    power: float,
-    eps: float,
-    apply_decay: bool,
-    weight_decay: float,
-    maximize: bool,
-) -> None:
-    """Algorithm 1 on one tensor; changes `param` and `accumulator` (float32) in place. `g`: from `_shrink`, float32."""
-    if power == 2:
-        accumulator.addcmul_(g, g)
-    else:
-        accumulator.add_(g.abs() if power == 1 else g.abs().pow_(power))
-    root = accumulator + eps
-    if power == 2:
-        root.sqrt_()
-    elif power != 1:
-        root.pow_(1 / power)
-
-    w = param if param.dtype in (torch.float32, torch.float64) else param.float()
-    if weight_decay:
-        w.mul_(1 - lr * weight_decay)
-    sign = 1 if maximize else -1
-    if isinstance(lr, Tensor):  # never read back: a Python float would synchronise, and recompile
-        w.add_((g / root if apply_decay else g) * lr.to(w.device), alpha=sign)
-    elif apply_decay:
-        w.addcdiv_(g.to(w.dtype), root.to(w.dtype), value=sign * lr)
-    else:
-        w.add_(g, alpha=sign * lr)
-    if w is not param:
-        param.copy_(w)
-
-
-def _foreach_classp_(
-    params: list[Tensor],
-    gs: list[Tensor],
-    accumulators: list[Tensor],
-    *,
-    lr: float | Tensor,
-    power: float,
-    eps: float,
-    apply_decay: bool,
-    weight_decay: float,
-    maximize: bool,
-) -> None:
-    """`classp_` over lists of tensors of one device and dtype."""
-    if power == 1:
-        torch._foreach_add_(accumulators, torch._foreach_abs(gs))
-        roots = torch._foreach_add(accumulators, eps)
-    elif power == 2:
-        torch._foreach_addcmul_(accumulators, gs, gs)
-        roots = torch._foreach_add(accumulators, eps)
-        torch._foreach_sqrt_(roots)
-    else:
-        powers = torch._foreach_abs(gs)
-        torch._foreach_pow_(powers, power)
-        torch._foreach_add_(accumulators, powers)
-        roots = torch._foreach_add(accumulators, eps)
-        torch._foreach_pow_(roots, 1 / power)
-
-    if isinstance(lr, Tensor):
-        lr = lr.reshape(()).to(params[0].device)
-    ws = params if params[0].dtype in (torch.float32, torch.float64) else [p.float() for p in params]
-    if weight_decay:
-        torch._foreach_mul_(ws, 1 - lr * weight_decay)
-    sign = 1 if maximize else -1
-    if isinstance(lr, Tensor):
-        steps = torch._foreach_div(gs, roots) if apply_decay else gs
-        steps = torch._foreach_mul(steps, lr.float())
-        torch._foreach_add_(ws, steps, alpha=sign)
-    elif apply_decay:
-        dtype = ws[0].dtype
-        torch._foreach_addcdiv_(ws, [g.to(dtype) for g in gs], [r.to(dtype) for r in roots], value=sign * lr)
-    else:
-        torch._foreach_add_(ws, gs, alpha=sign * lr)
-    if ws is not params:
-        torch._foreach_copy_(params, ws)
-
-
-def _threshold(grad: Tensor, group: dict[str, Any]) -> float | Tensor:
-    """What g^2 has to exceed."""
-    return group["threshold"] if group["density"] is None else _density_threshold(grad, group["density"])
-
-
-def _thresholds(params: list[Tensor], compiled: list[Tensor], group: dict[str, Any]) -> dict[Tensor, float | Tensor]:
-    """`_threshold` of every parameter's gradient; of those that the compiled step takes in one call."""
-    if (density := group["density"]) is None:
-        return dict.fromkeys(params, group["threshold"])
-    whole = [p for p in compiled if not _is_sharded(p.grad)]
-    grads: list[Tensor] = [p.grad for p in whole]  # type: ignore[misc]
-    strides = [_sample_stride(g) for g in grads]
-    found: dict[Tensor, Any] = dict(zip(whole, kernels.density_thresholds(grads, strides, density))) if whole else {}
-    return {p: found[p] if p in found else _threshold(p.grad, group) for p in params}  # type: ignore[arg-type]
-
-
-def _shrink(grad: Tensor, threshold: float | Tensor) -> Tensor:
-    """The gradient in float32 with the coordinates that may not update set to zero."""
-    g = grad.float()
-    if isinstance(threshold, Tensor) or threshold > 0:
-        return torch.where(g.square() > threshold, g, 0.0)
-    return g  # a zero gradient neither accumulates nor moves, so there is nothing to mask
-
-
-def _density_threshold(g: Tensor, density: float) -> Tensor:
-    """The (1 - density) quantile of g^2 over the nonzero coordinates of a strided sample, as a 0-dim tensor.
-
-    Of a sharded (DTensor) gradient it is that of the whole tensor, to the bit and on every rank; a collective call.
-    """
-    if g.numel() == 0:
-        return _local(g).new_zeros((), dtype=torch.float32)
-    stride = _sample_stride(g)
-    if _is_sharded(g):
-        begin = _first_index(g.shape, g.device_mesh, g.placements)  # type: ignore[attr-defined]
-        sample = _sample_of_shard(_local(g), begin, g.numel(), stride)
-        sample = _over_shards([sample], [g], "sum")[0]
-    else:
-        sample = g.reshape(-1)[::stride]
-    squares = sample.float().square()
-    if squares.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _selected_quantile(squares, density)
-    return _sorted_quantile(squares, density)
-
-
-def _sample_stride(g: Tensor) -> int:
-    stride = max(1, g.numel() // _DENSITY_SAMPLE)
-    while stride > 1 and math.gcd(stride, g.shape[-1]) != 1:  # else whole columns would never be sampled
-        stride += 1
-    return stride
-
-
-def _selected_quantile(squares: Tensor, density: float) -> Tensor:
-    """The (1 - density) quantile of the positive `squares`, 0 if there are none. Many times faster than sorting on a CPU."""
-    positive = squares[squares > 0]
-    rank = math.ceil((1 - density) * len(positive) - 1e-6)  # (1 - 1/3) * 9 is more than 6
-    return positive.kthvalue(rank).values if rank else squares.new_zeros(())
-
-
-def _sorted_quantile(squares: Tensor, density: float) -> Tensor:
-    """The same without reading anything back to the host."""
-    squares = squares.sort().values
-    # Zeros sort first; index 0 of the padded list is "no threshold".
-    padded = torch.cat([squares.new_zeros(1), squares])
-    zeros = (squares == 0).sum()
-    rank = zeros + ((1 - density) * (squares.numel() - zeros)).ceil().long()
-    return padded.index_select(0, rank.reshape(1)).squeeze(0)
-
-
-def _sample_of_shard(shard: Tensor, begin: int, total: int, stride: int) -> Tensor:
-    """`full.reshape(-1)[::stride]` with zeros for the coordinates that `shard` lacks, so that the shards' sum is the sample.
-
-    Args:
-        shard: consecutive coordinates of `full.reshape(-1)`, from index `begin` on; any shape, maybe empty.
-        total: how many coordinates `full` has.
-    """
-    sample = shard.new_zeros(-(-total // stride))
-    first = -(-begin // stride)  # index in the sample of the first coordinate of the shard that is in it
-    mine = shard.reshape(-1)[first * stride - begin :: stride]
-    sample[first : first + mine.numel()] = mine
-    return sample
-
-
-def _first_index(shape: torch.Size, mesh: Any, placements: Any) -> int:
-    """Where this rank's part begins in the flattened tensor of `shape`."""
-    from torch.distributed.tensor import Shard
-
-    sharded = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
-    if len(sharded) > 1 or any(type(placements[i]) is not Shard or placements[i].dim != 0 for i in sharded):
-        raise ValueError(
-            f"density needs parameters that are whole or sharded by rows once, as FSDP2 does it, got placements {tuple(placements)}. "
-            "Use threshold."
-        )
-    if not sharded:
-        return 0
-    rows = -(-shape[0] // mesh.size(sharded[0]))  # a rank, of which the last ranks may lack some or all
-    return min(rows * mesh.get_local_rank(sharded[0]), shape[0]) * math.prod(shape[1:])
