@@ -5,20 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._torch import FUSED_DEVICES, fused_adagrad_, is_sharded, local, over_shards
-from .density import cut_for_density, cut_for_threshold
-from .state import STATE_DTYPES, compress, expand, random_bits
+from ._torch import FUSED_DEVICES, is_sharded, local, over_shards
+from .state import STATE_DTYPES, expand, random_bits
+from .step import batches, cuts, largest_gradient, pieces, reads_back, store, update
 
 __all__ = ["CLASSP"]
-
-# Weights in one call. On CPUs what is read twice should still be in the cache; elsewhere it bounds temporaries.
-_CPU_BLOCK, _BLOCK = 2**18, 2**24
 
 
 class CLASSP(Optimizer):
@@ -56,7 +53,7 @@ class CLASSP(Optimizer):
             a parameter that has a gradient.
         density: the fraction, in (0, 1], of a tensor's nonzero gradients that may update: the threshold becomes the
             (1 - density) quantile of g^2 over them, estimated per tensor and step from up to 4,096 of them
-            (`cut_for_density` gives the error). Excludes `threshold`. Sharded gradients are gathered, one at a time.
+            (`cuts_for_density` gives the error). Excludes `threshold`. Sharded gradients are gathered, one at a time.
         maximize: ascend instead of descend.
         foreach: True: PyTorch's multi-tensor operations, never the fused step, on groups of at most 2**24 weights; the
             default on GPUs where the fused step is not possible. False: one tensor at a time.
@@ -67,7 +64,7 @@ class CLASSP(Optimizer):
 
     A gradient that is not finite, or so large that |g|^p could overflow the memory (|g|^p > 2e31), reaches neither
     weights nor memory, where it would stay for ever. On CPUs `step` raises; it leaves the tensor as it is, or of one with
-    more than 2**18 weights the block with the bad gradient, and updates the others. On other devices, and when compiled,
+    more than 2**19 weights the block with the bad gradient, and updates the others. On other devices, and when compiled,
     it does not wait for the gradients: the whole step is skipped, and counted in `skipped_steps()`.
 
     Raises:
@@ -158,7 +155,7 @@ class CLASSP(Optimizer):
         if state["accumulator"].dtype == torch.float32:
             local(state["accumulator"]).copy_(mine).add_(group["offset"])
         else:
-            _store(local(state["accumulator"]), state.get("base"), mine, random_bits(mine, mine))
+            store(local(state["accumulator"]), state.get("base"), mine, random_bits(mine, mine))
 
     def _group_of(self, p: Tensor) -> dict[str, Any]:
         return next(group for group in self.param_groups if any(q is p for q in group["params"]))
@@ -183,7 +180,7 @@ class CLASSP(Optimizer):
         for group in self.param_groups:
             total += sum(p.numel() for p in group["params"])
             params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
-            for p, cut in zip(params, _cuts(params, group)):
+            for p, cut in zip(params, cuts(params, group)):
                 grads.append(p.grad)
                 updated.append((local(p.grad).float().abs() > (0.0 if cut is None else cut)).sum())
         updated = over_shards(updated, grads, "sum")
@@ -220,16 +217,15 @@ class CLASSP(Optimizer):
                     # zero-gradient step and expect to find it.
                     self.state[p] = self._new_state(p, group)
             work.append((group, params))
-        unread = [(p.grad, group["power"]) for group, params in work for p in params if not _reads_back(p)]
+        unread = [(p.grad, group["power"]) for group, params in work for p in params if not reads_back(p)]
         found = self._found_inf(unread)
 
         bad: dict[Tensor, bool] = {}
         for group, params in work:
-            for batch in _batches(self._pieces(params, group), group):
-                for p in _update(batch, group, found.get(batch[0].weight.device)):
-                    bad[p] = True
+            for batch in batches(pieces(params, self.state, group), group):
+                bad |= dict.fromkeys(update(batch, group, found.get(batch[0].weight.device)), True)
         # every rank must come to the same verdict
-        if sharded := [p for _, params in work for p in params if is_sharded(p) and _reads_back(p)]:
+        if sharded := [p for _, params in work for p in params if is_sharded(p) and reads_back(p)]:
             verdicts = over_shards([torch.tensor(float(p in bad)) for p in sharded], sharded, "max")
             bad |= {p: True for p, verdict in zip(sharded, verdicts) if verdict}
         if bad:
@@ -252,7 +248,7 @@ class CLASSP(Optimizer):
         flags = [torch.zeros((), device=g.device) for g, _ in grads]
         for (_, _, power), shards in alike.items():
             largest = torch.stack(torch._foreach_norm(list(shards.values()), math.inf)).float()
-            for i, flag in zip(shards, (~(largest <= _limit(power))).float().unbind()):
+            for i, flag in zip(shards, (~(largest <= largest_gradient(power))).float().unbind()):
                 flags[i] = flag
         flags = over_shards(flags, [g for g, _ in grads], "max")
         found = torch.stack([flag.to(flags[0].device) for flag in flags]).amax()
@@ -260,196 +256,6 @@ class CLASSP(Optimizer):
             self._skipped = torch.zeros((), dtype=torch.int64, device=found.device)
         self._skipped.add_(found.long())
         return {device: found.to(device) for device in dict.fromkeys(flag.device for flag in flags)}
-
-    def _pieces(self, params: list[Tensor], group: dict[str, Any]) -> Iterable[_Piece]:
-        for p, cut in zip(params, _cuts(params, group)):
-            state = self.state[p]
-            weight, grad, accumulator = local(p.detach()), local(p.grad), local(state["accumulator"])  # type: ignore[arg-type]
-            count, base = weight.numel(), state.get("base")
-            if count == 0:
-                continue
-            if not (weight.is_contiguous() and accumulator.is_contiguous() and grad.is_contiguous()):
-                if accumulator.dtype == torch.float32:  # else its blocks are in the order of the coordinates
-                    order = sorted(range(weight.ndim), key=weight.stride, reverse=True)
-                    weight, grad, accumulator = (t.permute(order) for t in (weight, grad, accumulator))
-                if not (weight.is_contiguous() and accumulator.is_contiguous()):
-                    yield _Piece(p, weight, grad, accumulator, base, 0, cut, False)
-                    continue
-                grad = grad.contiguous()
-            fused = weight.dtype != torch.float64 and _takes_fused(group, weight.device)
-            if not _reads_back(p):
-                block = _BLOCK
-            else:
-                block = _CPU_BLOCK if fused and cut is None and weight.dtype == torch.float32 else _CPU_BLOCK // 4
-            if count <= block:
-                yield _Piece(p, weight, grad, accumulator, base, 0, cut, fused)
-                continue
-            weight, grad, accumulator = weight.view(-1), grad.view(-1), accumulator.view(-1)
-            for start in range(0, count, block):
-                w, g, s = (t[start : start + block] for t in (weight, grad, accumulator))
-                b = None if base is None else base[start // 256 : -(-(start + block) // 256)]
-                yield _Piece(p, w, g, s, b, start, cut, fused)
-
-
-class _Piece(NamedTuple):
-    """Consecutive coordinates of one parameter, which are updated in one call."""
-
-    param: Tensor
-    weight: Tensor
-    grad: Tensor
-    accumulator: Tensor
-    base: Tensor | None
-    start: int
-    cut: float | Tensor | None  # |g| up to it is ignored
-    fused: bool
-
-
-def _batches(pieces: Iterable[_Piece], group: dict[str, Any]) -> Iterable[list[_Piece]]:
-    """What goes into one call: pieces of one device, dtype and form of the step, of a block's weights in all."""
-    filling: dict[Any, tuple[list[_Piece], int]] = {}
-    for piece in pieces:
-        weight = piece.weight
-        kind = weight.device, weight.dtype, piece.grad.dtype, piece.fused
-        batch, filled = filling.get(kind, ([], 0))
-        limit = _CPU_BLOCK if _reads_back(piece.param) else _BLOCK
-        if batch and (group["foreach"] is False or filled + weight.numel() > limit):
-            yield batch
-            batch, filled = [], 0
-        batch.append(piece)
-        filling[kind] = batch, filled + weight.numel()
-    yield from (batch for batch, _ in filling.values())
-
-
-def _update(batch: list[_Piece], group: dict[str, Any], found: Tensor | None) -> list[Tensor]:
-    """Algorithm 1 on a batch, nothing where `found` is 1. Returns parameters with bad gradients, whose pieces it left."""
-    grads = [piece.grad.float() for piece in batch]
-    if found is None:
-        good = [_is_good(g, _limit(group["power"])) for g in grads]
-        if not all(good):
-            rest = [piece for piece, ok in zip(batch, good) if ok]
-            bad = [piece.param for piece, ok in zip(batch, good) if not ok]
-            return bad + (_update(rest, group, found) if rest else [])
-    cuts = [piece.cut for piece in batch]
-    fused = batch[0].fused
-    if found is not None and not fused:
-        cuts = [torch.where(found > 0, math.inf, -1.0 if cut is None else cut) for cut in cuts]
-    shrunk = [g if cut is None else _shrink(g, cut) for g, cut in zip(grads, cuts)]
-    weights = [piece.weight for piece in batch]
-    low_bit = batch[0].accumulator.dtype != torch.float32
-    random = [random_bits(g, piece.weight, piece.start) for g, piece in zip(grads, batch)] if low_bit else []
-    accumulators = [expand(piece.accumulator, piece.base) for piece in batch]
-    wide = weights if weights[0].dtype in (torch.float32, torch.float64) else [w.float() for w in weights]
-
-    lr = group["lr"] if found is not None else float(group["lr"])
-    if isinstance(lr, Tensor):  # never read back: a Python float would synchronise, and recompile
-        lr = lr.reshape(()).to(weights[0].device)
-    if group["weight_decay"]:
-        decay = lr * group["weight_decay"]
-        torch._foreach_mul_(wide, 1 - (decay if found is None else decay * (1 - found)))
-    if fused:
-        fused_adagrad_(wide, shrunk, accumulators, lr, group["maximize"], found)
-    else:
-        classp_(
-            wide,
-            shrunk,
-            accumulators,
-            lr=lr,
-            power=group["power"],
-            eps=group["eps"] - group["offset"],
-            apply_decay=group["apply_decay"],
-            maximize=group["maximize"],
-        )
-    if wide is not weights:
-        torch._foreach_copy_(weights, wide)
-    for piece, values, bits in zip(batch, accumulators, random):
-        _store(piece.accumulator, piece.base, values, bits)
-    return []
-
-
-def classp_(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    accumulators: list[Tensor],
-    *,
-    lr: float | Tensor,
-    power: float,
-    eps: float,
-    apply_decay: bool,
-    maximize: bool,
-) -> None:
-    """Algorithm 1 on tensors of one device and dtype; changes `weights` and `accumulators` in place.
-
-    Args:
-        weights: float32 or float64.
-        grads: float32, zero where g^2 does not exceed the threshold. Such coordinates do not change.
-        accumulators: float32; together with `eps` positive.
-    """
-    if power == 2:
-        torch._foreach_addcmul_(accumulators, grads, grads)
-    else:
-        powers = torch._foreach_abs(grads)
-        if power != 1:
-            torch._foreach_pow_(powers, power)
-        torch._foreach_add_(accumulators, powers)
-    steps = grads
-    if apply_decay:
-        roots = torch._foreach_add(accumulators, eps)
-        if power == 2:
-            torch._foreach_sqrt_(roots)
-        elif power != 1:
-            torch._foreach_pow_(roots, 1 / power)
-        steps = torch._foreach_div(grads, roots)
-    sign = 1 if maximize else -1
-    if isinstance(lr, Tensor):
-        torch._foreach_add_(weights, torch._foreach_mul(steps, lr.float()), alpha=sign)
-    else:
-        torch._foreach_add_(weights, steps, alpha=sign * lr)
-
-
-def _cuts(params: list[Tensor], group: dict[str, Any]) -> list[Any]:
-    """What |g| has to exceed: floats, 0-dim tensors where the host does not wait for them, or None if nothing."""
-    if group["density"] is None or group["density"] == 1:
-        cut = cut_for_threshold(group["threshold"]) if group["threshold"] else None
-        return [cut] * len(params)
-    # in one order on every rank: of sharded gradients it takes a collective call
-    cuts = [cut_for_density(p.grad, group["density"]) for p in params]  # type: ignore[arg-type]
-    return torch.stack(cuts).tolist() if cuts and all(map(_reads_back, params)) else cuts
-
-
-def _shrink(g: Tensor, cut: float | Tensor) -> Tensor:
-    return torch.where(g.abs() > cut, g, 0.0) if isinstance(cut, Tensor) else torch.hardshrink(g, cut)
-
-
-def _reads_back(p: Tensor) -> bool:
-    """Whether the host looks at the gradient of `p` before the step."""
-    return p.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _limit(power: float) -> float:
-    """The largest |g| of which 2**24 additions to an accumulator stay finite in float32."""
-    largest = torch.finfo(torch.float32).max
-    return min((largest * 2.0**-24) ** (1 / power), largest)
-
-
-def _is_good(g: Tensor, limit: float) -> bool:
-    """Whether all of `g` (float32) is finite and at most `limit`. A dot product is the fastest look at a tensor."""
-    flat = g.reshape(-1)
-    return float(torch.dot(flat, flat)) <= min(limit**2, torch.finfo(torch.float32).max) or float(g.abs().max()) <= limit
-
-
-def _store(accumulator: Tensor, base: Tensor | None, values: Tensor, random: Tensor) -> None:
-    compressed, new_base = compress(values, accumulator.dtype, random)
-    accumulator.copy_(compressed)
-    if base is not None:
-        base.copy_(new_base)
-
-
-def _takes_fused(group: dict[str, Any], device: torch.device | None = None) -> bool:
-    """Whether PyTorch's fused Adagrad is this group's step."""
-    possible = group["power"] == 2 and group["apply_decay"] and group["state_dtype"] == "float32"
-    wanted = group["fused"] is not False and not group["foreach"] and not torch.compiler.is_compiling()
-    return possible and wanted and device.type in FUSED_DEVICES
-
 
 def _offset(group: dict[str, Any]) -> float:
     """What the state of `group` holds beside the accumulator: what fused Adagrad needs."""
@@ -475,7 +281,7 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be finite and >= 0, got {value}")
     if not (math.isfinite(group["power"]) and group["power"] > 0):
         raise ValueError(f"power must be finite and > 0, got {group['power']}")
-    tiny = torch.finfo(torch.float32).tiny
+    tiny = torch.finfo(torch.float32).tiny ** min(1.0, group["power"])  # its root, too, is > 0
     if not (math.isfinite(group["eps"]) and group["eps"] >= tiny):
         raise ValueError(f"eps must be finite and > 0 in float32 (at least {tiny:.2e}), got {group['eps']}")
     if group["state_dtype"] not in STATE_DTYPES:
