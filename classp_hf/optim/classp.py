@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ._torch import FUSED_DEVICES, is_sharded, local, over_shards
 from .state import STATE_DTYPES, expand, random_bits
-from .step import batches, cuts, largest_gradient, pieces, reads_back, store, update
+from .step import BLOCK, CPU_BLOCK, batches, cuts, largest_gradient, pieces, reads_back, store, update
 
 __all__ = ["CLASSP"]
 
@@ -180,9 +180,11 @@ class CLASSP(Optimizer):
         for group in self.param_groups:
             total += sum(p.numel() for p in group["params"])
             params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
-            for p, cut in zip(params, cuts(params, group)):
-                grads.append(p.grad)
-                updated.append((local(p.grad).float().abs() > (0.0 if cut is None else cut)).sum())
+            for device in dict.fromkeys(p.device for p in params):
+                here = [p for p in params if p.device == device]
+                for p, cut in zip(here, cuts(here, group)):
+                    grads.append(p.grad)
+                    updated.append((local(p.grad).float().abs() > (0.0 if cut is None else cut)).sum())
         updated = over_shards(updated, grads, "sum")
         return float(torch.stack([n.to(updated[0].device) for n in updated]).sum()) / total if updated else 0.0
 
@@ -202,11 +204,12 @@ class CLASSP(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        work = []
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+        work: dict[tuple[int, torch.device], list[Tensor]] = {}
+        for number, group in enumerate(self.param_groups):
             _align_offset(group, self.state)
-            for p in params:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
                 if p.grad.is_sparse:
                     raise RuntimeError(
                         f"CLASSP does not support sparse gradients (parameter of shape {tuple(p.shape)}). "
@@ -216,16 +219,23 @@ class CLASSP(Optimizer):
                     # Also when nothing passes the threshold: distributed checkpoints initialise the state with a
                     # zero-gradient step and expect to find it.
                     self.state[p] = self._new_state(p, group)
-            work.append((group, params))
-        unread = [(p.grad, group["power"]) for group, params in work for p in params if not reads_back(p)]
-        found = self._found_inf(unread)
-
+                work.setdefault((number, p.device), []).append(p)
+        found = self._found_inf(
+            [
+                (p.grad, self.param_groups[number]["power"])
+                for (number, device), params in work.items()
+                if not reads_back(device)
+                for p in params
+            ]
+        )
         bad: dict[Tensor, bool] = {}
-        for group, params in work:
-            for batch in batches(pieces(params, self.state, group), group):
-                bad |= dict.fromkeys(update(batch, group, found.get(batch[0].weight.device)), True)
+        for (number, device), params in work.items():
+            group, block = self.param_groups[number], CPU_BLOCK if reads_back(device) else BLOCK
+            for batch in batches(pieces(params, self.state, group, block), 0 if group["foreach"] is False else block):
+                bad |= dict.fromkeys(update(batch, group, found.get(device)), True)
         # every rank must come to the same verdict
-        if sharded := [p for _, params in work for p in params if is_sharded(p) and reads_back(p)]:
+        checked = [p for (_, device), params in work.items() if reads_back(device) for p in params]
+        if sharded := [p for p in checked if is_sharded(p)]:
             verdicts = over_shards([torch.tensor(float(p in bad)) for p in sharded], sharded, "max")
             bad |= {p: True for p, verdict in zip(sharded, verdicts) if verdict}
         if bad:

@@ -122,39 +122,41 @@ def store(accumulator: Tensor, base: Tensor | None, values: Tensor, random: Tens
         base.copy_(new_base)  # type: ignore[arg-type]
 
 
-def pieces(params: list[Tensor], states: dict[Tensor, Any], group: dict[str, Any]) -> Iterator[Piece]:
-    """The parameters in pieces of at most a block."""
+def pieces(params: list[Tensor], states: dict[Tensor, Any], group: dict[str, Any], block: int) -> Iterator[Piece]:
+    """The parameters, of one device, in pieces of at most `block` weights."""
+    may_fuse = _may_fuse(group, params[0].device)
     for p, cut in zip(params, cuts(params, group)):
-        accumulator, base = local(states[p]["accumulator"]), states[p].get("base")
-        tensors = local(p.detach()), local(p.grad), accumulator  # type: ignore[arg-type]
-        count, block = accumulator.numel(), CPU_BLOCK if reads_back(p) else BLOCK
-        if not all(t.is_contiguous() for t in tensors):
+        state = states[p]
+        weight, grad, accumulator, base = local(p), local(p.grad), local(state["accumulator"]), state.get("base")  # type: ignore[arg-type]
+        count = weight.numel()
+        if count == 0:
+            continue
+        if not (weight.is_contiguous() and grad.is_contiguous() and accumulator.is_contiguous()):
             if base is None:  # else its blocks are in the order of the coordinates
-                order = sorted(range(p.ndim), key=tensors[0].stride, reverse=True)
-                tensors = tuple(t.permute(order) for t in tensors)
-            if not (tensors[0].is_contiguous() and tensors[2].is_contiguous()):
-                if count:
-                    yield Piece(p, *tensors, base, 0, cut, False)
+                order = sorted(range(weight.ndim), key=weight.stride, reverse=True)
+                weight, grad, accumulator = weight.permute(order), grad.permute(order), accumulator.permute(order)
+            if not (weight.is_contiguous() and accumulator.is_contiguous()):
+                yield Piece(p, weight, grad, accumulator, base, 0, cut, False)
                 continue
-            tensors = tensors[0], tensors[1].contiguous(), tensors[2]
-        fused = _takes_fused(p, group)
-        if 0 < count <= block:
-            yield Piece(p, *tensors, base, 0, cut, fused)
-        elif count:
-            tensors = tuple(t.view(-1) for t in tensors)
-            for start in range(0, count, block):
-                bases = None if base is None else base[start // 256 : (start + block) // 256]
-                yield Piece(p, *(t[start : start + block] for t in tensors), bases, start, cut, fused)
+            grad = grad.contiguous()
+        fused = may_fuse and weight.dtype != torch.float64
+        if count <= block:
+            yield Piece(p, weight, grad, accumulator, base, 0, cut, fused)
+            continue
+        weight, grad, accumulator = weight.view(-1), grad.view(-1), accumulator.view(-1)
+        for start in range(0, count, block):
+            here = slice(start, start + block)
+            bases = None if base is None else base[start // 256 : (start + block) // 256]
+            yield Piece(p, weight[here], grad[here], accumulator[here], bases, start, cut, fused)
 
 
-def batches(pieces: Iterable[Piece], group: dict[str, Any]) -> Iterator[list[Piece]]:
-    """What goes into one call: pieces of one device, dtype and form of the step, of a block's weights in all."""
+def batches(pieces: Iterable[Piece], block: int) -> Iterator[list[Piece]]:
+    """What goes into one call: pieces of one dtype and form of the step, of `block` weights in all."""
     filling: dict[Any, tuple[list[Piece], int]] = {}
     for piece in pieces:
-        count, block = piece.weight.numel(), CPU_BLOCK if reads_back(piece.param) else BLOCK
-        kind = piece.weight.device, piece.weight.dtype, piece.grad.dtype, piece.fused
+        kind, count = (piece.weight.dtype, piece.grad.dtype, piece.fused), piece.weight.numel()
         batch, filled = filling.get(kind, ([], 0))
-        if batch and (group["foreach"] is False or filled + count > block):
+        if batch and filled + count > block:
             yield batch
             batch, filled = [], 0
         batch.append(piece)
@@ -163,20 +165,16 @@ def batches(pieces: Iterable[Piece], group: dict[str, Any]) -> Iterator[list[Pie
 
 
 def cuts(params: list[Tensor], group: dict[str, Any]) -> list[Any]:
-    """What |g| has to exceed: floats, 0-dim tensors where the host does not wait for them, or None if nothing."""
+    """What |g| has to exceed, for parameters of one device: a float, None if nothing; tensors where nothing is read back."""
     if group["density"] in (None, 1):
         return [cut_for_threshold(group["threshold"]) if group["threshold"] else None] * len(params)
-    result: dict[Tensor, Any] = {}
-    for device in dict.fromkeys(p.device for p in params):
-        here = [p for p in params if p.device == device]
-        found = cuts_for_density([p.grad for p in here], group["density"])  # type: ignore[misc]
-        result.update(zip(here, found.tolist() if reads_back(here[0]) else found.unbind()))
-    return [result[p] for p in params]
+    found = cuts_for_density([p.grad for p in params], group["density"])  # type: ignore[misc]
+    return found.tolist() if reads_back(found.device) else list(found.unbind())
 
 
-def reads_back(p: Tensor) -> bool:
-    """Whether the host looks at the gradient of `p` before the step."""
-    return p.device.type == "cpu" and not torch.compiler.is_compiling()
+def reads_back(device: torch.device) -> bool:
+    """Whether the host looks at gradients before the step."""
+    return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def largest_gradient(power: float) -> float:
@@ -202,8 +200,8 @@ def _shrink(g: Tensor, cut: float | Tensor | None, found: Tensor | None) -> Tens
     return g if cut is None else torch.hardshrink(g, cut)
 
 
-def _takes_fused(p: Tensor, group: dict[str, Any]) -> bool:
+def _may_fuse(group: dict[str, Any], device: torch.device) -> bool:
     """Whether PyTorch's fused Adagrad is this step."""
     possible = group["power"] == 2 and group["apply_decay"] and group["state_dtype"] == "float32"
     wanted = group["fused"] is not False and not group["foreach"] and not torch.compiler.is_compiling()
-    return possible and wanted and p.device.type in FUSED_DEVICES and p.dtype != torch.float64
+    return possible and wanted and device.type in FUSED_DEVICES
