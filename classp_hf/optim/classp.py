@@ -73,8 +73,6 @@ class CLASSP(Optimizer):
         RuntimeError: from `step`: a sparse gradient; on CPUs a gradient that is NaN, infinite or too large.
     """
 
-    _skipped: Tensor | None = None
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -93,6 +91,7 @@ class CLASSP(Optimizer):
     ) -> None:
         defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         _check_hyperparameters(defaults)
+        self._skipped: Tensor | None = None
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -112,6 +111,7 @@ class CLASSP(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._skipped = self.__dict__.get("_skipped")  # no copy has it
         for group in self.param_groups:  # of an older version
             for name, value in {**self.defaults, "state_dtype": "float32", "offset": 0.0}.items():
                 if name != "differentiable":  # PyTorch's own
@@ -298,6 +298,13 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
         raise ValueError(f"state_dtype must be one of {', '.join(STATE_DTYPES)}, got {group['state_dtype']!r}")
     if group["fused"] and group["foreach"]:
         raise ValueError("foreach=True and fused=True exclude each other. Pass one of them.")
+    needed = {"power": 2, "apply_decay": True, "state_dtype": "float32"}
+    if group["fused"] and (other := [name for name, value in needed.items() if group[name] != value]):
+        got = ", ".join(f"{name}={group[name]!r}" for name in other)
+        raise ValueError(
+            "fused=True is PyTorch's Adagrad, which needs power=2, apply_decay=True and state_dtype='float32', "
+            f"got {got}. Leave fused out."
+        )
     density = group["density"]
     if density is not None:
         if not 0 < density <= 1:

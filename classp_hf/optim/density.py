@@ -27,12 +27,12 @@ def cuts_for_density(grads: list[Tensor], density: float) -> Tensor:
     """For each gradient a cut c such that the share `density` of its nonzero coordinates has |g| > c.
 
     c is the (1 - density) quantile of |g| over the nonzero coordinates of a sample. Tensors of up to 4,096 coordinates are
-    their own sample: at most `density` of the nonzero ones pass. Larger ones are rows of their last dimension.
-    In every row one coordinate is looked at, in another column from row to row, and the row is touched if that is not 0.
-    1,024 coordinates, spread evenly over touched rows and over columns, are the sample. If m of them are not 0, the share
-    that passes has a standard error of about sqrt(density (1 - density) / m): 0.009 for density 0.1 if touched rows are
-    dense. Where rows differ in their numbers of zeros, those with more nonzeros count for more if fewer than 1,024 rows
-    are touched. If nothing but zeros is found, c is infinite, and nothing passes.
+    their own sample: at most `density` of the nonzero ones pass. Larger ones are rows of their last dimension. At least
+    1,024 coordinates are looked at, evenly spread, of every row one or more, in another column from row to row. The
+    sample are 1,024 of the nonzero ones among them, evenly spread; where there are fewer, each with others of its row. If m
+    coordinates of the sample are not 0, the share that passes has a standard error of about sqrt(density (1 - density) / m),
+    at most 0.009 for density 0.1 where touched rows are dense. Where fewer than 1,024 were found, rows with more nonzeros
+    count for more. Where none was found c is infinite, and nothing passes.
 
     Args:
         grads: of one device. Sharded (DTensor) ones are gathered for it, one at a time: a collective call.
@@ -57,33 +57,36 @@ def _sample(g: Tensor) -> Tensor:
         return g.reshape(-1)
     order = sorted(range(g.ndim), key=g.stride, reverse=True)  # as it lies in memory: no copy
     columns, flat = g.shape[order[-1]], g.permute(order).reshape(-1)
-    looked_at = flat[:: max(1, columns - 1)]  # some of every row
+    step = max(1, min(columns - 1, flat.numel() // SAMPLE))
+    while math.gcd(step, columns) != 1:  # else some columns would never be looked at
+        step -= 1
+    looked_at = flat[::step]
     if g.device.type == "cpu" and not torch.compiler.is_compiling() and looked_at.all():
-        return flat.take(_dense_indices(looked_at.numel(), columns))  # the same as below, without its many operations
-    touched = (looked_at != 0).cumsum(0)
-    which, nth = _spread(touched[-1])
-    which = torch.searchsorted(touched, which, right=True).clamp_(max=touched.numel() - 1)
-    return flat.take(_indices(which, nth, columns))
+        return flat.take(_dense_indices(looked_at.numel(), step, columns))  # as below, without its many operations
+    found = (looked_at != 0).cumsum(0)
+    which, nth = _spread(found[-1])
+    which = torch.searchsorted(found, which, right=True).clamp_(max=found.numel() - 1)
+    return flat.take(_indices(which, nth, step, columns))
 
 
-def _spread(touched: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of the sample: which of the touched rows it is from, and how many before it are from that row."""
-    middle = (2 * torch.arange(SAMPLE, device=touched.device) + 1) * touched
-    return middle // (2 * SAMPLE), middle % (2 * SAMPLE) // (2 * touched).clamp(min=1)
+def _spread(found: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of the sample: which of the nonzero coordinates found it is beside, and how many are before it there."""
+    middle = (2 * torch.arange(SAMPLE, device=found.device) + 1) * found
+    return middle // (2 * SAMPLE), middle % (2 * SAMPLE) // (2 * found).clamp(min=1)
 
 
-def _indices(which: Tensor, nth: Tensor, columns: int) -> Tensor:
+def _indices(which: Tensor, nth: Tensor, step: int, columns: int) -> Tensor:
     """Flat indices: of what was looked at, then in the same row in golden-ratio steps."""
     q = max(1, round(0.618 * columns))
     while math.gcd(q, columns) != 1:
         q += 1
-    first = which * max(1, columns - 1)
+    first = which * step
     return first // columns * columns + (first + nth * q) % columns
 
 
 @functools.lru_cache(maxsize=64)
-def _dense_indices(looked_at: int, columns: int) -> Tensor:
-    return _indices(*_spread(torch.tensor(looked_at)), columns)
+def _dense_indices(looked_at: int, step: int, columns: int) -> Tensor:
+    return _indices(*_spread(torch.tensor(looked_at)), step, columns)
 
 
 @functools.lru_cache(maxsize=64)  # so that no later step copies from the host

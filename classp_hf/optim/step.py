@@ -132,7 +132,7 @@ def pieces(params: list[Tensor], states: dict[Tensor, Any], group: dict[str, Any
         if count == 0:
             continue
         if not (weight.is_contiguous() and grad.is_contiguous() and accumulator.is_contiguous()):
-            if base is None:  # else its blocks are in the order of the coordinates
+            if accumulator.dtype == torch.float32:  # else its rounding knows the order of the coordinates
                 order = sorted(range(weight.ndim), key=weight.stride, reverse=True)
                 weight, grad, accumulator = weight.permute(order), grad.permute(order), accumulator.permute(order)
             if not (weight.is_contiguous() and accumulator.is_contiguous()):
