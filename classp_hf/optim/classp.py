@@ -1,11 +1,7 @@
-"""The CLASSP optimizer: Algorithm 1 of arXiv 2405.09637 as one pure function on tensors, and its foreach form.
-
-The compiled CPU form is in kernels.py, that for GPUs in triton_kernels.py, low-bit accumulators in state.py.
-"""
+"""The CLASSP optimizer: Algorithm 1 of arXiv 2405.09637. With p = 2 the step is PyTorch's fused Adagrad."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -15,18 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import kernels
-from .state import STATE_DTYPES, compress, expand, random_bits
+from ._torch import FUSED_DEVICES, is_sharded, local, over_shards
+from .state import STATE_DTYPES, expand, random_bits
+from .step import BLOCK, CPU_BLOCK, batches, cuts, largest_gradient, pieces, reads_back, store, update
 
 __all__ = ["CLASSP"]
-
-# Sample size of the quantile that `density` needs: the standard error of an estimated density d is about
-# sqrt(d (1 - d) / 4096), at most 0.008.
-_DENSITY_SAMPLE = 4096
-
-
-# Weights in one call of the multi-tensor operations, which need temporaries of that size, unless one tensor has more.
-_FOREACH_BATCH = 2**24
 
 
 class CLASSP(Optimizer):
@@ -43,10 +32,12 @@ class CLASSP(Optimizer):
         w_i   <- w_i - lr * g_i                            where mask_i and not apply_decay
 
     The current gradient enters s before it scales the step (the paper's equation 1 sums to t-1; its Algorithm 1 is
-    followed here). With `power=2, threshold=0` this is `torch.optim.Adagrad(initial_accumulator_value=eps, eps=0)`.
+    followed here). With `power=2, threshold=0` this is `torch.optim.Adagrad(initial_accumulator_value=eps, eps=0)`,
+    and PyTorch's fused Adagrad takes the step.
 
     The math runs in float32 and is cast to the parameter's dtype once, at the end. State: one tensor of the parameter's
-    shape and `state_dtype`, `state[p]["accumulator"]`; of that dtype after `load_state_dict` too.
+    shape and `state_dtype`, `state[p]["accumulator"]`, of that dtype after `load_state_dict` too. It holds s + offset,
+    where the group's `offset` is eps with `power=2` in float32 and 0 otherwise; `accumulator(p)` is s.
 
     Args:
         params: parameters, named parameters or parameter groups. Every hyperparameter may differ from group to group.
@@ -61,28 +52,26 @@ class CLASSP(Optimizer):
         weight_decay: decoupled (Loshchilov & Hutter 2019): `w <- w * (1 - lr * weight_decay)` for every coordinate of
             a parameter that has a gradient.
         density: the fraction, in (0, 1], of a tensor's nonzero gradients that may update: the threshold becomes the
-            (1 - density) quantile of g^2 over them, estimated per tensor and step from a fixed strided sample of up
-            to 4,096 coordinates, without host synchronisation. Excludes `threshold`.
+            (1 - density) quantile of g^2 over them, estimated per tensor and step from up to 4,096 of them
+            (`cuts_for_density` gives the error). Excludes `threshold`. Sharded gradients are gathered, one at a time.
         maximize: ascend instead of descend.
-        foreach: use PyTorch's multi-tensor operations. Default: on for GPU tensors, off on CPU, where whole-model
-            temporaries make them slower.
-        fused: update in one pass, tensors of the dtypes it takes (float32, bfloat16; on a GPU float16 too): on CPU with the
-            compiled step, the default where it was built; on a GPU, if True, with Triton's. That has run on no GPU yet,
-            and is compared with PyTorch's operations before its first step on one. It heeds `torch.amp.GradScaler` by
-            itself, without waiting for it.
+        foreach: True: PyTorch's multi-tensor operations, never the fused step, on groups of at most 2**24 weights; the
+            default on GPUs where the fused step is not possible. False: one tensor at a time.
+        fused: whether PyTorch's fused Adagrad takes the step. Default: where it can, with `power=2`, `apply_decay` and
+            a float32 state on CPUs and CUDA devices, unless the step is compiled.
         state_dtype: `"float32"`; `"bfloat16"` or `"uint8"` keep the memory in two bytes or one a weight, rounded at
             random so that small increments count on average (error bounds: `classp_hf/optim/state.py`).
 
-    Raises:
-        ValueError: a hyperparameter out of its range, both `threshold` and `density`, or both `foreach` and `fused`; a
-            complex parameter.
-        RuntimeError: `fused=True` where the compiled step was not built and there is no Triton. From `step`: a sparse
-            gradient; a NaN or infinite gradient. Those never reach a weight or the memory, where they would stay for
-            ever; the fused step has updated the other coordinates when it finds them, and on a GPU, which it does not wait
-            for, a later `step` raises.
-    """
+    A gradient that is not finite, or so large that |g|^p could overflow the memory (|g|^p > 2e31), reaches neither
+    weights nor memory, where it would stay for ever. On CPUs `step` raises; it leaves the tensor as it is, or of one with
+    more than 2**19 weights the block with the bad gradient, and updates the others. On other devices, and when compiled,
+    it does not wait for the gradients: the whole step is skipped, and counted in `skipped_steps()`.
 
-    _stepper: Any = None  # of tensors on GPUs
+    Raises:
+        ValueError: a hyperparameter out of its range, both `threshold` and `density`, both `foreach` and `fused`,
+            `fused=True` where that step is not CLASSP's or does not exist; a complex parameter.
+        RuntimeError: from `step`: a sparse gradient; on CPUs a gradient that is NaN, infinite or too large.
+    """
 
     def __init__(
         self,
@@ -100,34 +89,31 @@ class CLASSP(Optimizer):
         fused: bool | None = None,
         state_dtype: str = "float32",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "threshold": threshold,
-            "power": power,
-            "eps": eps,
-            "apply_decay": apply_decay,
-            "weight_decay": weight_decay,
-            "density": density,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "state_dtype": state_dtype,
-        }
+        defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         _check_hyperparameters(defaults)
+        self._skipped: Tensor | None = None
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         _check_hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
-            if p.is_complex():
-                self.param_groups.pop()
-                raise ValueError(f"CLASSP does not support complex parameters, got one of dtype {p.dtype}")
+        group = self.param_groups[-1]
+        group["offset"] = _offset(group)
+        try:
+            for p in group["params"]:
+                if p.is_complex():
+                    raise ValueError(f"CLASSP does not support complex parameters, got one of dtype {p.dtype}")
+                if group["fused"] and (p.device.type not in FUSED_DEVICES or p.dtype == torch.float64):
+                    raise ValueError(f"fused=True is not possible for a {p.dtype} parameter on {p.device}. Leave it out.")
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._skipped = self.__dict__.get("_skipped")  # no copy has it
         for group in self.param_groups:  # of an older version
-            for name, value in {**self.defaults, "state_dtype": "float32"}.items():
+            for name, value in {**self.defaults, "state_dtype": "float32", "offset": 0.0}.items():
                 if name != "differentiable":  # PyTorch's own
                     group.setdefault(name, value)
 
@@ -151,37 +137,38 @@ class CLASSP(Optimizer):
 
     @torch.no_grad()
     def accumulator(self, p: Tensor) -> Tensor:
-        """The memory of parameter `p`, float32, of its shape and sharding; zeros before its first step.
-
-        With `state_dtype="float32"` this is the state itself, which the next step changes; otherwise a copy.
-        """
+        """The memory of parameter `p`, float32, of its shape and sharding; zeros before its first step. Not to be
+        written to: it may be the state itself."""
         state = self.state.get(p)
         if not state:
             return torch.zeros_like(p, dtype=torch.float32, memory_format=torch.preserve_format)
-        return expand(state["accumulator"], state.get("base"))
+        values, offset = expand(state["accumulator"], state.get("base")), self._group_of(p)["offset"]
+        return (values - offset).clamp_(min=0) if offset else values
 
     @torch.no_grad()
     def set_accumulator(self, p: Tensor, values: Tensor) -> None:
         """Make `values` (float32, >= 0, of the shape, device and sharding of `p`) its memory."""
-        group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
-        self._init_state(p, group["state_dtype"])
-        local = _local(values).float()
-        self._store(p, local, local if group["state_dtype"] == "float32" else random_bits(local, local))
+        group = self._group_of(p)
+        _align_offset(group, self.state)
+        state, mine = self._new_state(p, group), local(values).float()
+        self.state[p] = state
+        if state["accumulator"].dtype == torch.float32:
+            local(state["accumulator"]).copy_(mine).add_(group["offset"])
+        else:
+            store(local(state["accumulator"]), state.get("base"), mine, random_bits(mine, mine))
 
-    def _init_state(self, p: Tensor, state_dtype: str) -> None:
-        state, dtype = self.state[p], STATE_DTYPES[state_dtype]
-        if state_dtype == "uint8" and type(p.detach()) is not Tensor:
+    def _group_of(self, p: Tensor) -> dict[str, Any]:
+        return next(group for group in self.param_groups if any(q is p for q in group["params"]))
+
+    def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        dtype = STATE_DTYPES[group["state_dtype"]]
+        if dtype == torch.uint8 and is_sharded(p.detach()):
             raise ValueError("state_dtype='uint8' is not supported on sharded (DTensor) parameters. Use 'bfloat16'.")
-        state["accumulator"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        empty = torch.full_like(p, group["offset"], dtype=dtype, memory_format=torch.preserve_format)
+        state = {"accumulator": empty}
         if dtype == torch.uint8:
             state["base"] = torch.zeros(-(-p.numel() // 256), dtype=torch.int16, device=p.device)
-
-    def _store(self, p: Tensor, values: Tensor, random: Tensor) -> None:
-        state = self.state[p]
-        compressed, base = compress(values, state["accumulator"].dtype, random)
-        _local(state["accumulator"]).copy_(compressed)
-        if base is not None:
-            state["base"].copy_(base)
+        return state
 
     @torch.no_grad()
     def update_density(self) -> float:
@@ -191,13 +178,19 @@ class CLASSP(Optimizer):
         """
         total, grads, updated = 0, [], []
         for group in self.param_groups:
-            for p in group["params"]:
-                total += p.numel()
-                if p.grad is not None and p.numel() > 0:
+            total += sum(p.numel() for p in group["params"])
+            params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
+            for device in dict.fromkeys(p.device for p in params):
+                here = [p for p in params if p.device == device]
+                for p, cut in zip(here, cuts(here, group)):
                     grads.append(p.grad)
-                    updated.append((_shrink(_local(p.grad), _threshold(p.grad, group)) != 0).sum())
-        updated = _over_shards(updated, grads, "sum")
+                    updated.append((local(p.grad).float().abs() > (0.0 if cut is None else cut)).sum())
+        updated = over_shards(updated, grads, "sum")
         return float(torch.stack([n.to(updated[0].device) for n in updated]).sum()) / total if updated else 0.0
+
+    def skipped_steps(self) -> int:
+        """Steps that were skipped on a GPU, or when compiled, for a gradient that was not finite. Waits for the device."""
+        return 0 if self._skipped is None else int(self._skipped)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -211,11 +204,9 @@ class CLASSP(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        if self._stepper and not torch.compiler.is_compiling():
-            self._raise_if_found(self._stepper.found())
-        work: list[tuple[dict[str, Any], dict[str, list[Tensor]]]] = []
-        for group in self.param_groups:
-            by_form: dict[str, list[Tensor]] = {"compiled": [], "triton": [], "torch": []}
+        work: dict[tuple[int, torch.device], list[Tensor]] = {}
+        for number, group in enumerate(self.param_groups):
+            _align_offset(group, self.state)
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -227,103 +218,68 @@ class CLASSP(Optimizer):
                 if not self.state[p]:
                     # Also when nothing passes the threshold: distributed checkpoints initialise the state with a
                     # zero-gradient step and expect to find it.
-                    self._init_state(p, group["state_dtype"])
-                by_form[self._form(p, group)].append(p)
-            work.append((group, by_form))
-        _check_gradients([p.grad for _, by_form in work for p in by_form["torch"]])  # type: ignore[misc]
-
-        bad = 0
-        for number, (group, by_form) in enumerate(work):
-            # in one order on every rank: of sharded gradients it takes a collective call
-            thresholds = _thresholds([p for p in group["params"] if p.grad is not None], by_form["compiled"], group)
-            names = ("lr", "power", "eps", "apply_decay", "weight_decay", "maximize")
-            hyperparameters = {name: group[name] for name in names}
-            if compiled := by_form["compiled"]:
-                bad += kernels.classp_step_(
-                    *self._tensors(compiled),
-                    [float(thresholds[p]) for p in compiled],
-                    **{**hyperparameters, "lr": float(group["lr"])},
-                )
-            if on_gpu := by_form["triton"]:
-                if self._stepper is None:
-                    self._stepper = _triton_kernels().Stepper()
-                scaled = {name: getattr(self, name, None) for name in ("grad_scale", "found_inf")}
-                self._stepper(
-                    number, *self._tensors(on_gpu), [thresholds[p] for p in on_gpu], **hyperparameters, **scaled
-                )
-            for params in _batches(by_form["torch"], group["foreach"]):
-                self._step_with_torch(params, [thresholds[p] for p in params], hyperparameters)
+                    self.state[p] = self._new_state(p, group)
+                work.setdefault((number, p.device), []).append(p)
+        found = self._found_inf(
+            [
+                (p.grad, self.param_groups[number]["power"])
+                for (number, device), params in work.items()
+                if not reads_back(device)
+                for p in params
+            ]
+        )
+        bad: dict[Tensor, bool] = {}
+        for (number, device), params in work.items():
+            group, block = self.param_groups[number], CPU_BLOCK if reads_back(device) else BLOCK
+            for batch in batches(pieces(params, self.state, group, block), 0 if group["foreach"] is False else block):
+                bad |= dict.fromkeys(update(batch, group, found.get(device)), True)
         # every rank must come to the same verdict
-        if sharded := [p for _, by_form in work for p in by_form["compiled"] if _is_sharded(p)][:1]:
-            bad = int(_over_shards([torch.tensor(bad)], sharded, "sum")[0])
-        if on_gpu := [p for _, by_form in work for p in by_form["triton"]]:
-            sharded = [p for p in on_gpu if _is_sharded(p)][:1]
-            over_ranks = (lambda number: _over_shards([number], sharded, "sum")[0]) if sharded else None
-            self._stepper.send({p.device for p in on_gpu}, over_ranks)
-        self._raise_if_found(bad)
+        checked = [p for (_, device), params in work.items() if reads_back(device) for p in params]
+        if sharded := [p for p in checked if is_sharded(p)]:
+            verdicts = over_shards([torch.tensor(float(p in bad)) for p in sharded], sharded, "max")
+            bad |= {p: True for p, verdict in zip(sharded, verdicts) if verdict}
+        if bad:
+            raise RuntimeError(
+                f"CLASSP got NaN, infinite or overflowing gradients in {len(bad)} tensors (first shape: "
+                f"{tuple(next(iter(bad)).shape)}). They changed neither weights nor memory there. Lower the learning rate, "
+                "clip the gradients, or check the data and the loss."
+            )
         return loss
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether `step` itself heeds `torch.amp.GradScaler`'s `grad_scale` and `found_inf`, without waiting for them.
+    def _found_inf(self, grads: list[tuple[Tensor, float]]) -> dict[torch.device, Tensor]:
+        """For every device: 1.0 if a gradient, given with its power, is not finite or too large, on any rank; else 0.0."""
+        if not grads:
+            return {}
+        alike: dict[Any, dict[int, Tensor]] = {}
+        for i, (grad, power) in enumerate(grads):
+            shard = local(grad)
+            if shard.numel():  # an empty one has no maximum
+                alike.setdefault((shard.device, shard.dtype, power), {})[i] = shard
+        flags = [torch.zeros((), device=g.device) for g, _ in grads]
+        for (_, _, power), shards in alike.items():
+            largest = torch.stack(torch._foreach_norm(list(shards.values()), math.inf)).float()
+            for i, flag in zip(shards, (~(largest <= largest_gradient(power))).float().unbind()):
+                flags[i] = flag
+        flags = over_shards(flags, [g for g, _ in grads], "max")
+        found = torch.stack([flag.to(flags[0].device) for flag in flags]).amax()
+        if self._skipped is None:
+            self._skipped = torch.zeros((), dtype=torch.int64, device=found.device)
+        self._skipped.add_(found.long())
+        return {device: found.to(device) for device in dict.fromkeys(flag.device for flag in flags)}
 
-        Under `fused=True`, as of torch's own optimizers: accelerate then takes a skipped step for a step.
-        """
-        pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return bool(pairs) and all(self._form(p, group) == "triton" for p, group in pairs)
-
-    def _form(self, p: Tensor, group: dict[str, Any]) -> str:
-        """Which form of the step updates `p`: "compiled" (kernels.py), "triton" or "torch"."""
-        if group["fused"] is False or group["foreach"] or torch.compiler.is_compiling():
-            return "torch"
-        accumulator = self.state.get(p, {}).get("accumulator")
-        accumulator = None if accumulator is None else _local(accumulator)
-        if accumulator is not None and not accumulator.is_contiguous():
-            return "torch"
-        tensors = _local(p.detach()), _local(p.grad), accumulator  # type: ignore[arg-type]
-        if kernels.takes(*tensors):
-            return "compiled"
-        if not (p.is_cuda and group["fused"]):
-            return "torch"
-        return "triton" if _triton_kernels() and _triton_kernels().takes(*tensors) else "torch"
-
-    def _tensors(self, params: list[Tensor]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
-        states = [self.state[p] for p in params]
-        return (
-            [_local(p.detach()) for p in params],
-            [_local(p.grad) for p in params],  # type: ignore[arg-type]
-            [_local(state["accumulator"]) for state in states],
-            [state.get("base") for state in states],
-        )
-
-    def _raise_if_found(self, bad: int) -> None:
-        if bad:
-            coordinates = f"{bad} coordinate{'s' * (bad > 1)}"
-            raise _non_finite(coordinates, "Nothing there was updated, nor entered the memory.")
-
-    def _step_with_torch(self, params: list[Tensor], thresholds: list[Any], hyperparameters: dict[str, Any]) -> None:
-        weights = [_local(p.detach()) for p in params]
-        grads = [_local(p.grad) for p in params]  # type: ignore[arg-type]
-        low_bit = self.state[params[0]]["accumulator"].dtype != torch.float32
-        random = [random_bits(g, w) for g, w in zip(grads, weights)] if low_bit else []
-        accumulators = [_local(self.accumulator(p)) for p in params]
-        shrunk = [_shrink(g, threshold) for g, threshold in zip(grads, thresholds)]
-        if len(params) > 1:
-            _foreach_classp_(weights, shrunk, accumulators, **hyperparameters)
-        else:
-            classp_(weights[0], shrunk[0], accumulators[0], **hyperparameters)
-        for p, values, bits in zip(params, accumulators, random):
-            self._store(p, values, bits)
+def _offset(group: dict[str, Any]) -> float:
+    """What the state of `group` holds beside the accumulator: what fused Adagrad needs."""
+    return group["eps"] if group["power"] == 2 and group["state_dtype"] == "float32" else 0.0
 
 
-@functools.cache
-def _triton_kernels() -> Any:
-    """The module, or None where there is no Triton, which PyTorch brings where it supports GPUs with it."""
-    try:
-        from . import triton_kernels
-    except Exception:  # a broken one, too
-        return None
-    return triton_kernels
+def _align_offset(group: dict[str, Any], state: dict[Tensor, Any]) -> None:
+    """Adapt the state to a changed eps or power, or if an older version saved it."""
+    if (offset := _offset(group)) == group["offset"]:
+        return
+    for p in group["params"]:
+        if p in state:
+            state[p]["accumulator"].add_(offset - group["offset"]).clamp_(min=offset)
+    group["offset"] = offset
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:
@@ -335,17 +291,19 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be finite and >= 0, got {value}")
     if not (math.isfinite(group["power"]) and group["power"] > 0):
         raise ValueError(f"power must be finite and > 0, got {group['power']}")
-    tiny = torch.finfo(torch.float32).tiny
+    tiny = torch.finfo(torch.float32).tiny ** min(1.0, group["power"])  # its root, too, is > 0
     if not (math.isfinite(group["eps"]) and group["eps"] >= tiny):
         raise ValueError(f"eps must be finite and > 0 in float32 (at least {tiny:.2e}), got {group['eps']}")
     if group["state_dtype"] not in STATE_DTYPES:
         raise ValueError(f"state_dtype must be one of {', '.join(STATE_DTYPES)}, got {group['state_dtype']!r}")
     if group["fused"] and group["foreach"]:
         raise ValueError("foreach=True and fused=True exclude each other. Pass one of them.")
-    if group["fused"] and not (kernels.BUILT or _triton_kernels()):
-        raise RuntimeError(
-            "fused=True, but CLASSP's compiled step was not built: there was no C compiler when classp_hf was installed. "
-            "Install one (gcc or clang) and then classp_hf again, or leave fused out."
+    needed = {"power": 2, "apply_decay": True, "state_dtype": "float32"}
+    if group["fused"] and (other := [name for name, value in needed.items() if group[name] != value]):
+        got = ", ".join(f"{name}={group[name]!r}" for name in other)
+        raise ValueError(
+            "fused=True is PyTorch's Adagrad, which needs power=2, apply_decay=True and state_dtype='float32', "
+            f"got {got}. Leave fused out."
         )
     density = group["density"]
     if density is not None:
@@ -356,269 +314,3 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
                 f"threshold={group['threshold']} and density={density} exclude each other: density sets the threshold "
                 "from the gradients. Pass one of them."
             )
-
-
-def _check_gradients(grads: list[Tensor]) -> None:
-    """Refuse what would corrupt the memory, before any weight or accumulator changes."""
-    if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-        return  # reading a value back to the host is not possible there
-    grads = [g for g in grads if g.numel() > 0]
-    if not grads:
-        return
-    on_cpu = all(type(g) is Tensor and g.device.type == "cpu" for g in grads)
-    if on_cpu and all(torch.linalg.vector_norm(g).isfinite() for g in grads):
-        return  # a 2-norm is many times faster there than the maximum; it may overflow for finite gradients: look again
-    shards = [_local(g) for g in grads]
-    largest = [torch.linalg.vector_norm(g, math.inf) if g.numel() else g.new_zeros(()) for g in shards]
-    if any(_is_sharded(g) for g in grads):
-        # all ranks must come to one verdict, and a maximum over ranks may lose a NaN
-        largest = _over_shards([x.nan_to_num(math.inf, math.inf) for x in largest], grads, "max")
-    if not all(torch.stack([x.to(largest[0].device, torch.float32) for x in largest]).isfinite().tolist()):
-        bad = [tuple(g.shape) for g, x in zip(grads, largest) if not x.isfinite()]
-        raise _non_finite(f"{len(bad)} of {len(grads)} tensors (first shape: {bad[0]})", "Nothing was updated.")
-
-
-def _non_finite(where: str, what_happened: str) -> RuntimeError:
-    return RuntimeError(
-        f"CLASSP got NaN or infinite gradients in {where}. {what_happened} Lower the learning rate, clip the gradients, or "
-        "check the data and the loss."
-    )
-
-
-def _is_sharded(x: Any) -> bool:
-    """Whether `x` is a DTensor, which holds one rank's part of a tensor."""
-    if type(x) in (Tensor, torch.nn.Parameter):
-        return False  # without the import, which takes long
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(x, DTensor)
-
-
-def _local(x: Tensor) -> Tensor:
-    """This rank's part of a sharded (DTensor) tensor, maybe empty, sharing its memory; any other tensor as it is."""
-    return x.to_local() if _is_sharded(x) else x  # type: ignore[attr-defined]
-
-
-def _over_shards(values: list[Tensor], tensors: list[Tensor], operation: str) -> list[Tensor]:
-    """Combine what every rank computed from its part of a tensor, by `operation` ("sum" or "max").
-
-    Collective: every rank must call it with the same tensors in the same order, whatever is empty on it. One all-reduce
-    for all tensors that are sharded alike.
-
-    Args:
-        values: of any shapes, which are the same on every rank.
-        tensors: which tensor each value belongs to. Values of tensors that are not sharded are returned as they are.
-    """
-    alike: dict[Any, list[int]] = {}
-    for i, t in enumerate(tensors):
-        if _is_sharded(t):
-            key = t.device_mesh, t.placements, values[i].dtype  # type: ignore[attr-defined]
-            alike.setdefault(key, []).append(i)
-    values = list(values)
-    for (mesh, placements, _), indices in alike.items():
-        from torch.distributed.tensor import DTensor, Partial, Replicate
-
-        parts = [Replicate() if placement.is_replicate() else Partial(operation) for placement in placements]
-        joined = torch.cat([values[i].reshape(-1) for i in indices])
-        joined = DTensor.from_local(joined, mesh, parts, run_check=False).full_tensor()
-        for i, value in zip(indices, joined.split([values[i].numel() for i in indices])):
-            values[i] = value.view_as(values[i])
-    return values
-
-
-def _batches(params: list[Tensor], foreach: bool | None) -> list[list[Tensor]]:
-    """What goes into one call: tensors of one device and dtype with foreach, of `_FOREACH_BATCH` weights in all; else one tensor."""
-    if not (all(_local(p.detach()).is_cuda for p in params) if foreach is None else foreach):
-        return [[p] for p in params]
-    batches: list[list[Tensor]] = []
-    filling: dict[Any, tuple[list[Tensor], float]] = {}
-    for p in params:
-        kind = p.device, p.dtype, p.grad.dtype  # type: ignore[union-attr]
-        batch, filled = filling.get(kind, ([], math.inf))
-        if filled + p.numel() > _FOREACH_BATCH:
-            batch, filled = [], 0
-            batches.append(batch)
-        batch.append(p)
-        filling[kind] = batch, filled + p.numel()
-    return batches
-
-
-def classp_(
-    param: Tensor,
-    g: Tensor,
-    accumulator: Tensor,
-    *,
-    lr: float | Tensor,
-    power: float,
-    eps: float,
-    apply_decay: bool,
-    weight_decay: float,
-    maximize: bool,
-) -> None:
-    """Algorithm 1 on one tensor; changes `param` and `accumulator` (float32) in place. `g`: from `_shrink`, float32."""
-    if power == 2:
-        accumulator.addcmul_(g, g)
-    else:
-        accumulator.add_(g.abs() if power == 1 else g.abs().pow_(power))
-    root = accumulator + eps
-    if power == 2:
-        root.sqrt_()
-    elif power != 1:
-        root.pow_(1 / power)
-
-    w = param if param.dtype in (torch.float32, torch.float64) else param.float()
-    if weight_decay:
-        w.mul_(1 - lr * weight_decay)
-    sign = 1 if maximize else -1
-    if isinstance(lr, Tensor):  # never read back: a Python float would synchronise, and recompile
-        w.add_((g / root if apply_decay else g) * lr.to(w.device), alpha=sign)
-    elif apply_decay:
-        w.addcdiv_(g.to(w.dtype), root.to(w.dtype), value=sign * lr)
-    else:
-        w.add_(g, alpha=sign * lr)
-    if w is not param:
-        param.copy_(w)
-
-
-def _foreach_classp_(
-    params: list[Tensor],
-    gs: list[Tensor],
-    accumulators: list[Tensor],
-    *,
-    lr: float | Tensor,
-    power: float,
-    eps: float,
-    apply_decay: bool,
-    weight_decay: float,
-    maximize: bool,
-) -> None:
-    """`classp_` over lists of tensors of one device and dtype."""
-    if power == 1:
-        torch._foreach_add_(accumulators, torch._foreach_abs(gs))
-        roots = torch._foreach_add(accumulators, eps)
-    elif power == 2:
-        torch._foreach_addcmul_(accumulators, gs, gs)
-        roots = torch._foreach_add(accumulators, eps)
-        torch._foreach_sqrt_(roots)
-    else:
-        powers = torch._foreach_abs(gs)
-        torch._foreach_pow_(powers, power)
-        torch._foreach_add_(accumulators, powers)
-        roots = torch._foreach_add(accumulators, eps)
-        torch._foreach_pow_(roots, 1 / power)
-
-    if isinstance(lr, Tensor):
-        lr = lr.reshape(()).to(params[0].device)
-    ws = params if params[0].dtype in (torch.float32, torch.float64) else [p.float() for p in params]
-    if weight_decay:
-        torch._foreach_mul_(ws, 1 - lr * weight_decay)
-    sign = 1 if maximize else -1
-    if isinstance(lr, Tensor):
-        steps = torch._foreach_div(gs, roots) if apply_decay else gs
-        steps = torch._foreach_mul(steps, lr.float())
-        torch._foreach_add_(ws, steps, alpha=sign)
-    elif apply_decay:
-        dtype = ws[0].dtype
-        torch._foreach_addcdiv_(ws, [g.to(dtype) for g in gs], [r.to(dtype) for r in roots], value=sign * lr)
-    else:
-        torch._foreach_add_(ws, gs, alpha=sign * lr)
-    if ws is not params:
-        torch._foreach_copy_(params, ws)
-
-
-def _threshold(grad: Tensor, group: dict[str, Any]) -> float | Tensor:
-    """What g^2 has to exceed."""
-    return group["threshold"] if group["density"] is None else _density_threshold(grad, group["density"])
-
-
-def _thresholds(params: list[Tensor], compiled: list[Tensor], group: dict[str, Any]) -> dict[Tensor, float | Tensor]:
-    """`_threshold` of every parameter's gradient; of those that the compiled step takes in one call."""
-    if (density := group["density"]) is None:
-        return dict.fromkeys(params, group["threshold"])
-    whole = [p for p in compiled if not _is_sharded(p.grad)]
-    grads: list[Tensor] = [p.grad for p in whole]  # type: ignore[misc]
-    strides = [_sample_stride(g) for g in grads]
-    found: dict[Tensor, Any] = dict(zip(whole, kernels.density_thresholds(grads, strides, density))) if whole else {}
-    return {p: found[p] if p in found else _threshold(p.grad, group) for p in params}  # type: ignore[arg-type]
-
-
-def _shrink(grad: Tensor, threshold: float | Tensor) -> Tensor:
-    """The gradient in float32 with the coordinates that may not update set to zero."""
-    g = grad.float()
-    if isinstance(threshold, Tensor) or threshold > 0:
-        return torch.where(g.square() > threshold, g, 0.0)
-    return g  # a zero gradient neither accumulates nor moves, so there is nothing to mask
-
-
-def _density_threshold(g: Tensor, density: float) -> Tensor:
-    """The (1 - density) quantile of g^2 over the nonzero coordinates of a strided sample, as a 0-dim tensor.
-
-    Of a sharded (DTensor) gradient it is that of the whole tensor, to the bit and on every rank; a collective call.
-    """
-    if g.numel() == 0:
-        return _local(g).new_zeros((), dtype=torch.float32)
-    stride = _sample_stride(g)
-    if _is_sharded(g):
-        begin = _first_index(g.shape, g.device_mesh, g.placements)  # type: ignore[attr-defined]
-        sample = _sample_of_shard(_local(g), begin, g.numel(), stride)
-        sample = _over_shards([sample], [g], "sum")[0]
-    else:
-        sample = g.reshape(-1)[::stride]
-    squares = sample.float().square()
-    if squares.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _selected_quantile(squares, density)
-    return _sorted_quantile(squares, density)
-
-
-def _sample_stride(g: Tensor) -> int:
-    stride = max(1, g.numel() // _DENSITY_SAMPLE)
-    while stride > 1 and math.gcd(stride, g.shape[-1]) != 1:  # else whole columns would never be sampled
-        stride += 1
-    return stride
-
-
-def _selected_quantile(squares: Tensor, density: float) -> Tensor:
-    """The (1 - density) quantile of the positive `squares`, 0 if there are none. Many times faster than sorting on a CPU."""
-    positive = squares[squares > 0]
-    rank = math.ceil((1 - density) * len(positive) - 1e-6)  # (1 - 1/3) * 9 is more than 6
-    return positive.kthvalue(rank).values if rank else squares.new_zeros(())
-
-
-def _sorted_quantile(squares: Tensor, density: float) -> Tensor:
-    """The same without reading anything back to the host."""
-    squares = squares.sort().values
-    # Zeros sort first; index 0 of the padded list is "no threshold".
-    padded = torch.cat([squares.new_zeros(1), squares])
-    zeros = (squares == 0).sum()
-    rank = zeros + ((1 - density) * (squares.numel() - zeros)).ceil().long()
-    return padded.index_select(0, rank.reshape(1)).squeeze(0)
-
-
-def _sample_of_shard(shard: Tensor, begin: int, total: int, stride: int) -> Tensor:
-    """`full.reshape(-1)[::stride]` with zeros for the coordinates that `shard` lacks, so that the shards' sum is the sample.
-
-    Args:
-        shard: consecutive coordinates of `full.reshape(-1)`, from index `begin` on; any shape, maybe empty.
-        total: how many coordinates `full` has.
-    """
-    sample = shard.new_zeros(-(-total // stride))
-    first = -(-begin // stride)  # index in the sample of the first coordinate of the shard that is in it
-    mine = shard.reshape(-1)[first * stride - begin :: stride]
-    sample[first : first + mine.numel()] = mine
-    return sample
-
-
-def _first_index(shape: torch.Size, mesh: Any, placements: Any) -> int:
-    """Where this rank's part begins in the flattened tensor of `shape`."""
-    from torch.distributed.tensor import Shard
-
-    sharded = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
-    if len(sharded) > 1 or any(type(placements[i]) is not Shard or placements[i].dim != 0 for i in sharded):
-        raise ValueError(
-            f"density needs parameters that are whole or sharded by rows once, as FSDP2 does it, got placements {tuple(placements)}. "
-            "Use threshold."
-        )
-    if not sharded:
-        return 0
-    rows = -(-shape[0] // mesh.size(sharded[0]))  # a rank, of which the last ranks may lack some or all
-    return min(rows * mesh.get_local_rank(sharded[0]), shape[0]) * math.prod(shape[1:])

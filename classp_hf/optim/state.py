@@ -28,10 +28,10 @@ STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": t
 _BLOCK, _SHIFT, _WORD = 256, 19, 0xFFFFFFFF
 
 
-def random_bits(grad: Tensor, param: Tensor) -> Tensor:
-    """32 bits a weight, int64, flat, from its gradient and value (any floating dtype) and its index."""
+def random_bits(grad: Tensor, param: Tensor, start: int = 0) -> Tensor:
+    """32 bits a weight, int64, flat, from its gradient and value (any floating dtype) and its index, from `start` on."""
     g, w = (t.detach().float().reshape(-1).view(torch.int32).long() & _WORD for t in (grad, param))
-    index = torch.arange(g.numel(), device=g.device) * 0x9E3779B1
+    index = torch.arange(start, start + g.numel(), device=g.device) * 0x9E3779B1
     x = (g ^ (w << 16 | w >> 16) ^ index) & _WORD
     x = (x ^ x >> 16) * 0x7FEB352D & _WORD
     x = (x ^ x >> 15) * 0x846CA68B & _WORD
