@@ -1,42 +1,101 @@
-"""The interface of a continual-learning method: hooks into the sequence loop, every one a no-op."""
+"""The interface of a continual-learning method: hooks into a training, every one a no-op; and what the hooks see."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
 
-from ..memory import ContinualMemory, like_parameter, trainable_parameters
-from ..optim import kernels
+from ..names import like_parameter, local, trainable_parameters
 
-if TYPE_CHECKING:
-    from datasets import Dataset
 
-    from ..tasks import Task
-    from ..trainer import ContinualTrainer
+@dataclass
+class Context:
+    """What a method sees of the training it takes part in.
+
+    Args:
+        model: the model, with PEFT's and FSDP2's wrappers and without DDP's.
+        args: of the training.
+        seen_tasks: names of the tasks trained on before this one.
+        accumulators: gives canonical name -> `sum |g|^p` so far, float32; empty where none is kept. While training these
+            are the tensors that change (copies of low-bit ones), sharded as the parameters are.
+        optimizer: without accelerate's wrapper; None before training.
+        task: name of the task that is trained on.
+        train_dataset: what is trained on, other tasks' examples that a method mixed in among them.
+        task_dataset: the task's own examples.
+        collate: makes a batch of examples.
+        processing_class: tokenizer, image processor or None.
+        accelerator: None in scripts that build a Trainer of their own.
+        per_task_heads: whether each task has a head of its own.
+        start: canonical name -> weights at the start of the task, on the CPU, where the model holds later ones (a resumed
+            run); else None.
+    """
+
+    model: Any
+    args: TrainingArguments
+    seen_tasks: list[str] = field(default_factory=list)
+    accumulators: Callable[[], dict[str, Tensor]] = dict
+    optimizer: Any = None
+    task: str = ""
+    train_dataset: Any = None
+    task_dataset: Any = None
+    collate: Callable[[list[Any]], Any] | None = None
+    processing_class: Any = None
+    accelerator: Accelerator | None = None
+    per_task_heads: bool = False
+    start: dict[str, Tensor] | None = None
+
+    def starting_weights(self) -> dict[str, Tensor]:
+        """Canonical name -> copy of every trainable parameter as it was when the task began, sharded as it is."""
+        given = self.start or {}
+        return {
+            n: like_parameter(given[n], p.detach(), p.dtype) if n in given else p.detach().clone()
+            for n, p in trainable_parameters(self.model)
+        }
+
+    def frozen_copy(self) -> Any:
+        """A copy of the model as it was when the task began, in evaluation mode and without gradients."""
+        model = copy.deepcopy(self.model)
+        for wrapped in ("forward", "_original_forward"):  # accelerate's autocast wrapper would call the model itself
+            model.__dict__.pop(wrapped, None)
+        with torch.no_grad():
+            for (_, p), w in zip(trainable_parameters(model), self.starting_weights().values(), strict=True):
+                p.copy_(w)
+        return model.eval().requires_grad_(False)
 
 
 @dataclass
 class Method:
     """One continual-learning method. Init fields are its hyperparameters, `field(init=False)` its state.
 
-    Order of the hooks, for each task: `before_task`, `extend_train_dataset`, then `penalty` in every forward pass,
-    `penalty_gradient` before and `after_step` after every optimizer step, and `after_task`. The trainer saves
-    `state_dict()` in the continual memory and gives it back through `load_state_dict` when a run goes on from it.
+    Order of the hooks, for each task: `extend_train_dataset`, `prepare_model`, `before_task`; in every forward pass
+    `adjust_logits` and `loss_term`; before and after every optimizer step that is taken `before_step` and `after_step`;
+    and `after_task`. `state_dict()` goes into the continual memory and comes back through `load_state_dict` when a run
+    goes on from it. A method says by what it overrides what it needs: the first two and those of the forward pass need
+    [`ContinualTrainer`]; all others work in any script.
     """
 
     name: ClassVar[str] = "none"
 
     uses_accumulators: ClassVar[bool] = False
-    """Whether the method reads the memory of gradients, `trainer.accumulators()`. CLASSP has it anyway; under any other
-    optimizer the trainer then gathers it."""
+    """Whether the method reads the memory of gradients, `context.accumulators()`. CLASSP keeps it anyway; under any other
+    optimizer it is then gathered."""
+
+    needs_start: ClassVar[bool] = False
+    """Whether a resumed run needs the weights that its task began with."""
 
     folds_adapters: ClassVar[bool] = False
     """Whether a task's PEFT adapter becomes part of the base weights when the task ends: saved then is a plain model."""
+
+    per_parameter: ClassVar[tuple[str, ...]] = ()
+    """Parts of the state that hold one number a weight. Of these a run that goes on from a memory takes what fits its
+    model: rows that an embedding gained get 0 in `importance`, the weight itself elsewhere."""
 
     excluded: frozenset[str] = field(default=frozenset(), init=False, repr=False)
     """Canonical names the method must leave alone: the parameters of per-task heads."""
@@ -45,42 +104,53 @@ class Method:
         """`(canonical name, parameter)` of the trainable parameters that the tasks share."""
         return ((n, p) for n, p in trainable_parameters(model) if n not in self.excluded)
 
-    def check_trainer(self, trainer: ContinualTrainer) -> None:
-        """Called before anything is trained: raise a ValueError if the method cannot run in this set-up."""
+    def check(self, context: Context, others: Sequence[Method]) -> None:
+        """Called before anything is trained: raise a ValueError if the method cannot run in this set-up.
 
-    def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        """Called before training on `task`, with the weights the previous task left and `trainer.seen_tasks` before it."""
+        Args:
+            others: the methods it is combined with.
+        """
 
-    def extend_train_dataset(self, dataset: Dataset, earlier: Sequence[Dataset]) -> Dataset:
+    def extend_train_dataset(self, dataset: Any, earlier: Sequence[Any]) -> Any:
         """The dataset to train on, from the task's own and the earlier tasks' training datasets."""
         return dataset
 
-    def penalty(self, model: nn.Module, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor | None:
-        """A 0-dim term for the loss of one micro-batch (mean over its examples), with its autograd graph."""
+    def prepare_model(self, model: nn.Module, seen_tasks: Sequence[str]) -> None:
+        """Change the model for the new task, before Trainer wraps it and loads a checkpoint into it."""
+
+    def before_task(self, context: Context) -> None:
+        """Called on every rank when training on a task begins or is resumed, with all wrappers on the model."""
+
+    def adjust_logits(self, logits: Tensor) -> Tensor:
+        """The logits that the training loss is computed from, (examples, classes)."""
+        return logits
+
+    def loss_term(self, outputs: Any, inputs: Mapping[str, Tensor], count: Tensor | int | None) -> Tensor | None:
+        """A 0-dim term for the training loss of one micro-batch, with its graph, weighed as the loss itself is.
+
+        Args:
+            outputs: of the model.
+            inputs: with `labels`.
+            count: items (examples, of language models tokens with a label) in the whole accumulated batch: return the
+                sum over the micro-batch's items divided by it. None: return the mean over the micro-batch's items.
+        """
         return None
 
-    def penalty_gradient(self, model: nn.Module) -> None:
-        """Add the gradient of a penalty on the weights to `.grad`, without an autograd graph.
+    def before_step(self, model: nn.Module) -> None:
+        """Add to `.grad`, without a graph, before an optimizer step that will be taken.
 
-        Called once an optimizer step, whatever the accumulation, on every rank, after the gradients were averaged over
-        ranks, unscaled and clipped.
+        Called once a step, whatever the accumulation, on every rank, after the gradients were averaged over ranks,
+        unscaled and clipped.
         """
 
     def after_step(self, model: nn.Module) -> None:
         """Called after every optimizer step."""
 
-    def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        """Called on every rank when training on `task` has ended."""
-
-    def parts(self) -> Sequence[Method]:
-        """The methods this one consists of: itself."""
-        return [self]
+    def after_task(self, context: Context) -> None:
+        """Called on every rank when training on a task has ended."""
 
     def check_state(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
-        """Raise a ValueError unless `state`, of `state_dict`'s form, belongs to `model`."""
-        shapes = {n: tuple(p.shape) for n, p in self.parameters(model)}
-        for part, tensors in state.items():
-            ContinualMemory({f"{self.name}.{part}/{n}": t for n, t in tensors.items()}).check_fits(shapes)
+        """Raise a ValueError if `state`, of `state_dict`'s form, cannot be this method's on `model`."""
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Part of the state -> canonical parameter name -> tensor of the parameter's shape."""
@@ -88,69 +158,24 @@ class Method:
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take back what `state_dict` gave; tensors are on the CPU."""
-        if state:
-            raise ValueError(f"The method {self.name!r} has no state, got {sorted(state)}")
 
     def hyperparameters(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     def describe(self) -> dict[str, Any]:
-        """Name and hyperparameters, for JSON; of several methods also `parts`, each described alike."""
+        """Name and hyperparameters, for JSON."""
         return {"name": self.name, **self.hyperparameters()}
 
+    def overrides(self, hook: str) -> bool:
+        """Whether the method does anything at `hook`."""
+        return getattr(type(self), hook) is not getattr(Method, hook)
 
-@dataclass
-class Combined(Method):
-    """Several methods at once, each with its own hyperparameters and state; hooks run in the order given."""
 
-    methods: list[Method] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        names = [m.name for m in self.methods]
-        if len(set(names)) < len(names):
-            raise ValueError(f"A combination holds every method once, got {' + '.join(names)}.")
-        self.name = "+".join(names)  # type: ignore[misc]
-        self.uses_accumulators = any(m.uses_accumulators for m in self.methods)  # type: ignore[misc]
-        self.folds_adapters = any(m.folds_adapters for m in self.methods)  # type: ignore[misc]
-
-    def parts(self) -> Sequence[Method]:
-        return self.methods
-
-    def check_trainer(self, trainer: ContinualTrainer) -> None:
-        for method in self.methods:
-            method.check_trainer(trainer)
-
-    def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        for method in self.methods:
-            method.before_task(trainer, task)
-
-    def extend_train_dataset(self, dataset: Dataset, earlier: Sequence[Dataset]) -> Dataset:
-        for method in self.methods:
-            dataset = method.extend_train_dataset(dataset, earlier)
-        return dataset
-
-    def penalty(self, model: nn.Module, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor | None:
-        given = (method.penalty(model, outputs, inputs) for method in self.methods)
-        terms = [term for term in given if term is not None]
-        return torch.stack(terms).sum() if terms else None
-
-    def penalty_gradient(self, model: nn.Module) -> None:
-        for method in self.methods:
-            method.penalty_gradient(model)
-
-    def after_step(self, model: nn.Module) -> None:
-        for method in self.methods:
-            method.after_step(model)
-
-    def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        for method in self.methods:
-            method.after_task(trainer, task)
-
-    def hyperparameters(self) -> dict[str, Any]:
-        return {k: v for method in self.methods for k, v in method.hyperparameters().items()}
-
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "parts": [method.describe() for method in self.methods]}
+def describe_methods(methods: Sequence[Method]) -> dict[str, Any]:
+    """Names and hyperparameters of all methods, for JSON; of several also `parts`, each described alone."""
+    described: dict[str, Any] = {k: v for m in methods for k, v in m.hyperparameters().items()}
+    described["name"] = "+".join(m.name for m in methods) or Method.name
+    return {**described, "parts": [m.describe() for m in methods]} if len(methods) > 1 else described
 
 
 # Weights that PyTorch's operations take at a time: 64 MB of temporaries.
@@ -162,8 +187,10 @@ class AnchoredMethod(Method):
     """A method that pulls every weight towards an anchor: gradient `strength * importance * (w - anchor)`.
 
     State: float32 tensors by canonical name, on the parameter's device once training has begun. `importance` may lack a
-    name (then it counts as 1 there).
+    name (then it counts as 1 there), `anchor` too (then there is no pull).
     """
+
+    per_parameter: ClassVar[tuple[str, ...]] = ("anchor", "importance")
 
     anchor: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     importance: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -172,67 +199,27 @@ class AnchoredMethod(Method):
         raise NotImplementedError
 
     @torch.no_grad()
-    def penalty_gradient(self, model: nn.Module) -> None:
+    def before_step(self, model: nn.Module) -> None:
         if not self.anchor or not self.strength():
             return
-        compiled: list[tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]] = []
-        groups: dict[Any, list[tuple[Tensor, Tensor, Tensor, Tensor | None]]] = {}
         for name, p in self.parameters(model):
             if p.grad is None or name not in self.anchor:
                 continue
             w = p.detach()
-            if self.anchor[name].device != p.device or type(self.anchor[name]) is not type(w):
-                self.anchor[name] = like_parameter(self.anchor[name], w, torch.float32)
-                if name in self.importance:
-                    self.importance[name] = like_parameter(self.importance[name], w, torch.float32)
-            tensors = (p.grad, w, self.anchor[name], self.importance.get(name))
-            if kernels.pulls(*tensors):
-                compiled.append((*tensors[:3], None, tensors[3]))
-            elif isinstance(w, DTensor):  # foreach kernels refuse lists with DTensors (pytorch#183207)
-                _pull(*tensors, self.strength())
-            else:
-                kind = (w.device, w.dtype, p.grad.dtype, tensors[-1] is None)
-                groups.setdefault(kind, []).append(tensors)
-        if compiled:
-            kernels.pull_(compiled, self.strength())
-        for group in groups.values():
-            for part in _bounded(group):
-                _foreach_pull(part, self.strength())
+            for tensors in (self.anchor, self.importance):
+                stored = tensors.get(name)
+                if stored is not None and (stored.device != w.device or type(stored) is not type(w)):
+                    tensors[name] = like_parameter(stored, w, torch.float32)
+            pull = local(w).float() - local(self.anchor[name])
+            if name in self.importance:
+                pull.mul_(local(self.importance[name]))
+            g = local(p.grad)
+            g.add_(pull.to(g.dtype), alpha=self.strength())
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         parts = {"anchor": self.anchor, "importance": self.importance}
         return {part: tensors for part, tensors in parts.items() if tensors}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        if unknown := state.keys() - {"anchor", "importance"}:
-            raise ValueError(f"The method {self.name!r} keeps an anchor and an importance, got {sorted(unknown)}")
         self.anchor = {n: t.float() for n, t in state.get("anchor", {}).items()}
         self.importance = {n: t.float() for n, t in state.get("importance", {}).items()}
-
-
-def _pull(g: Tensor, w: Tensor, a: Tensor, f: Tensor | None, strength: float) -> None:
-    pull = w.float() - a
-    if f is not None:
-        pull.mul_(f)
-    g.add_(pull.to(g.dtype), alpha=strength)
-
-
-def _foreach_pull(tensors: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]], strength: float) -> None:
-    """`_pull` of several weights of one kind."""
-    gs, ws, anchors, importances = (list(column) for column in zip(*tensors))
-    pulls = torch._foreach_sub([w.float() for w in ws], anchors)
-    if importances[0] is not None:
-        torch._foreach_mul_(pulls, importances)
-    torch._foreach_add_(gs, [pull.to(g.dtype) for pull, g in zip(pulls, gs)], alpha=strength)
-
-
-def _bounded(tensors: list[Any]) -> Iterator[list[Any]]:
-    """Neighbours together, up to `_GROUP` weights a group."""
-    group: list[Any] = []
-    for given in tensors:
-        if group and sum(t[0].numel() for t in group) + given[0].numel() > _GROUP:
-            yield group
-            group = []
-        group.append(given)
-    if group:
-        yield group

@@ -1,0 +1,129 @@
+"""Parameters by canonical name, whole or sharded, and the model inside its wrappers."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# What wrappers put into parameter names: DDP, torch.compile, activation checkpointing, FSDP, PEFT.
+_WRAPPERS = re.compile(
+    r"^(?:module\.)+|\b_orig_mod\.|\b_checkpoint_wrapped_module\.|\b_fsdp_wrapped_module\.|^base_model\.model\."
+    r"|\bbase_layer\.|\bmodules_to_save\.[^.]+\."
+)
+
+
+def canonical_name(name: str) -> str:
+    """The parameter's name in the bare model: without the prefixes of DDP, FSDP, torch.compile and PEFT.
+
+    >>> canonical_name("module.base_model.model.bert.pooler.dense.base_layer.weight")
+    'bert.pooler.dense.weight'
+    """
+    previous = None
+    while name != previous:
+        previous, name = name, _WRAPPERS.sub("", name)
+    return name
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """`(canonical name, parameter)` of every parameter that requires a gradient; under FSDP2 the sharded ones."""
+    reshard(model)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            yield canonical_name(name), p
+
+
+def reshard(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded the model. If so, it holds its sharded parameters from here on.
+
+    After a forward pass without a backward one some modules hold whole copies, which no optimizer and no memory knows.
+    """
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.reshard()
+    return bool(sharded)
+
+
+def bare_model(model: Any) -> Any:
+    """The model inside a PEFT model; any other model as it is."""
+    peft = sys.modules.get("peft")  # without it there is no PEFT model
+    return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
+
+
+def model_source(model: Any) -> str:
+    """Folder or Hub id that the model was loaded from (`config.name_or_path`); "" if unknown."""
+    bare = bare_model(model)
+    return str(getattr(getattr(bare, "config", None), "name_or_path", None) or "")
+
+
+def is_language_model(model: Any) -> bool:
+    """Whether the model writes text: causal or sequence-to-sequence."""
+    can_generate = getattr(bare_model(model), "can_generate", None)
+    return can_generate is not None and bool(can_generate())
+
+
+def full_tensor(t: Tensor) -> Tensor:
+    """The whole tensor of a sharded one (a collective call on every rank), any other tensor as it is."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def local(t: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; any other tensor as it is."""
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def like_parameter(full: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of `full` on the device of `p`, in `dtype`, sharded as `p` is."""
+    full = full.to(device=p.device, dtype=dtype, copy=True)
+    if not isinstance(p, DTensor):
+        return full
+    # every rank has it all: nothing to send
+    return distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def total(t: Tensor) -> float:
+    """The sum over a tensor, whole or sharded, added up in float64 where the device has it."""
+    return float(full_tensor(t.sum(dtype=torch.float32 if t.device.type == "mps" else torch.float64)))
+
+
+def mean_over_weights(tensors: Iterable[Tensor]) -> float:
+    """The mean over all elements of all tensors; 0.0 for none."""
+    sums, count = 0.0, 0
+    for t in tensors:
+        sums += total(t)
+        count += t.numel()
+    return sums / count if count else 0.0
+
+
+def layer_means(accumulators: Mapping[str, Tensor]) -> dict[str, float]:
+    """Layer -> mean accumulator a weight, layers in the model's order.
+
+    A layer is what shares its name up to the first number (`bert.encoder.layer.3`), else up to the second part
+    (`bert.embeddings`).
+    """
+    layers: dict[str, list[Tensor]] = {}
+    for name, t in accumulators.items():
+        numbered = re.match(r"(.*?\.\d+)\.", name)
+        parts = name.split(".")
+        layer = numbered[1] if numbered else ".".join(parts[: min(2, len(parts) - 1)]) or name
+        layers.setdefault(layer, []).append(t)
+    return {layer: mean_over_weights(tensors) for layer, tensors in layers.items()}
+
+
+def samples(model: nn.Module, count: int = 8) -> dict[str, Tensor]:
+    """Canonical name -> up to `count` values of every parameter, evenly spread, float32 on the CPU.
+
+    They tell whether two models have the same weights. A collective call on every rank if the model is sharded.
+    """
+    reshard(model)
+    taken = {}
+    for name, p in model.named_parameters():
+        flat = full_tensor(p.detach()).reshape(-1)
+        taken[canonical_name(name)] = flat[:: max(1, flat.numel() // count)][:count].float().cpu()
+    return taken
