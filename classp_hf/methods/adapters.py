@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..memory import bare_model, canonical_name
-from .base import Method
-
-if TYPE_CHECKING:
-    from ..tasks import Task
-    from ..trainer import ContinualTrainer
-
+from ..names import bare_model, canonical_name
+from .base import Context, Method
 
 logger = logging.get_logger(__name__)
 
@@ -50,48 +45,40 @@ class FoldedAdapters(Method):
             if isinstance(module, BaseTunerLayer):
                 yield canonical_name(name), module, module.active_adapters[0]
 
-    def check_trainer(self, trainer: ContinualTrainer) -> None:
-        configs = getattr(trainer.model, "peft_config", {})
+    def check(self, context: Context, others: Sequence[Method]) -> None:
+        configs = getattr(context.model, "peft_config", {})
         found = [str(getattr(c.peft_type, "value", c.peft_type)) for c in configs.values()]
-        if found != [self.adapter_type]:
-            raise ValueError(
-                f"The method {self.name!r} needs a model with one {self.adapter_type} adapter, got "
-                f"{', '.join(found) or 'none'}. Build it with peft.get_peft_model."
+        strangers = [m.name for m in others if m.name not in COMPANIONS]
+        fits = found == [self.adapter_type]
+        dtypes = [layer.get_base_layer().weight.dtype for _, layer, _ in self.layers(context.model) if fits]
+        problems = {
+            f"needs a model with one {self.adapter_type} adapter, got {', '.join(found) or 'none'}. Build it with "
+            "peft.get_peft_model.": not fits,
+            "changes the base weights, which does not run sharded yet. Use DDP.": context.sharded,
+            "begins every task with a new adapter, which an optimizer's memory of the old one does not fit. Pass "
+            "--reset_optimizer.": not getattr(context.args, "reset_optimizer", False),
+            f"begins every task with a new adapter and cannot be combined with {', '.join(strangers)}, which hold on to "
+            f"the old one's weights; {', '.join(COMPANIONS)} can.": strangers,
+            "adds to the base weights, which are quantised here.": not all(d.is_floating_point for d in dtypes),
+        }
+        for problem, found_it in problems.items():
+            if found_it:
+                raise ValueError(f"The method {self.name!r} {problem}")
+        if low := [d for d in dtypes if d.itemsize < 4]:
+            logger.warning(
+                f"Adding adapters to base weights in {low[0]} rounds away much of what a task learned. Load the model in "
+                "float32."
             )
-        if trainer.is_fsdp_enabled:
-            raise ValueError(
-                f"The method {self.name!r} changes the base weights, which does not run sharded yet. Use DDP."
-            )
-        if not trainer.args.reset_optimizer:
-            raise ValueError(
-                f"The method {self.name!r} begins every task with a new adapter, which an optimizer's memory of the old one "
-                "does not fit. Pass --reset_optimizer."
-            )
-        others = [m.name for m in trainer.method.parts() if m.name not in (self.name, *COMPANIONS)]
-        if others:
-            raise ValueError(
-                f"The method {self.name!r} begins every task with a new adapter and cannot be combined with {', '.join(others)}, which "
-                f"hold on to the old one's weights; {', '.join(COMPANIONS)} can."
-            )
-        for _, layer, _ in self.layers(trainer.model):
-            dtype = layer.get_base_layer().weight.dtype
-            if not dtype.is_floating_point:
-                raise ValueError(f"The method {self.name!r} adds to the base weights, which are quantised here.")
-            if dtype.itemsize < 4:
-                logger.warning(
-                    f"Adding adapters to base weights in {dtype} rounds away much of what a task learned. Load the model in float32."
-                )
-                break
 
     @torch.no_grad()
-    def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        if trainer.seen_tasks:
-            self.fold(trainer.model)  # an adapter that was loaded is part of what the new task begins with
-            for _, layer, adapter in self.layers(trainer.model):
+    def prepare_model(self, model: nn.Module, seen_tasks: Sequence[str]) -> None:
+        if seen_tasks:
+            self.fold(model)  # an adapter that was loaded is part of what the new task begins with
+            for _, layer, adapter in self.layers(model):
                 self.renew(layer, adapter)
 
-    def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        self.fold(trainer.model)
+    def after_task(self, context: Context) -> None:
+        self.fold(context.model)
 
     @torch.no_grad()
     def fold(self, model: nn.Module) -> None:

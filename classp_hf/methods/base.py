@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from ..names import like_parameter, local, trainable_parameters
+from ..names import like_parameter, local, reshard, trainable_parameters
 
 
 @dataclass
@@ -50,6 +50,17 @@ class Context:
     accelerator: Accelerator | None = None
     per_task_heads: bool = False
     start: dict[str, Tensor] | None = None
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the task was begun before: what `load_state_dict` gave back is the state in the midst of it."""
+        return self.start is not None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP shards the model, or is going to."""
+        plugin = None if self.accelerator is None else getattr(self.accelerator.state, "fsdp_plugin", None)
+        return plugin is not None or bool(self.args.fsdp) or reshard(self.model)
 
     def starting_weights(self) -> dict[str, Tensor]:
         """Canonical name -> copy of every trainable parameter as it was when the task began, sharded as it is."""
@@ -178,8 +189,22 @@ def describe_methods(methods: Sequence[Method]) -> dict[str, Any]:
     return {**described, "parts": [m.describe() for m in methods]} if len(methods) > 1 else described
 
 
-# Weights that PyTorch's operations take at a time: 64 MB of temporaries.
-_GROUP = 2**24
+def check_positive(numbers: Mapping[str, Tensor], what: str) -> None:
+    """Raise a ValueError unless all of a memory's `numbers` are finite, 0-dim and > 0."""
+    for name, t in numbers.items():
+        if t.ndim or not 0 < float(t) < float("inf"):
+            raise ValueError(
+                f"The continual memory's {what} of {name!r} is {t.tolist()!r:.80}, not a number > 0. Use the memory that "
+                "a run wrote, or start without a memory."
+            )
+
+
+def placed(tensors: dict[str, Tensor], name: str, p: Tensor) -> Tensor:
+    """This rank's part of `tensors[name]`, which is moved to where parameter `p` is, and sharded as it is, once."""
+    stored, w = tensors[name], p.detach()
+    if stored.device != w.device or type(stored) is not type(w):
+        tensors[name] = like_parameter(stored, w, stored.dtype)
+    return local(tensors[name])
 
 
 @dataclass
@@ -203,18 +228,12 @@ class AnchoredMethod(Method):
         if not self.anchor or not self.strength():
             return
         for name, p in self.parameters(model):
-            if p.grad is None or name not in self.anchor:
-                continue
-            w = p.detach()
-            for tensors in (self.anchor, self.importance):
-                stored = tensors.get(name)
-                if stored is not None and (stored.device != w.device or type(stored) is not type(w)):
-                    tensors[name] = like_parameter(stored, w, torch.float32)
-            pull = local(w).float() - local(self.anchor[name])
-            if name in self.importance:
-                pull.mul_(local(self.importance[name]))
-            g = local(p.grad)
-            g.add_(pull.to(g.dtype), alpha=self.strength())
+            if p.grad is not None and name in self.anchor:
+                pull = local(p.detach()).float() - placed(self.anchor, name, p)
+                if name in self.importance:
+                    pull.mul_(placed(self.importance, name, p))
+                g = local(p.grad)
+                g.add_(pull.to(g.dtype), alpha=self.strength())
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         parts = {"anchor": self.anchor, "importance": self.importance}

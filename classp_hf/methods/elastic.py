@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
-from ..memory import CompactCopy, like_parameter, local, mean_over_weights
-from ..optim import CLASSP, kernels
-from .base import Method
+from ..names import local, mean_over_weights
+from ..optim import CLASSP
+from .base import Context, Method, check_positive
 
-if TYPE_CHECKING:
-    from ..tasks import Task
-    from ..trainer import ContinualTrainer
+logger = logging.get_logger(__name__)
 
 
 @dataclass
 class Elastic(Method):
     """EWC without a Fisher pass: a pull `strength * A_i * (w_i - a_i)`, A = s / mean(s) (Kirkpatrick et al. 2017, eq. 3).
 
-    s is the accumulator (`sum |g|^p`) that CLASSP keeps, or that the trainer gathers under another optimizer; mean(s) its
-    mean over all weights at the boundary; a the weights at the boundary, held in 2 bytes a weight.
+    s is the accumulator (`sum |g|^p`) that CLASSP keeps, or that is gathered under another optimizer; mean(s) its mean
+    over all weights at the boundary; a the weights at the boundary, a copy in their own dtype.
 
     Under CLASSP the pull is divided by the root of the memory as a gradient is, but kept out of the memory (it would feed on
     itself), and applied implicitly after the step, which is stable at any strength::
@@ -31,75 +31,66 @@ class Elastic(Method):
         w_i <- w_i - c_i / (1 + c_i) * (w_i - a_i)
 
     Under any other optimizer it is added to the clipped gradient. The first task trains freely. A run that starts from a
-    model and its memory has both anchor and importance in them: nothing else is saved.
+    model and its memory has both anchor and importance in them; checkpoints within a task also hold mean(s).
     """
 
     name: ClassVar[str] = "elastic"
     uses_accumulators: ClassVar[bool] = True
+    needs_start: ClassVar[bool] = True
 
     anchor_strength: float = field(
         default=0.1, metadata={"help": "Strength of the pull towards the weights of the last task boundary."}
     )
 
-    scale: float = field(default=0.0, init=False, repr=False)
-    anchor: dict[str, CompactCopy] = field(default_factory=dict, init=False, repr=False)
+    anchor: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    means: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    """mean(s) by the name of every weight that had a memory at the boundary: a new adapter had none."""
+    context: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.anchor_strength >= 0:
             raise ValueError(f"anchor_strength must be >= 0, got {self.anchor_strength}")
 
-    def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        memory = {n: s for n, s in trainer.accumulators().items() if n not in self.excluded}
-        self.start(trainer.model, memory)
-        self._trainer = trainer
-
-    def start(self, model: nn.Module, memory: dict[str, Tensor], weights: dict[str, Tensor] | None = None) -> None:
-        """Anchor `model` at `weights` (default: where it is) if `memory` (canonical name -> accumulator) is not empty."""
-        mean = mean_over_weights(memory.values())
-        self.anchor = {}
-        if self.anchor_strength and mean > 0:
-            self.scale = self.anchor_strength / mean
-            self.anchor = {
-                n: CompactCopy(p.detach() if weights is None else like_parameter(weights[n], p.detach(), p.dtype))
-                for n, p in self.parameters(model)
-                if n in memory  # a new adapter has none, and was nowhere when the run started
-            }
+    def before_task(self, context: Context) -> None:
+        if not context.resumed:
+            memory = {n: s for n, s in context.accumulators().items() if n not in self.excluded}
+            mean = mean_over_weights(memory.values())
+            self.means = {n: torch.tensor(mean) for n in memory} if mean > 0 else {}
+        if self.anchor_strength and not self.means:
+            logger.warning("Nothing is anchored while this task trains: there is no memory of earlier gradients.")
+        wanted = {n for n, _ in self.parameters(context.model) if n in self.means and self.anchor_strength}
+        self.anchor = {n: w for n, w in context.starting_weights().items() if n in wanted}
+        self.context = context
 
     @torch.no_grad()
-    def penalty_gradient(self, model: nn.Module) -> None:
-        if not self.anchor or isinstance(self._trainer.bare_optimizer, CLASSP):
-            return
-        memory = self._trainer.accumulators()
-        for name, p in self.parameters(model):
-            if p.grad is not None and name in self.anchor and name in memory:
-                g, w, s = (local(t) for t in (p.grad, p.detach(), memory[name]))
-                copied = self.anchor[name]
-                if kernels.pulls(g, w, s, copied.values):
-                    kernels.pull_([(g, w, copied.values, copied.scale, s)], self.scale)
-                else:
-                    g.add_(copied.difference(w).mul_(s).to(g.dtype), alpha=self.scale)
+    def before_step(self, model: nn.Module) -> None:
+        if self.anchor and not isinstance(self.context.optimizer, CLASSP):
+            memory = self.context.accumulators()
+            for n, p in self.parameters(model):
+                if p.grad is not None and n in self.anchor and n in memory:
+                    g, w, a, s = (local(t) for t in (p.grad, p.detach(), self.anchor[n], memory[n]))
+                    pull = (w.float() - a.float()).mul_(s)
+                    g.add_(pull.to(g.dtype), alpha=self.anchor_strength / float(self.means[n]))
 
+    @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
-        if self.anchor and isinstance(self._trainer.bare_optimizer, CLASSP):
-            self.pull(model, self._trainer.bare_optimizer)
+        if self.anchor and isinstance(optimizer := self.context.optimizer, CLASSP):
+            names = {p: n for n, p in self.parameters(model) if n in self.anchor and p in optimizer.state}
+            for group in optimizer.param_groups:
+                for p in (p for p in group["params"] if p in names):
+                    a, w, s = (local(t) for t in (self.anchor[names[p]], p.detach(), optimizer.accumulator(p)))
+                    c = (s + group["eps"]).pow_(-1 / group["power"]).mul_(s)
+                    c.mul_(float(group["lr"]) * self.anchor_strength / float(self.means[names[p]]))
+                    w.sub_((w.float() - a.float()).mul_(c / (1 + c)))
 
-    @torch.no_grad()
-    def pull(self, model: nn.Module, optimizer: CLASSP) -> None:
-        """The implicit step towards the anchor that belongs to a step of `optimizer`."""
-        names = {id(p): name for name, p in self.parameters(model)}
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                name = names.get(id(p))
-                if name in self.anchor and p in optimizer.state:
-                    s, w = local(optimizer.accumulator(p)), local(p.detach())
-                    strength, copied = float(group["lr"]) * self.scale, self.anchor[name]
-                    if kernels.pulls(w, s, copied.values):
-                        kernels.pull_(
-                            [(w, w, copied.values, copied.scale, s)], strength, (group["eps"], group["power"])
-                        )
-                    else:
-                        c = (s + group["eps"]).pow_(-1 / group["power"]).mul_(s).mul_(strength)
-                        w.sub_(copied.difference(w).mul_(c / (1 + c)))
+    def after_task(self, context: Context) -> None:
+        self.anchor, self.means, self.context = {}, {}, None
 
-    def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        self.anchor = {}
+    def check_state(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
+        check_positive(state.get("means", {}), "mean accumulator")
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        return {"means": self.means} if self.means else {}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.means = {n: t.float() for n, t in state.get("means", {}).items()}

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..memory import bare_model
-from .base import AnchoredMethod
+from ..names import bare_model, mean_over_weights
+from .base import AnchoredMethod, Context, Method
 from .fisher import batches_of_equal_shape, sum_squared_gradients
-
-if TYPE_CHECKING:
-    from ..tasks import Task
-    from ..trainer import ContinualTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -39,7 +37,7 @@ class EWC(AnchoredMethod):
     name: ClassVar[str] = "ewc"
 
     ewc_lambda: float = field(
-        default=1.0, metadata={"help": "Strength of the EWC penalty. Its scale depends on `fisher_normalize`."}
+        default=0.1, metadata={"help": "Strength of the EWC penalty. Its scale depends on `fisher_normalize`."}
     )
     ewc_mode: Literal["online", "summed"] = field(
         default="online", metadata={"help": "Decay old importance and keep the last anchor, or sum over tasks."}
@@ -71,61 +69,57 @@ class EWC(AnchoredMethod):
     def strength(self) -> float:
         return self.ewc_lambda
 
-    def check_trainer(self, trainer: ContinualTrainer) -> None:
-        super().check_trainer(trainer)
-        if trainer.is_fsdp_enabled:
+    def check(self, context: Context, others: Sequence[Method]) -> None:
+        if context.sharded:
             raise ValueError("EWC's per-example Fisher does not run under FSDP yet. Use DDP, or --method l2sp.")
 
-    @torch.no_grad()
-    def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        fisher = self.task_fisher(trainer, task)
-        mean = sum(f.sum() for f in fisher.values()) / sum(f.numel() for f in fisher.values())
-        logger.info(f"EWC: mean diagonal Fisher of task {task.name}: {float(mean):.3e}")
-        if self.fisher_normalize and mean > 0:
-            for f in fisher.values():
-                f.div_(mean)
-        weights = {n: p.detach().float().clone() for n, p in self.parameters(trainer.model)}
-        old = {n: f.to(fisher[n].device) for n, f in self.importance.items() if n in fisher}
-        if self.ewc_mode == "summed":
-            for n in old:
-                total = old[n] + fisher[n]
-                mixed = (old[n] * self.anchor[n].to(total.device) + fisher[n] * weights[n]) / total
-                weights[n] = torch.where(total > 0, mixed, weights[n])
-        decay = self.ewc_gamma if self.ewc_mode == "online" else 1.0
-        self.importance = {n: f + decay * old[n] if n in old else f for n, f in fisher.items()}
-        self.anchor = weights
+    def before_task(self, context: Context) -> None:
+        if not isinstance(context.task_dataset, Sized) or not len(context.task_dataset):
+            raise ValueError(
+                "EWC chooses examples of the training dataset at random: it needs one of known length, with examples, got a "
+                f"{type(context.task_dataset).__name__}. Load it without streaming, or use --method l2sp."
+            )
 
-    def task_fisher(self, trainer: ContinualTrainer, task: Task) -> dict[str, Tensor]:
-        """The raw diagonal Fisher of `task` on the trainer's model, equal on every rank."""
-        generator = torch.Generator().manual_seed(trainer.args.seed)
-        count = min(self.fisher_samples, len(task.train_dataset))
+    @torch.no_grad()
+    def after_task(self, context: Context) -> None:
+        fisher = self.task_fisher(context)
+        mean = mean_over_weights(fisher.values())
+        logger.info(f"EWC: mean diagonal Fisher of task {context.task}: {mean:.3e}")
+        decay = self.ewc_gamma if self.ewc_mode == "online" else 1.0
+        anchor = {n: p.detach().float().clone() for n, p in self.parameters(context.model)}
+        for n, f in fisher.items():
+            f.div_(mean if self.fisher_normalize and mean > 0 else 1.0)
+            if n in self.importance:
+                old, a = (t[n].to(f.device) for t in (self.importance, self.anchor))
+                total = f + decay * old
+                if self.ewc_mode == "summed":
+                    anchor[n] = torch.where(total > 0, (old * a + f * anchor[n]) / total, anchor[n])
+                fisher[n] = total
+        self.importance, self.anchor = fisher, anchor
+
+    def task_fisher(self, context: Context) -> dict[str, Tensor]:
+        """The raw diagonal Fisher of the task's own examples on the model as it is, equal on every rank."""
+        args, dataset = context.args, context.task_dataset
         # numbered before they are shared out, so that the result does not depend on the number of ranks
-        chosen = list(enumerate(torch.randperm(len(task.train_dataset), generator=generator)[:count].tolist()))
-        mine = chosen[trainer.args.process_index :: trainer.args.world_size]
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        keep = [
-            c for c in task.train_dataset.column_names if c in inspect.signature(bare_model(model).forward).parameters
-        ]
-        examples = DataLoader(
-            task.train_dataset.select([i for _, i in mine]).select_columns(keep),
-            batch_size=1,
-            collate_fn=trainer.data_collator,
-        )
-        progress = tqdm(
-            examples,
-            desc=f"Fisher of {task.name}",
-            disable=trainer.args.disable_tqdm or not trainer.is_local_process_zero(),
-            leave=False,
-        )
+        generator = torch.Generator().manual_seed(args.seed)
+        chosen = list(enumerate(torch.randperm(len(dataset), generator=generator)[: self.fisher_samples].tolist()))
+        mine = chosen[args.process_index :: args.world_size]
+        if columns := getattr(dataset, "column_names", None):
+            taken = {*inspect.signature(bare_model(context.model).forward).parameters, "label", "label_ids"}
+            dataset = dataset.select_columns([c for c in columns if c in taken])
+        loaded = DataLoader(Subset(dataset, [i for _, i in mine]), batch_size=1, collate_fn=context.collate)
+        hidden = args.disable_tqdm or args.local_process_index > 0
+        shown = tqdm(loaded, desc=f"Fisher of {context.task}", disable=hidden, leave=False)
         # a forward pass in evaluation mode does not checkpoint
-        size = 1 if trainer.args.activation_checkpointing else trainer.args.per_device_train_batch_size
+        checkpoints = getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing
+        size = 1 if checkpoints else args.per_device_train_batch_size
         seeds: list[int] | None = [] if self.fisher_labels == "sampled" else None
 
-        def batches():
-            for numbers, batch in batches_of_equal_shape(zip((number for number, _ in mine), progress), size):
+        def batches() -> Iterator[dict[str, Tensor]]:
+            for numbers, batch in batches_of_equal_shape(zip((number for number, _ in mine), shown), size):
                 if seeds is not None:
-                    seeds.extend(trainer.args.seed + number for number in numbers)
-                yield {k: t.to(trainer.args.device) for k, t in batch.items()}
+                    seeds.extend(args.seed + number for number in numbers)
+                yield {k: t.to(args.device) for k, t in batch.items()}
 
-        total = sum_squared_gradients(model, batches(), dict(self.parameters(model)), seeds)
-        return {n: trainer.accelerator.reduce(t, reduction="sum") / count for n, t in total.items()}
+        total = sum_squared_gradients(context.model, batches(), dict(self.parameters(context.model)), seeds)
+        return {n: reduce(t, "sum") / len(chosen) for n, t in total.items()}

@@ -1,12 +1,11 @@
-"""The diagonal Fisher: squared per-example gradients, summed layer by layer from one backward pass a batch."""
+"""The diagonal Fisher: squared per-example gradients, from one backward pass a batch where the layers allow it."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,22 +13,23 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from transformers.pytorch_utils import Conv1D
 
-from ..memory import bare_model, is_language_model
-from ..optim import kernels
+from ..names import bare_model, is_language_model
 
 # Per-example gradients are made in pieces of about so many numbers: what a CPU's cache holds, what keeps a GPU busy.
 _PIECE, _PIECE_GPU = 2**18, 2**24
 
+Batch = Mapping[str, Tensor]
+
 
 def batches_of_equal_shape(
-    examples: Iterable[tuple[int, Mapping[str, Tensor]]], size: int
+    examples: Iterable[tuple[int, Batch]], size: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Join examples, `(number, inputs with a first dimension of 1)`, to batches of up to `size`.
 
     Only examples of equal shapes are joined: nothing is padded, so each stays what it is alone, whatever the model makes
     of padding.
     """
-    waiting: dict[Any, list[tuple[int, Mapping[str, Tensor]]]] = defaultdict(list)
+    waiting: dict[Any, list[tuple[int, Batch]]] = defaultdict(list)
     for number, example in examples:
         group = waiting[tuple((k, t.shape) for k, t in example.items())]
         group.append((number, example))
@@ -39,22 +39,23 @@ def batches_of_equal_shape(
     yield from (_joined(group) for group in waiting.values() if group)
 
 
-def _joined(group: list[tuple[int, Mapping[str, Tensor]]]) -> tuple[list[int], dict[str, Tensor]]:
+def _joined(group: list[tuple[int, Batch]]) -> tuple[list[int], dict[str, Tensor]]:
     return [number for number, _ in group], {k: torch.cat([e[k] for _, e in group]) for k in group[0][1]}
 
 
 def sum_squared_gradients(
     model: nn.Module,
-    batches: Iterable[dict[str, Tensor]],
-    parameters: dict[str, nn.Parameter],
+    batches: Iterable[Batch],
+    parameters: Mapping[str, nn.Parameter],
     seeds: Sequence[int] | None = None,
 ) -> dict[str, Tensor]:
     """Sum over examples of the squared gradient of log p(y|x), float32, by parameter name.
 
-    One forward and one backward pass a batch, in which no weight's gradient is computed: as the gradient of a layer's
-    output arrives, the squares of what each example gives its weights are added up in small pieces. A weight that several
-    layers share takes one buffer of its size. What else is done with a weight (a function called on it) is found in the
-    autograd graph; then, and where a layer's first dimension is not the examples', examples are taken one at a time.
+    If all parameters belong to linear, embedding and layer norm layers, each used by one call of its layer and nothing
+    else, a batch takes one forward and one backward pass, in which no weight's gradient is computed: squares are made
+    from the layers' inputs and their outputs' gradients, in small pieces. Otherwise (other layers, tied weights, layers
+    called twice, functions of a weight, a first dimension that is not the examples') examples are taken one at a time.
+    Both are exact; which it is shows in the first examples.
 
     Args:
         model: a classifier whose output has `logits` of shape (examples, classes), or a language model with `logits` of
@@ -69,47 +70,40 @@ def sum_squared_gradients(
     Raises:
         ValueError: the model is neither.
     """
-    total = {n: torch.zeros(p.shape, device=p.device) for n, p in parameters.items()}
-    calls = _Calls({p: total[n] for n, p in parameters.items()})
+    totals = {p: torch.zeros(p.shape, device=p.device) for p in parameters.values()}
+    layers = _layers(model, totals)
+    single, sure, done = layers is None, False, 0
     was_training = model.training
     model.eval()
-    # prepend: another hook may change the output
-    hooks = [m.register_forward_hook(calls.record, prepend=True) for m in model.modules() if calls.owned(m)]
-    alone: bool | None = None  # whether examples have to be taken one at a time; None: not known yet
-    first = 0
     try:
         for batch in batches:
-            start, count = 0, len(batch["labels"])
+            start, count = 0, len(next(iter(batch.values())))
             while start < count:
-                end = count if alone is False else start + 1
+                end = count if sure and not single else start + 1
                 some = {k: t[start:end] for k, t in batch.items()}
-                with torch.enable_grad():
-                    calls.clear(end - start)
-                    drawn = None if seeds is None else seeds[first + start : first + end]
-                    calls.trace(_log_likelihood(model, some, drawn))
-                if end - start > 1 and calls.mixed:
-                    alone = True
+                drawn = None if seeds is None else seeds[done + start : done + end]
+                if not single and not _add_together(model, some, drawn, totals, layers or {}):
+                    single = True
                     continue
-                calls.add()
-                if alone is None and all(t[0].numel() > 1 for t in some.values() if t.ndim > 1):
-                    alone = calls.mixed  # a first dimension of 1 can be the examples' only
+                if single:
+                    _add_one(model, some, drawn, totals)
+                # of one example with several tokens, a first dimension of 1 can be the examples' only
+                sure |= all(t[0].numel() > 1 for t in some.values() if t.ndim > 1)
                 start = end
-            first += count
+            done += count
     finally:
-        calls.clear(0)
-        for hook in hooks:
-            hook.remove()
         model.train(was_training)
-    return total
+    return {n: totals[p] for n, p in parameters.items()}
 
 
-def _log_likelihood(model: nn.Module, batch: dict[str, Tensor], seeds: Sequence[int] | None) -> Tensor:
+def _log_likelihood(model: nn.Module, batch: Batch, seeds: Sequence[int] | None) -> Tensor:
     """The sum over the examples of `batch` of log p(y|x)."""
-    labels = batch.pop("labels")
+    inputs = dict(batch)
+    labels = inputs.pop("labels", torch.empty(0))
     writes = is_language_model(model)
     encoder_decoder = writes and bare_model(model).config.is_encoder_decoder
     given = {"labels": labels} if encoder_decoder else {}  # the decoder's inputs are made from them
-    logits = model(**batch, **given).logits
+    logits = model(**inputs, **given)["logits"]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     tokens = writes and logits.ndim == 3
     if tokens and not encoder_decoder:  # a causal model's logits are the next token's
@@ -131,233 +125,145 @@ def _draw(logits: Tensor, seed: int) -> Tensor:
     return torch.multinomial(torch.atleast_2d(logits.softmax(-1).cpu()), 1, generator=generator)
 
 
-class _Calls:
-    """The calls, in one forward pass, of the modules that own weights with a `total` to add to."""
+def _add_one(model: nn.Module, batch: Batch, seeds: Sequence[int] | None, totals: dict[nn.Parameter, Tensor]) -> None:
+    """Add the squared gradients of the only example of `batch`, each as it arrives: not all are there at once."""
 
-    def __init__(self, totals: dict[nn.Parameter, Tensor]) -> None:
-        self.totals = totals
-        self.clear(0)
+    def square(total: Tensor, g: Tensor) -> Tensor:
+        total.addcmul_(g.float(), g.float())
+        return g.new_zeros(()).expand_as(g)
 
-    def clear(self, examples: int) -> None:
-        self.examples = examples
-        self.mixed = False
-        """Whether one pass over several examples could not tell them apart."""
-        self.uses: Counter[nn.Parameter] = Counter()
-        # node of an output -> its module's own weights, node of its input
-        self.inside: dict[Any, tuple[set, Any]] = {}
-        self.pending: dict[nn.Parameter, list[_Gradients]] = defaultdict(list)
-        self.foreign: set[Any] = set()
-        self.anchors: dict[torch.device, Tensor] = {}
-        self.log_likelihood: Tensor | None = None
+    hooks = [p.register_hook(partial(square, total)) for p, total in totals.items()]
+    try:
+        with torch.enable_grad():
+            likelihood = _log_likelihood(model, batch, seeds)
+        if likelihood.requires_grad:
+            torch.autograd.grad(likelihood, list(totals), allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
-    def owned(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in module.named_parameters(recurse=False) if p in self.totals}
 
-    def record(self, module: nn.Module, args: tuple, output: Any) -> Tensor | None:
-        """A forward hook."""
-        known = _rule(module) and len(args) == 1 and isinstance(args[0], Tensor) and isinstance(output, Tensor)
-        if not (known and torch.is_grad_enabled() and self.log_likelihood is None):
+def _layers(
+    model: nn.Module, totals: Mapping[nn.Parameter, Tensor]
+) -> dict[nn.Module, dict[str, nn.Parameter]] | None:
+    """Layer -> its parameters by name; None if some parameter has no such layer, or several."""
+    owned = {m: {n: p for n, p in m.named_parameters(recurse=False) if p in totals} for m in model.modules()}
+    owned = {m: own for m, own in owned.items() if own}
+    uses = Counter(p for own in owned.values() for p in own.values())
+    known = all(type(m).forward in _RULES and "forward" not in vars(m) for m in owned)
+    plain = all(
+        own.keys() <= {"weight", "bias"} and not getattr(m, "scale_grad_by_freq", False) for m, own in owned.items()
+    )
+    return owned if known and plain and all(uses[p] == 1 for p in totals) else None
+
+
+def _add_together(
+    model: nn.Module,
+    batch: Batch,
+    seeds: Sequence[int] | None,
+    totals: dict[nn.Parameter, Tensor],
+    layers: dict[nn.Module, dict[str, nn.Parameter]],
+) -> bool:
+    """Add the squared gradients of all examples of `batch`, or nothing if they cannot be told apart (False)."""
+    examples = len(batch["labels"])
+    calls: list[tuple[nn.Module, Tensor, Any]] = []
+    zero: dict[torch.device, Tensor] = {}
+
+    def before(module: nn.Module, args: Any) -> None:
+        for p in layers[module].values():  # a gradient that reaches it all the same is of another use
+            p.requires_grad_(False)
+
+    def after(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        for p in layers[module].values():
+            p.requires_grad_(True)
+        if not torch.is_grad_enabled():
             return None
-        given = args[0]
-        positions = isinstance(module, nn.Embedding) and given.shape[:1] == (1,)
-        if self.examples > 1 and positions:  # for all alike
-            given, output = (t.expand(self.examples, *t.shape[1:]) for t in (given, output))
-        self.mixed |= not given.shape[:1] == output.shape[:1] == (self.examples,)
-        owned = self.owned(module)
-        self.uses.update(owned.values())
-        # Everything leads to the anchor: its gradient is what backward is asked for, so that it passes through all outputs
-        # and computes no weight's gradient.
-        anchor = self.anchors.setdefault(output.device, torch.zeros((), device=output.device, requires_grad=True))
-        output = output + anchor
-        output.register_hook(partial(self.arrive, module, given.detach()))
-        stop = get_gradient_edge(given).node if given.requires_grad else None
-        self.inside[output.grad_fn] = ({*owned.values(), anchor}, stop)
+        given = args[0].detach() if len(args) == 1 else output.new_empty(0)
+        if isinstance(module, nn.Embedding) and given.shape[:1] == (1,):  # positions, for all alike
+            given, output = (t.expand(examples, *t.shape[1:]) for t in (given, output))
+        output = output + zero.setdefault(output.device, torch.zeros((), device=output.device, requires_grad=True))
+        calls.append((module, given, get_gradient_edge(output)))
         return output
 
-    def trace(self, log_likelihood: Tensor) -> None:
-        """Find the weights that are used by anything but the calls recorded."""
-        self.log_likelihood = log_likelihood
-        if not log_likelihood.requires_grad:
-            return
-        found = _leaves([get_gradient_edge(log_likelihood).node], {n: stop for n, (_, stop) in self.inside.items()})
-        for node, (own, stop) in self.inside.items():
-            found |= _leaves([n for n, _ in node.next_functions], {stop: None}) - own
-        self.foreign = found & self.totals.keys()
-        self.mixed |= bool(self.foreign)
-
-    def add(self) -> None:
-        """Add the squares of every example's gradients to the totals."""
-        foreign = list(self.foreign)
-        wanted = [*self.anchors.values(), *foreign]
-        if self.log_likelihood is None or not wanted:
-            return
-        gradients = torch.autograd.grad(self.log_likelihood, wanted, allow_unused=True)
-        for p, g in zip(foreign, gradients[len(self.anchors) :]):  # there is one example only
-            if g is not None:
-                _Whole(_wide(g)[None]).square_into(self.totals[p])
-        for p, uses in self.pending.items():
-            total = self.totals[p]
-            buffer = torch.empty(p.shape, dtype=_wide(p).dtype, device=p.device)
-            for example in range(self.examples):
-                buffer.zero_()
-                for use in uses:
-                    use.add_to(buffer, example)
-                total.addcmul_(buffer.float(), buffer.float())
-
-    def arrive(self, module: nn.Module, given: Tensor, g: Tensor) -> None:
-        owned, rule = self.owned(module), _rule(module)
-        assert rule is not None
-        for name, gradients in rule(module, given, g, self.examples).items():
-            p = owned.get(name)
-            if p is None or p in self.foreign:
-                continue
-            if self.uses[p] == 1:
-                gradients.square_into(self.totals[p])
-            else:  # summed over its uses before it is squared
-                self.pending[p].append(gradients)
-
-
-def _leaves(nodes: list[Any], cuts: dict[Any, Any]) -> set[Tensor]:
-    """The leaf tensors behind `nodes` of an autograd graph. From a node in `cuts` the way goes on at the node it maps to."""
-    found, seen, waiting = set(), set(), list(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in cuts:
-            waiting.append(cuts[node])
-        elif node.next_functions:
-            waiting.extend(n for n, _ in node.next_functions)
-        elif (leaf := getattr(node, "variable", None)) is not None:
-            found.add(leaf)
-    return found
+    hooks = [m.register_forward_pre_hook(before) for m in layers]
+    hooks += [m.register_forward_hook(after, prepend=True) for m in layers]  # prepend: another may change the output
+    try:
+        with torch.enable_grad():
+            likelihood = _log_likelihood(model, batch, seeds)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for p in totals:
+            p.requires_grad_(True)
+    apart = all(given.shape[:1] == (examples,) for _, given, _ in calls) and len({m for m, _, _ in calls}) == len(
+        calls
+    )
+    if not apart or not likelihood.requires_grad or not totals:
+        return apart
+    gradients = torch.autograd.grad(likelihood, [*(edge for _, _, edge in calls), *totals], allow_unused=True)
+    if any(g is not None for g in gradients[len(calls) :]):
+        return False
+    for (module, given, _), g in zip(calls, gradients):
+        if g is not None:
+            _RULES[type(module).forward](module, given, g, {n: totals[p] for n, p in layers[module].items()})
+    return True
 
 
 def _wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-# ---- The gradients of one weight, an example each ----
+# ---- What a layer's input and its output's gradient, both examples first, add to the totals of its weights ----
 
 
-class _Gradients(Protocol):
-    def square_into(self, total: Tensor) -> None:
-        """Add the sum over examples of the square."""
-
-    def add_to(self, buffer: Tensor, example: int) -> None:
-        """Add the gradient of one example."""
-
-
-@dataclass
-class _Products:
-    """`left[example].T @ right[example]`, of shapes (examples, tokens, rows) and (examples, tokens, columns)."""
-
-    left: Tensor
-    right: Tensor
-
-    def square_into(self, total: Tensor) -> None:
-        examples, tokens, rows = self.left.shape
-        if tokens == 1:
-            left, right = (t[:, 0].square().float() for t in (self.left, self.right))
-            total.addmm_(left.T, right)
-            return
-        if kernels.square_products_(total, self.left, self.right):
-            return
-        piece = _PIECE if total.device.type == "cpu" else _PIECE_GPU
-        step = max(1, min(rows, piece // total.shape[1]))
-        some = max(1, piece // (step * total.shape[1]))
-        for row in range(0, rows, step):
-            for first in range(0, examples, some):
-                left = self.left[first : first + some, :, row : row + step]
-                for gradient in torch.bmm(left.mT, self.right[first : first + some]).float():
-                    total[row : row + step].addcmul_(gradient, gradient)
-
-    def add_to(self, buffer: Tensor, example: int) -> None:
-        buffer.addmm_(self.left[example].T, self.right[example])
-
-
-@dataclass
-class _Rows:
-    """Row `ids[example, i]` is given `g[example, i]`; shapes (examples, tokens) and (examples, tokens, columns)."""
-
-    ids: Tensor
-    g: Tensor
-
-    def square_into(self, total: Tensor) -> None:
-        examples = torch.arange(len(self.ids), device=self.ids.device)[:, None]
-        pairs, of = (self.ids + len(total) * examples).unique(return_inverse=True)
-        sums = self.g.new_zeros(len(pairs), total.shape[1]).index_add_(0, of.flatten(), self.g.flatten(0, 1))
-        total.index_add_(0, pairs % len(total), sums.float().square_())
-
-    def add_to(self, buffer: Tensor, example: int) -> None:
-        buffer.index_add_(0, self.ids[example], self.g[example])
-
-
-@dataclass
-class _Whole:
-    """(examples, *shape of the weight)."""
-
-    g: Tensor
-
-    def square_into(self, total: Tensor) -> None:
-        total.add_(self.g.float().square().sum(0))
-
-    def add_to(self, buffer: Tensor, example: int) -> None:
-        buffer.add_(self.g[example])
-
-
-# ---- What a layer gives its weights: (module, its input, its output's gradient, number of examples) -> by name ----
-
-_Rule = Callable[[Any, Tensor, Tensor, int], dict[str, _Gradients]]
-
-
-def _rule(module: nn.Module) -> _Rule | None:
-    if "forward" in vars(module):  # replaced by somebody
-        return None
-    known: dict[Any, _Rule] = {
-        nn.Linear.forward: _linear,
-        Conv1D.forward: _linear,
-        nn.Embedding.forward: _embedding,
-        nn.LayerNorm.forward: _layer_norm,
-    }
-    return known.get(type(module).forward, None if next(module.children(), None) else _any_layer)
-
-
-def _linear(module: nn.Linear | Conv1D, given: Tensor, g: Tensor, examples: int) -> dict[str, _Gradients]:
-    a, g = (_wide(t).reshape(examples, -1, t.shape[-1]) for t in (given, g))
+def _linear(module: nn.Linear | Conv1D, given: Tensor, g: Tensor, totals: dict[str, Tensor]) -> None:
+    a, g = (_wide(t).reshape(len(t), -1, t.shape[-1]) for t in (given, g))
     used = torch.linalg.vector_norm(g, dim=-1).any(0).nonzero()[:, 0]  # behind a pooled token there is but one
-    if len(used) < g.shape[1]:
-        a, g = a[:, used], g[:, used]
-    left, right = (a, g) if isinstance(module, Conv1D) else (g, a)
-    return {"weight": _Products(left, right), "bias": _Whole(g.sum(1))}
+    a, g = (a[:, used], g[:, used]) if len(used) < g.shape[1] else (a, g)
+    if "bias" in totals:
+        totals["bias"].add_(g.sum(1).square().sum(0))
+    if "weight" in totals:
+        _add_squared_products(totals["weight"], *((a, g) if isinstance(module, Conv1D) else (g, a)))
 
 
-def _embedding(module: nn.Embedding, given: Tensor, g: Tensor, examples: int) -> dict[str, _Gradients]:
-    ids, g = given.reshape(examples, -1), _wide(g).reshape(examples, -1, g.shape[-1])
+def _add_squared_products(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add the sum over examples of `(left[example].T @ right[example])^2`: (examples, tokens, rows), (…, columns)."""
+    examples, tokens, rows = left.shape
+    if tokens == 1:
+        total.add_(left[:, 0].square().T @ right[:, 0].square())
+        return
+    piece = _PIECE if total.device.type == "cpu" else _PIECE_GPU
+    step = max(1, min(rows, piece // total.shape[1]))
+    some = max(1, piece // (step * total.shape[1]))
+    for row in range(0, rows, step):
+        for first in range(0, examples, some):
+            part = slice(first, first + some)
+            for product in torch.bmm(left[part, :, row : row + step].mT, right[part]).float():
+                total[row : row + step].addcmul_(product, product)
+
+
+def _embedding(module: nn.Embedding, given: Tensor, g: Tensor, totals: dict[str, Tensor]) -> None:
+    """Row `ids[example, i]` gets `g[example, i]`; a row that occurs several times gets their sum, which is squared."""
+    ids, g, total = given.reshape(len(g), -1), _wide(g).reshape(len(g), -1, g.shape[-1]), totals["weight"]
     if module.padding_idx is not None:
         g = g.masked_fill((ids == module.padding_idx)[..., None], 0)
-    return {"weight": _Rows(ids, g)}
+    examples = torch.arange(len(ids), device=ids.device)[:, None]
+    pairs, of = (ids + len(total) * examples).unique(return_inverse=True)
+    sums = g.new_zeros(len(pairs), total.shape[1]).index_add_(0, of.flatten(), g.flatten(0, 1))
+    total.index_add_(0, pairs % len(total), sums.float().square_())
 
 
-def _layer_norm(module: nn.LayerNorm, given: Tensor, g: Tensor, examples: int) -> dict[str, _Gradients]:
-    shape = module.normalized_shape
+def _layer_norm(module: nn.LayerNorm, given: Tensor, g: Tensor, totals: dict[str, Tensor]) -> None:
+    shape, g = module.normalized_shape, _wide(g)
     normalised = F.layer_norm(_wide(given), shape, eps=module.eps)
-    weight, bias = (t.reshape(examples, -1, *shape).sum(1) for t in (_wide(g) * normalised, _wide(g)))
-    return {"weight": _Whole(weight), "bias": _Whole(bias)}
+    for name, gradient in (("weight", g * normalised), ("bias", g)):
+        if name in totals:
+            totals[name].add_(gradient.reshape(len(g), -1, *shape).sum(1).square().sum(0))
 
 
-def _any_layer(module: nn.Module, given: Tensor, g: Tensor, examples: int) -> dict[str, _Gradients]:
-    """By the layer's own backward pass, one example after the other."""
-    owned = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
-    mixed = any(p.dtype != g.dtype for p in owned.values())
-    made = []
-    with torch.enable_grad(), torch.autocast(g.device.type, g.dtype, enabled=mixed and g.element_size() == 2):
-        for x, gradient in zip(given.chunk(examples), g.chunk(examples)):
-            made.append(torch.autograd.grad(module(x), list(owned.values()), gradient, allow_unused=True))
-    per_weight = zip(*made)
-    return {
-        n: _Whole(torch.stack([_wide(t) for t in gradients]))
-        for n, gradients in zip(owned, per_weight)
-        if gradients[0] is not None
-    }
+_RULES: dict[Any, Callable[[Any, Tensor, Tensor, dict[str, Tensor]], None]] = {
+    nn.Linear.forward: _linear,
+    Conv1D.forward: _linear,
+    nn.Embedding.forward: _embedding,
+    nn.LayerNorm.forward: _layer_norm,
+}

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Method
-
-if TYPE_CHECKING:
-    from ..tasks import Task
-    from ..trainer import ContinualTrainer
+from .base import Context, Method
 
 
 @dataclass
@@ -24,6 +20,7 @@ class Interpolate(Method):
     """
 
     name: ClassVar[str] = "interpolate"
+    needs_start: ClassVar[bool] = True
 
     interpolation_weight: float = field(
         default=0.5, metadata={"help": "alpha: 0 keeps the old weights, 1 the new ones."}
@@ -35,12 +32,12 @@ class Interpolate(Method):
         if not 0 <= self.interpolation_weight <= 1:
             raise ValueError(f"interpolation_weight must be in [0, 1], got {self.interpolation_weight}")
 
-    def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        self.old = {n: p.detach().clone() for n, p in self.parameters(trainer.model)} if trainer.seen_tasks else {}
+    def before_task(self, context: Context) -> None:
+        self.old = context.starting_weights() if context.seen_tasks else {}
 
     @torch.no_grad()
-    def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        for n, p in self.parameters(trainer.model):
+    def after_task(self, context: Context) -> None:
+        for n, p in self.parameters(context.model):
             if n in self.old:
                 p.copy_(self.old[n].to(p.device).lerp(p.detach(), self.interpolation_weight))
         self.old = {}

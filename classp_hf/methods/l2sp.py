@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-import torch
-
-from .base import AnchoredMethod
-
-if TYPE_CHECKING:
-    from ..tasks import Task
-    from ..trainer import ContinualTrainer
+from .base import AnchoredMethod, Context
 
 
 @dataclass
@@ -35,6 +29,5 @@ class L2SP(AnchoredMethod):
     def strength(self) -> float:
         return self.l2sp_alpha
 
-    @torch.no_grad()
-    def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        self.anchor = {n: p.detach().float().clone() for n, p in self.parameters(trainer.model)}
+    def after_task(self, context: Context) -> None:
+        self.anchor = {n: p.detach().float().clone() for n, p in self.parameters(context.model)}

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..memory import bare_model
-from .base import Method
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from ..tasks import Task
-    from ..trainer import ContinualTrainer
+from ..classification import is_single_label_classifier
+from ..names import bare_model
+from .base import Context, Method, check_positive
 
 
 @dataclass
 class LogitAdjustment(Method):
     """Train with the logits `z + tau min(0, log p_new - log p_old)`, predict with z.
 
-    p_new are the label frequencies of the task being trained (one example added to every label), p_old their mean over
-    the earlier tasks. A shared head begins a new task by unlearning the labels that are rare in it, and drags the encoder
-    along. The term lowers those labels' logits while training, so that part of the drop need not be learned; labels
-    that become more frequent are learned as ever.
+    p_new are the label frequencies of what is trained on (one example added to every label), p_old the mean of the earlier
+    tasks' own; a label that they did not have counts as one example. A shared head begins a new task by unlearning the
+    labels that are rare in it, and drags the encoder along. The term lowers those labels' logits while training, so that
+    part of the drop need not be learned; labels that become more frequent are learned as ever.
 
     After Menon et al. 2021 (arXiv 2007.07314, eq. 10), who correct one long-tailed dataset towards uniform frequencies; the
     minimum is this project's: correcting in both directions costs the new task (docs/log.md). It costs no time: the state
@@ -42,64 +37,54 @@ class LogitAdjustment(Method):
     )
 
     frequencies: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-    """Label -> its frequency, summed over the tasks."""
+    """Label -> its frequency, summed over the tasks that have ended."""
     correction: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.prior_strength <= 1:
             raise ValueError(f"prior_strength must be in [0, 1], got {self.prior_strength}")
 
-    def check_trainer(self, trainer: ContinualTrainer) -> None:
-        if not trainer.classifies or trainer.task_heads is not None:
+    def check(self, context: Context, others: Sequence[Method]) -> None:
+        if not is_single_label_classifier(context.model) or context.per_task_heads:
             raise ValueError(
                 "The method 'logit_adjustment' needs a single-label classifier with one shared head: it corrects the "
                 "frequencies of the labels. Leave it out of --method."
             )
 
-    def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        id2label = bare_model(trainer.model).config.id2label
-        self._labels = [id2label[i] for i in range(len(id2label))]
+    def before_task(self, context: Context) -> None:
+        new, one = _frequencies(context.train_dataset, context.model)
+        self.correction = None
+        if total := math.fsum(map(float, self.frequencies.values())):  # the number of earlier tasks
+            old = torch.stack([self.frequencies[n] / total if n in self.frequencies else one for n in new])
+            self.correction = self.prior_strength * (torch.stack(list(new.values())) / old).log().clamp(max=0)
 
-    def extend_train_dataset(self, dataset: Dataset, earlier: Sequence[Dataset]) -> Dataset:
-        counts = torch.bincount(torch.tensor(dataset["labels"][:]), minlength=len(self._labels)).float() + 1
-        new = counts / counts.sum()
-        if self.frequencies:
-            old = torch.stack([self.frequencies[label].cpu() for label in self._labels])
-            self.correction = self.prior_strength * (new / (old / old.sum())).log().clamp(max=0)
-            self.frequencies = dict(zip(self._labels, old + new))
-        else:
-            self.frequencies = dict(zip(self._labels, new))
-        return dataset
+    def adjust_logits(self, logits: Tensor) -> Tensor:
+        return logits if self.correction is None else logits + self.correction.to(logits.device)
 
-    def penalty(self, model: nn.Module, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor | None:
-        if self.correction is None:
-            return None
-        logits = outputs["logits"].float()
-        self.correction = self.correction.to(logits.device)
-        labels = inputs["labels"].view(-1)
-        return F.cross_entropy(logits + self.correction, labels) - F.cross_entropy(logits, labels)
-
-    def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
+    def after_task(self, context: Context) -> None:
+        new, _ = _frequencies(context.task_dataset, context.model)
+        self.frequencies |= {n: self.frequencies.get(n, 0) + f for n, f in new.items()}
         self.correction = None
 
     def check_state(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
-        stored, labels = set(state.get("frequencies", {})), set(bare_model(model).config.id2label.values())
-        if stored and stored != labels:
-            raise ValueError(
-                f"The continual memory was written with the labels {sorted(stored)}, the model has {sorted(labels)}. Load "
-                "the model it was saved with, or start without a memory."
-            )
-        for label, t in state.get("frequencies", {}).items():
-            if t.ndim or not 0 < float(t) < float("inf"):
-                raise ValueError(
-                    f"The continual memory's frequency of {label!r} is {t.tolist()!r:.80}, not a number > 0. Use the memory "
-                    "that a run wrote, or start without a memory."
-                )
+        check_positive(state.get("frequencies", {}), "frequency")
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         return {"frequencies": self.frequencies} if self.frequencies else {}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        if unknown := state.keys() - {"frequencies"}:
-            raise ValueError(f"The method {self.name!r} keeps label frequencies, got {sorted(unknown)}")
         self.frequencies = {label: t.float() for label, t in state.get("frequencies", {}).items()}
+
+
+def _frequencies(dataset: Any, model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
+    """Label -> frequency in the dataset, one example added to every label, and the frequency of one example."""
+    columns = getattr(dataset, "column_names", None) or ()
+    column = next((c for c in ("labels", "label") if c in columns), None)
+    if column is None or not isinstance(dataset, Sized):
+        raise ValueError(
+            "The method 'logit_adjustment' counts labels: it needs a dataset of known length with a column 'labels' or "
+            f"'label', got a {type(dataset).__name__} with the columns {list(columns)}. Leave it out of --method."
+        )
+    id2label = bare_model(model).config.id2label
+    counts = torch.bincount(torch.as_tensor(dataset[column][:]), minlength=len(id2label)).float() + 1  # type: ignore[index]
+    return {id2label[i]: f for i, f in enumerate(counts / counts.sum())}, 1 / counts.sum()

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import Method
-
-if TYPE_CHECKING:
-    from ..tasks import Task
-    from ..trainer import ContinualTrainer
+from ..names import is_language_model
+from .base import Context, Method
 
 
 @dataclass
 class LwF(Method):
-    """Loss term `lambda * T^2 * KL(softmax(old / T) || softmax(new / T))` (arXiv 1606.09282, eq. 2-3), mean over examples.
+    """Loss term `lambda * T^2 * KL(softmax(old / T) || softmax(new / T))` (arXiv 1606.09282, eq. 2-3), averaged as the loss.
 
     `old` are the logits of a frozen copy of the model as the task found it. No data of earlier tasks; the cost is one
-    more forward pass a step and one more copy of the weights. With logits a token, the mean is over the tokens that
-    `attention_mask` shows, of encoder-decoders over those that have a label.
+    more forward pass a step and one more copy of the weights. With logits a token, those count that predict a token with
+    a label.
     """
 
     name: ClassVar[str] = "lwf"
+    needs_start: ClassVar[bool] = True
 
     lwf_lambda: float = field(default=1.0, metadata={"help": "Strength of the distillation term."})
     lwf_temperature: float = field(default=2.0, metadata={"help": "Temperature T of both distributions."})
 
     teacher: Any = field(default=None, init=False, repr=False)
+    autocast: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.lwf_lambda >= 0:
@@ -40,41 +39,32 @@ class LwF(Method):
         if not self.lwf_temperature > 0:
             raise ValueError(f"lwf_temperature must be > 0, got {self.lwf_temperature}")
 
-    def check_trainer(self, trainer: ContinualTrainer) -> None:
-        if trainer.is_fsdp_enabled:
-            raise ValueError(
-                "The method 'lwf' keeps a whole copy of the model, which does not run sharded yet. Use DDP."
-            )
-        if trainer.task_heads is not None:
+    def check(self, context: Context, others: Sequence[Method]) -> None:
+        if context.sharded:
+            raise ValueError("The method 'lwf' keeps a whole copy of the model, which FSDP's shards are not. Use DDP.")
+        if context.per_task_heads:
             raise ValueError("The method 'lwf' compares the outputs of one head; heads='per_task' has several.")
 
-    def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        self.teacher = None
-        if not trainer.seen_tasks or not self.lwf_lambda:
-            return
-        self.teacher = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model))
-        for wrapped in ("forward", "_original_forward"):  # accelerate's autocast wrapper would call the new model
-            self.teacher.__dict__.pop(wrapped, None)
-        self.teacher.eval().requires_grad_(False)
-        self._autocast = trainer.accelerator.autocast
+    def before_task(self, context: Context) -> None:
+        self.teacher = context.frozen_copy() if context.seen_tasks and self.lwf_lambda else None
+        self.autocast = context.accelerator.autocast if context.accelerator is not None else nullcontext
 
-    def penalty(self, model: nn.Module, outputs: Any, inputs: Mapping[str, Tensor]) -> Tensor | None:
+    def loss_term(self, outputs: Any, inputs: Mapping[str, Tensor], count: Tensor | int | None) -> Tensor | None:
         if self.teacher is None:
             return None
-        new = outputs["logits"]
-        self.teacher.to(new.device)
-        with torch.no_grad(), self._autocast():
-            # the inputs of an encoder-decoder are made from the labels
-            encoder_decoder = getattr(self.teacher.config, "is_encoder_decoder", False)
-            old = self.teacher(**{k: v for k, v in inputs.items() if k != "labels" or encoder_decoder})["logits"]
+        new, labels = outputs["logits"], inputs["labels"]
+        writes = is_language_model(self.teacher)
+        made_from_labels = writes and self.teacher.config.is_encoder_decoder  # the decoder's inputs are
+        with torch.no_grad(), self.autocast():
+            old = self.teacher(**{k: v for k, v in inputs.items() if k != "labels" or made_from_labels})["logits"]
+        if new.ndim > 2:
+            if writes and not made_from_labels:  # a causal model's logits are the next token's
+                new, old, labels = new[:, :-1], old[:, :-1], labels[:, 1:]
+            new, old = (logits[labels != -100] for logits in (new, old))
         T = self.lwf_temperature
-        divergence = F.kl_div(
-            F.log_softmax(new.float() / T, -1), F.log_softmax(old.float() / T, -1), reduction="none", log_target=True
-        ).sum(-1)
-        shown = inputs["labels"] != -100 if encoder_decoder else inputs.get("attention_mask")
-        if divergence.ndim > 1 and shown is not None and shown.shape == divergence.shape:
-            divergence = divergence[shown.bool()]
-        return self.lwf_lambda * T * T * divergence.mean()
+        new, old = (F.log_softmax(logits.float() / T, -1) for logits in (new, old))
+        divergence = F.kl_div(new, old, reduction="sum", log_target=True)
+        return self.lwf_lambda * T * T * divergence / (max(len(new), 1) if count is None else count)
 
-    def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
+    def after_task(self, context: Context) -> None:
         self.teacher = None

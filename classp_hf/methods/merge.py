@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..memory import full_tensor, like_parameter, mean_over_weights
-from .base import Method
-
-if TYPE_CHECKING:
-    from ..tasks import Task
-    from ..trainer import ContinualTrainer
+from ..names import full_tensor, like_parameter, mean_over_weights
+from .base import Context, Method
 
 
 @dataclass
@@ -22,50 +19,50 @@ class Merge(Method):
 
     Mode-IMM (Lee et al. 2017, arXiv 1703.08475, eq. 10) or Fisher merging (Matena & Raffel 2022, arXiv 2111.09832) with
     a Fisher that costs nothing: F is the growth of the accumulator `sum |g|^p` over the task, divided by its mean.
-    F_old is that of all earlier tasks, counted once a task, so that T tasks weigh alike at a = 1.
+    F_old is that of all earlier tasks, counted once a task, so that T tasks weigh alike at a = 1. A low-bit accumulator,
+    rounded at random, may come out smaller than it was: it did not grow.
 
-    The old weights and accumulators wait on the CPU while the task trains.
+    The old weights and accumulators wait on the CPU while the task trains; checkpoints within it hold the latter.
     """
 
     name: ClassVar[str] = "merge"
     uses_accumulators: ClassVar[bool] = True
+    needs_start: ClassVar[bool] = True
+    per_parameter: ClassVar[tuple[str, ...]] = ("memory",)
 
     merge_weight: float = field(
         default=1.0, metadata={"help": "Weight a of the new task: 0 keeps the old weights, 1 counts tasks alike."}
     )
 
-    old: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    weights: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.merge_weight >= 0:
             raise ValueError(f"merge_weight must be >= 0, got {self.merge_weight}")
 
-    def before_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        self.old = {}
-        self.start(trainer.model, trainer.accumulators())
-
-    def start(self, model: nn.Module, memory: dict[str, Tensor], weights: dict[str, Tensor] | None = None) -> None:
-        """Remember `memory` (canonical name -> accumulator) and `weights` (default: the model's own)."""
-        for n, p in self.parameters(model):
-            if n in memory:
-                w = full_tensor(p.detach()) if weights is None else weights[n]
-                self.old[n] = w.cpu().clone(), full_tensor(memory[n]).cpu().clone()
-
-    def after_task(self, trainer: ContinualTrainer, task: Task) -> None:
-        self.finish(dict(self.parameters(trainer.model)), trainer.accumulators(), len(trainer.seen_tasks) or 1)
+    def before_task(self, context: Context) -> None:
+        if not context.resumed:
+            names, memory = dict(self.parameters(context.model)), context.accumulators()
+            self.memory = {n: full_tensor(s).to("cpu", copy=True) for n, s in memory.items() if n in names}
+        self.weights = {n: full_tensor(w).cpu() for n, w in context.starting_weights().items() if n in self.memory}
 
     @torch.no_grad()
-    def finish(self, parameters: dict[str, nn.Parameter], memory: dict[str, Tensor], tasks: int) -> None:
-        """Merge into `parameters`; `memory` holds the accumulators now, `tasks` counts the earlier ones."""
-        grown = {n: full_tensor(memory[n]).cpu() - s for n, (_, s) in self.old.items()}
-        old_mean = mean_over_weights(s for _, s in self.old.values())
-        new_mean = mean_over_weights(grown.values())
-        if old_mean > 0 and new_mean > 0:
-            for n, (w_old, s) in self.old.items():
-                w_new = full_tensor(parameters[n].detach()).cpu().float()
-                f_old = s.mul_(tasks / old_mean)
-                f_new = grown[n].mul_(self.merge_weight / new_mean)
-                share = torch.where(f_old + f_new > 0, f_new / (f_old + f_new), 1.0)
-                merged = w_old.float().lerp_(w_new, share)
-                parameters[n].copy_(like_parameter(merged, parameters[n].detach(), parameters[n].dtype))
-        self.old = {}
+    def after_task(self, context: Context) -> None:
+        now, old = context.accumulators(), self.memory
+        parameters = {n: p for n, p in self.parameters(context.model) if n in self.weights and n in now}
+        grown = {n: (full_tensor(now[n]).cpu() - old[n]).clamp_(min=0) for n in parameters}
+        old_mean, new_mean = mean_over_weights(old[n] for n in parameters), mean_over_weights(grown.values())
+        for n, p in parameters.items() if old_mean > 0 and new_mean > 0 else ():
+            f_old = old[n] * ((len(context.seen_tasks) or 1) / old_mean)
+            f_new = grown[n].mul_(self.merge_weight / new_mean)
+            share = torch.where(f_old + f_new > 0, f_new / (f_old + f_new), 1.0)
+            merged = self.weights[n].float().lerp_(full_tensor(p.detach()).cpu().float(), share)
+            p.copy_(like_parameter(merged, p.detach(), p.dtype))
+        self.weights, self.memory = {}, {}
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        return {"memory": self.memory} if self.memory else {}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.memory = {n: t.float() for n, t in state.get("memory", {}).items()}

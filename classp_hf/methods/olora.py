@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..memory import bare_model
+from ..names import bare_model
 from .adapters import FoldedAdapters
-
-if TYPE_CHECKING:
-    from ..trainer import ContinualTrainer
+from .base import Context, Method
 
 
 @dataclass
@@ -37,22 +35,22 @@ class OLoRA(FoldedAdapters):
         if not self.olora_lambda >= 0:
             raise ValueError(f"olora_lambda must be >= 0, got {self.olora_lambda}")
 
-    def check_trainer(self, trainer: ContinualTrainer) -> None:
-        super().check_trainer(trainer)
-        for name, layer, adapter in self.layers(trainer.model):
+    def check(self, context: Context, others: Sequence[Method]) -> None:
+        super().check(context, others)
+        for name, layer, adapter in self.layers(context.model):
             if adapter not in layer.lora_A or layer.lora_bias.get(adapter):
                 raise ValueError(
-                    f"The method 'olora' adapts linear layers without lora_bias, and {name!r} is an embedding or has one. Leave it out "
-                    "of target_modules."
+                    f"The method 'olora' adapts linear layers without lora_bias, and {name!r} is an embedding or has one. "
+                    "Leave it out of target_modules."
                 )
 
     @torch.no_grad()
-    def penalty_gradient(self, model: nn.Module) -> None:
+    def before_step(self, model: nn.Module) -> None:
         if not self.directions or not self.olora_lambda:
             return
         for name, layer, adapter in self.layers(model):
-            if name in self.directions:
-                A = layer.lora_A[adapter].weight
+            A = layer.lora_A[adapter].weight
+            if name in self.directions and A.grad is not None:
                 old = self.directions[name] = self.directions[name].to(A.device)
                 A.grad.add_((A.float() @ old.T @ old).to(A.dtype), alpha=2 * self.olora_lambda)
 
@@ -81,6 +79,4 @@ class OLoRA(FoldedAdapters):
         return {"directions": self.directions} if self.directions else {}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        if unknown := state.keys() - {"directions"}:
-            raise ValueError(f"The method {self.name!r} keeps directions, got {sorted(unknown)}")
         self.directions = {n: t.float() for n, t in state.get("directions", {}).items()}

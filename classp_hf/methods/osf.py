@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, ClassVar
 
+from packaging.version import Version
+
 from .adapters import FoldedAdapters
+from .base import Context, Method
 
 
 @dataclass
@@ -21,6 +26,10 @@ class OSF(FoldedAdapters):
     name: ClassVar[str] = "osf"
     adapter_type: ClassVar[str] = "OSF"
 
+    def check(self, context: Context, others: Sequence[Method]) -> None:
+        refuse_old_peft(version("peft"))
+        super().check(context, others)
+
     def renew(self, layer: Any, adapter: str) -> None:
         from peft.tuners.osf.utils import decompose_weight_matrix
 
@@ -35,3 +44,9 @@ class OSF(FoldedAdapters):
     def neutralise(self, layer: Any, adapter: str, name: str) -> None:
         for part in ("U_low", "S_low", "V_low"):
             getattr(layer, f"_osf_{part}_init")[adapter].copy_(layer.osf_svd_params[adapter][part])
+
+
+def refuse_old_peft(installed: str) -> None:
+    """Raise a ValueError for a version of PEFT whose OSF layers do not keep the factors they began with."""
+    if Version(installed).release < (0, 21):
+        raise ValueError(f"The method 'osf' needs peft >= 0.21, got {installed}. Upgrade it: pip install -U peft.")

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from .base import Method
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass
@@ -35,7 +32,7 @@ class Replay(Method):
         if not 0 < self.replay_fraction <= 1:
             raise ValueError(f"replay_fraction must be in (0, 1], got {self.replay_fraction}")
 
-    def extend_train_dataset(self, dataset: Dataset, earlier: Sequence[Dataset]) -> Dataset:
+    def extend_train_dataset(self, dataset: Any, earlier: Sequence[Any]) -> Any:
         from datasets import concatenate_datasets
 
         parts = [dataset]
