@@ -25,7 +25,7 @@ class FoldedAdapters(Method):
     What is saved between tasks and at the end is therefore a plain model without adapters.
     """
 
-    folds_adapters: ClassVar[bool] = True
+    folds_adapters = True
     adapter_type: ClassVar[str]
     """PEFT's name for it, as in `PeftConfig.peft_type`."""
 

@@ -94,6 +94,9 @@ class Method:
 
     name: ClassVar[str] = "none"
 
+    ranges: ClassVar[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {}
+    """Hyperparameter -> the values it takes, in words and as a test."""
+
     uses_accumulators: ClassVar[bool] = False
     """Whether the method reads the memory of gradients, `context.accumulators()`. CLASSP keeps it anyway; under any other
     optimizer it is then gathered."""
@@ -104,12 +107,20 @@ class Method:
     folds_adapters: ClassVar[bool] = False
     """Whether a task's PEFT adapter becomes part of the base weights when the task ends: saved then is a plain model."""
 
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Attributes that are the state: canonical name -> float32 tensor each."""
+
     per_parameter: ClassVar[tuple[str, ...]] = ()
     """Parts of the state that hold one number a weight. Of these a run that goes on from a memory takes what fits its
     model: rows that an embedding gained get 0 in `importance`, the weight itself elsewhere."""
 
     excluded: frozenset[str] = field(default=frozenset(), init=False, repr=False)
     """Canonical names the method must leave alone: the parameters of per-task heads."""
+
+    def __post_init__(self) -> None:
+        for hyperparameter, (values, allowed) in self.ranges.items():
+            if not allowed(value := getattr(self, hyperparameter)):
+                raise ValueError(f"{hyperparameter} must be {values}, got {value!r}")
 
     def parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """`(canonical name, parameter)` of the trainable parameters that the tasks share."""
@@ -164,11 +175,13 @@ class Method:
         """Raise a ValueError if `state`, of `state_dict`'s form, cannot be this method's on `model`."""
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Part of the state -> canonical parameter name -> tensor of the parameter's shape."""
-        return {}
+        """Part of the state -> canonical name -> tensor; of one number a weight where the part is `per_parameter`."""
+        return {part: tensors for part in self.parts if (tensors := getattr(self, part))}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take back what `state_dict` gave; tensors are on the CPU."""
+        for part in self.parts:
+            setattr(self, part, {n: t.float() for n, t in state.get(part, {}).items()})
 
     def hyperparameters(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -215,7 +228,7 @@ class AnchoredMethod(Method):
     name (then it counts as 1 there), `anchor` too (then there is no pull).
     """
 
-    per_parameter: ClassVar[tuple[str, ...]] = ("anchor", "importance")
+    parts = per_parameter = ("anchor", "importance")
 
     anchor: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     importance: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -234,11 +247,3 @@ class AnchoredMethod(Method):
                     pull.mul_(placed(self.importance, name, p))
                 g = local(p.grad)
                 g.add_(pull.to(g.dtype), alpha=self.strength())
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        parts = {"anchor": self.anchor, "importance": self.importance}
-        return {part: tensors for part, tensors in parts.items() if tensors}
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.anchor = {n: t.float() for n, t in state.get("anchor", {}).items()}
-        self.importance = {n: t.float() for n, t in state.get("importance", {}).items()}

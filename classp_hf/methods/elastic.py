@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,11 @@ class Elastic(Method):
     model and its memory has both anchor and importance in them; checkpoints within a task also hold mean(s).
     """
 
-    name: ClassVar[str] = "elastic"
-    uses_accumulators: ClassVar[bool] = True
-    needs_start: ClassVar[bool] = True
+    name = "elastic"
+    uses_accumulators = True
+    needs_start = True
+    parts = ("means",)
+    ranges = {"anchor_strength": (">= 0", lambda v: v >= 0)}
 
     anchor_strength: float = field(
         default=0.1, metadata={"help": "Strength of the pull towards the weights of the last task boundary."}
@@ -46,10 +48,6 @@ class Elastic(Method):
     means: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     """mean(s) by the name of every weight that had a memory at the boundary: a new adapter had none."""
     context: Any = field(default=None, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if not self.anchor_strength >= 0:
-            raise ValueError(f"anchor_strength must be >= 0, got {self.anchor_strength}")
 
     def before_task(self, context: Context) -> None:
         if not context.resumed:
@@ -88,9 +86,3 @@ class Elastic(Method):
 
     def check_state(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
         check_positive(state.get("means", {}), "mean accumulator")
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return {"means": self.means} if self.means else {}
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.means = {n: t.float() for n, t in state.get("means", {}).items()}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +19,14 @@ class EMA(Method):
     how they hold on to it.
     """
 
-    name: ClassVar[str] = "ema"
-    needs_start: ClassVar[bool] = True
-    per_parameter: ClassVar[tuple[str, ...]] = ("average",)
+    name = "ema"
+    needs_start = True
+    parts = per_parameter = ("average",)
+    ranges = {"ema_decay": ("in [0, 1)", lambda v: 0 <= v < 1)}
 
     ema_decay: float = field(default=0.98, metadata={"help": "Share of the average that every step keeps, in [0, 1)."})
 
     average: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
     def before_task(self, context: Context) -> None:
         if not context.resumed:  # else the average goes on
@@ -50,9 +45,3 @@ class EMA(Method):
             if n in self.average:
                 local(p.detach()).copy_(placed(self.average, n, p))
         self.average = {}
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return {"average": self.average} if self.average else {}
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.average = {n: t.float() for n, t in state.get("average", {}).items()}

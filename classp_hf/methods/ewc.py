@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from accelerate.utils import reduce
@@ -34,7 +34,14 @@ class EWC(AnchoredMethod):
       tasks.
     """
 
-    name: ClassVar[str] = "ewc"
+    name = "ewc"
+    ranges = {
+        "ewc_lambda": (">= 0", lambda v: v >= 0),
+        "ewc_mode": ("one of ('online', 'summed')", lambda v: v in ("online", "summed")),
+        "ewc_gamma": ("in [0, 1]", lambda v: 0 <= v <= 1),
+        "fisher_samples": ("at least 1", lambda v: v >= 1),
+        "fisher_labels": ("one of ('empirical', 'sampled')", lambda v: v in ("empirical", "sampled")),
+    }
 
     ewc_lambda: float = field(
         default=0.1, metadata={"help": "Strength of the EWC penalty. Its scale depends on `fisher_normalize`."}
@@ -54,17 +61,6 @@ class EWC(AnchoredMethod):
         default=True,
         metadata={"help": "Divide each task's Fisher by its mean over all weights, so that lambda is scale-free."},
     )
-
-    def __post_init__(self) -> None:
-        if not self.ewc_lambda >= 0:
-            raise ValueError(f"ewc_lambda must be >= 0, got {self.ewc_lambda}")
-        if not 0 <= self.ewc_gamma <= 1:
-            raise ValueError(f"ewc_gamma must be in [0, 1], got {self.ewc_gamma}")
-        if self.fisher_samples < 1:
-            raise ValueError(f"fisher_samples must be at least 1, got {self.fisher_samples}")
-        for name, allowed in (("ewc_mode", ("online", "summed")), ("fisher_labels", ("empirical", "sampled"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
 
     def strength(self) -> float:
         return self.ewc_lambda

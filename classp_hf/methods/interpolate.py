@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,18 +18,15 @@ class Interpolate(Method):
     it started from and ended with. The first task is left as it is, so that methods differ only in how they hold on to it.
     """
 
-    name: ClassVar[str] = "interpolate"
-    needs_start: ClassVar[bool] = True
+    name = "interpolate"
+    needs_start = True
+    ranges = {"interpolation_weight": ("in [0, 1]", lambda v: 0 <= v <= 1)}
 
     interpolation_weight: float = field(
         default=0.5, metadata={"help": "alpha: 0 keeps the old weights, 1 the new ones."}
     )
 
     old: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.interpolation_weight <= 1:
-            raise ValueError(f"interpolation_weight must be in [0, 1], got {self.interpolation_weight}")
 
     def before_task(self, context: Context) -> None:
         self.old = context.starting_weights() if context.seen_tasks else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from .base import AnchoredMethod, Context
 
@@ -16,15 +15,12 @@ class L2SP(AnchoredMethod):
     trains freely, as under EWC, so that methods differ only in how they hold on to it.
     """
 
-    name: ClassVar[str] = "l2sp"
+    name = "l2sp"
+    ranges = {"l2sp_alpha": (">= 0", lambda v: v >= 0)}
 
     l2sp_alpha: float = field(
         default=0.1, metadata={"help": "Strength of the pull, in units of the loss per squared weight."}
     )
-
-    def __post_init__(self) -> None:
-        if not self.l2sp_alpha >= 0:
-            raise ValueError(f"l2sp_alpha must be >= 0, got {self.l2sp_alpha}")
 
     def strength(self) -> float:
         return self.l2sp_alpha

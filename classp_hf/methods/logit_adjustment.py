@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,9 @@ class LogitAdjustment(Method):
     is one number a label. For single-label classifiers with a shared head.
     """
 
-    name: ClassVar[str] = "logit_adjustment"
+    name = "logit_adjustment"
+    parts = ("frequencies",)
+    ranges = {"prior_strength": ("in [0, 1]", lambda v: 0 <= v <= 1)}
 
     prior_strength: float = field(
         default=0.25,
@@ -39,10 +41,6 @@ class LogitAdjustment(Method):
     frequencies: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     """Label -> its frequency, summed over the tasks that have ended."""
     correction: Tensor | None = field(default=None, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.prior_strength <= 1:
-            raise ValueError(f"prior_strength must be in [0, 1], got {self.prior_strength}")
 
     def check(self, context: Context, others: Sequence[Method]) -> None:
         if not is_single_label_classifier(context.model) or context.per_task_heads:
@@ -68,12 +66,6 @@ class LogitAdjustment(Method):
 
     def check_state(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
         check_positive(state.get("frequencies", {}), "frequency")
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return {"frequencies": self.frequencies} if self.frequencies else {}
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.frequencies = {label: t.float() for label, t in state.get("frequencies", {}).items()}
 
 
 def _frequencies(dataset: Any, model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,20 +24,15 @@ class LwF(Method):
     a label.
     """
 
-    name: ClassVar[str] = "lwf"
-    needs_start: ClassVar[bool] = True
+    name = "lwf"
+    needs_start = True
+    ranges = {"lwf_lambda": (">= 0", lambda v: v >= 0), "lwf_temperature": ("> 0", lambda v: v > 0)}
 
     lwf_lambda: float = field(default=1.0, metadata={"help": "Strength of the distillation term."})
     lwf_temperature: float = field(default=2.0, metadata={"help": "Temperature T of both distributions."})
 
     teacher: Any = field(default=None, init=False, repr=False)
     autocast: Any = field(default=None, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if not self.lwf_lambda >= 0:
-            raise ValueError(f"lwf_lambda must be >= 0, got {self.lwf_lambda}")
-        if not self.lwf_temperature > 0:
-            raise ValueError(f"lwf_temperature must be > 0, got {self.lwf_temperature}")
 
     def check(self, context: Context, others: Sequence[Method]) -> None:
         if context.sharded:

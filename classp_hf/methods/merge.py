@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,10 +23,11 @@ class Merge(Method):
     The old weights and accumulators wait on the CPU while the task trains; checkpoints within it hold the latter.
     """
 
-    name: ClassVar[str] = "merge"
-    uses_accumulators: ClassVar[bool] = True
-    needs_start: ClassVar[bool] = True
-    per_parameter: ClassVar[tuple[str, ...]] = ("memory",)
+    name = "merge"
+    uses_accumulators = True
+    needs_start = True
+    parts = per_parameter = ("memory",)
+    ranges = {"merge_weight": (">= 0", lambda v: v >= 0)}
 
     merge_weight: float = field(
         default=1.0, metadata={"help": "Weight a of the new task: 0 keeps the old weights, 1 counts tasks alike."}
@@ -36,10 +35,6 @@ class Merge(Method):
 
     weights: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if not self.merge_weight >= 0:
-            raise ValueError(f"merge_weight must be >= 0, got {self.merge_weight}")
 
     def before_task(self, context: Context) -> None:
         if not context.resumed:
@@ -60,9 +55,3 @@ class Merge(Method):
             merged = self.weights[n].float().lerp_(full_tensor(p.detach()).cpu().float(), share)
             p.copy_(like_parameter(merged, p.detach(), p.dtype))
         self.weights, self.memory = {}, {}
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return {"memory": self.memory} if self.memory else {}
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.memory = {n: t.float() for n, t in state.get("memory", {}).items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +23,15 @@ class OLoRA(FoldedAdapters):
     paper's form. The model is one with LoRA adapters (`peft.LoraConfig`).
     """
 
-    name: ClassVar[str] = "olora"
-    adapter_type: ClassVar[str] = "LORA"
+    name = "olora"
+    adapter_type = "LORA"
+    parts = ("directions",)
+    ranges = {"olora_lambda": (">= 0", lambda v: v >= 0)}
 
     olora_lambda: float = field(default=0.5, metadata={"help": "Strength of the orthogonality to earlier adapters."})
 
     directions: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     """Canonical name of the layer -> all earlier A's, (tasks * rank, in_features), float32."""
-
-    def __post_init__(self) -> None:
-        if not self.olora_lambda >= 0:
-            raise ValueError(f"olora_lambda must be >= 0, got {self.olora_lambda}")
 
     def check(self, context: Context, others: Sequence[Method]) -> None:
         super().check(context, others)
@@ -74,9 +72,3 @@ class OLoRA(FoldedAdapters):
                     f"The continual memory holds LoRA directions of shape {tuple(old.shape)} for {name!r}, where the model "
                     f"has {'no adapter' if width is None else f'inputs of width {width}'}. Load the model it was saved with."
                 )
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return {"directions": self.directions} if self.directions else {}
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.directions = {n: t.float() for n, t in state.get("directions", {}).items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, ClassVar
+from typing import Any
 
 from packaging.version import Version
 
@@ -23,8 +23,8 @@ class OSF(FoldedAdapters):
     paper chooses it by layer and task). The model is one with OSF adapters.
     """
 
-    name: ClassVar[str] = "osf"
-    adapter_type: ClassVar[str] = "OSF"
+    name = "osf"
+    adapter_type = "OSF"
 
     def check(self, context: Context, others: Sequence[Method]) -> None:
         refuse_old_peft(version("peft"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -21,16 +21,13 @@ class Replay(Method):
     steps are part of the method's cost.
     """
 
-    name: ClassVar[str] = "replay"
+    name = "replay"
+    ranges = {"replay_fraction": ("in (0, 1]", lambda v: 0 < v <= 1)}
 
     replay_fraction: float = field(
         default=0.05, metadata={"help": "Share of each earlier task's training examples to keep, in (0, 1]."}
     )
     replay_seed: int = field(default=0, metadata={"help": "Seed of the choice of examples to keep."})
-
-    def __post_init__(self) -> None:
-        if not 0 < self.replay_fraction <= 1:
-            raise ValueError(f"replay_fraction must be in (0, 1], got {self.replay_fraction}")
 
     def extend_train_dataset(self, dataset: Any, earlier: Sequence[Any]) -> Any:
         from datasets import concatenate_datasets
