@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,22 +51,21 @@ def sum_squared_gradients(
 ) -> dict[str, Tensor]:
     """Sum over examples of the squared gradient of log p(y|x), float32, by parameter name.
 
-    If every parameter belongs to one linear, embedding or layer norm layer, called once and with the examples in the first
+    If every parameter is that of one linear, embedding or layer norm layer, called once and with the examples in the first
     dimension, a batch takes one forward and one backward pass, in which no weight's gradient is computed: squares are made
     in small pieces from the layers' inputs and their outputs' gradients. Otherwise (any other layer, tied weights, functions
-    of a weight) examples are taken one at a time. Both are exact; which it is shows in every batch.
+    of a weight) examples are taken one at a time. Both are exact; which it has to be shows in every batch.
 
     Args:
-        model: a classifier with `logits` of shape (examples, classes), or a language model with `logits` of shape (examples,
-            tokens, words), whose log p(y|x) is summed over the tokens with a label. It runs in evaluation mode; no
-            example's logits may depend on the others'.
+        model: with `logits` of shape (examples, classes), or a language model's (examples, tokens, words): then log p(y|x) is
+            summed over tokens. It runs in evaluation mode; no example's logits may depend on the others'.
         batches: dicts of inputs, examples first, with integer `labels`, one an example or a token, -100: none.
         parameters: what to differentiate.
-        seeds: one an example: draw y from the model's p(y|x) instead of taking the example's label; of a language model
-            every token given the example's tokens before it.
+        seeds: one an example: draw y from the model's p(y|x), of a language model every token given the example's tokens
+            before it, instead of taking the example's label.
 
     Raises:
-        ValueError: the model is neither.
+        ValueError: the model is no such model.
     """
     totals = {p: torch.zeros(p.shape, device=p.device) for p in parameters.values()}
     layers = _layers(model, totals)
@@ -134,43 +134,42 @@ def _layers(model: nn.Module, totals: Totals) -> dict[nn.Module, dict[str, nn.Pa
     owners = Counter(p for own in owned.values() for p in own.values())
     known = all(
         type(m).forward in _RULES
-        and "forward" not in vars(m)  # replaced by somebody
         and own.keys() <= {"weight", "bias"}
-        and not getattr(m, "scale_grad_by_freq", False)
+        and "forward" not in vars(m)  # nobody replaced it
         for m, own in owned.items()
     )
-    return owned if known and all(owners[p] == 1 for p in totals) else None
+    counted = any(getattr(m, "scale_grad_by_freq", False) for m in owned)
+    return owned if known and not counted and all(owners[p] == 1 for p in totals) else None
 
 
 def _add_together(model: nn.Module, batch: Batch, seeds: Sequence[int] | None, totals: Totals, layers: Any) -> bool:
     """Add the squares of all examples of `batch`, or nothing if they cannot be told apart (False)."""
     examples = len(next(iter(batch.values())))
     calls: list[tuple[Any, Tensor, Any]] = []
-    zero = torch.zeros((), device=next(iter(totals)).device if totals else None, requires_grad=True)
+    zero = torch.zeros((), requires_grad=True)  # so that every output has a gradient
 
-    def before(module: Any, args: Any) -> None:
+    def forward(module: Any, *args: Any, **kwargs: Any) -> Tensor:
         for p in layers[module].values():  # a gradient that reaches it all the same is of another use
             p.requires_grad_(False)
-
-    def after(module: Any, args: Any, output: Tensor) -> Tensor | None:
+        output = type(module).forward(module, *args, **kwargs)
         for p in layers[module].values():
             p.requires_grad_(True)
         if not torch.is_grad_enabled():
-            return None
-        given = args[0].detach() if len(args) == 1 else output.new_empty(0)
+            return output
+        given = next(iter((*args, *kwargs.values()))).detach()
         if isinstance(module, nn.Embedding) and given.shape[:1] == (1,):  # positions, for all alike
             given, output = (t.expand(examples, *t.shape[1:]) for t in (given, output))
         output = output + zero.to(output.device)
         calls.append((module, given, get_gradient_edge(output)))
         return output
 
-    hooks = [m.register_forward_pre_hook(before) for m in layers]
-    hooks += [m.register_forward_hook(after, prepend=True) for m in layers]  # prepend: another may change the output
     try:
+        for m in layers:
+            m.forward = partial(forward, m)
         likelihood = _log_likelihood(model, batch, seeds)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for m in layers:
+            del m.forward
         for p in totals:
             p.requires_grad_(True)
     if len({m for m, *_ in calls}) < len(calls) or any(given.shape[:1] != (examples,) for _, given, _ in calls):
