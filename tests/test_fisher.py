@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,10 +21,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from classp_hf import EWC, ContinualTrainer
-from classp_hf.methods import fisher
+from classp_hf.methods import EWC, Context, fisher
 from classp_hf.methods.fisher import batches_of_equal_shape, sum_squared_gradients
-from classp_hf.optim import kernels
 
 WORDS = 40
 
@@ -41,13 +42,16 @@ def make(make_model):
             for n, p in model.named_parameters():
                 if "lora_B" in n:
                     nn.init.normal_(p, std=0.1)
-        elif kind == "gpt2":
-            model = GPT2LMHeadModel(GPT2Config(**small, n_positions=16, n_embd=16, n_layer=2, n_head=2, initializer_range=0.2))  # fmt: skip
+        elif kind in ("gpt2", "tied gpt2"):
+            sizes = {"n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.2}
+            model = GPT2LMHeadModel(GPT2Config(**small, **sizes, tie_word_embeddings=kind == "tied gpt2"))
         elif kind == "llama":
-            model = LlamaForCausalLM(LlamaConfig(**small, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2))  # fmt: skip
+            sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+            model = LlamaForCausalLM(LlamaConfig(**small, **sizes, initializer_range=0.2))
         else:
             small.pop("bos_token_id")
-            model = T5ForConditionalGeneration(T5Config(**small, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0))  # fmt: skip
+            sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+            model = T5ForConditionalGeneration(T5Config(**small, **sizes, decoder_start_token_id=0))
         return model.train()
 
     return build
@@ -130,7 +134,7 @@ def forward_sizes(monkeypatch):
 
 
 @pytest.mark.parametrize("labels", ["empirical", "sampled"])
-@pytest.mark.parametrize("kind", ["bert", "lora", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize("kind", ["bert", "lora", "gpt2", "tied gpt2", "llama", "t5"])
 def test_batches_give_the_sum_of_the_squared_gradients_of_single_examples(kind, labels, make, forward_sizes):
     model, given = make(kind), examples(kind)
     seeds = list(range(100, 100 + len(given))) if labels == "sampled" else None
@@ -139,10 +143,10 @@ def test_batches_give_the_sum_of_the_squared_gradients_of_single_examples(kind, 
     for size in (1, 3, 8):
         forward_sizes.clear()
         assert_equal(in_batches(model, given, size, seeds), expected)
-        # T5's position biases have no dimension of examples: they are told apart by taking one at a time
-        assert max(forward_sizes) == (1 if kind == "t5" else min(size, 4)), forward_sizes
-    assert model.training and all(p.grad is None for p in parameters.values())
-    assert not any(m._forward_hooks for m in model.modules())
+        # tied weights and norms of the models' own are not told apart in a batch
+        assert max(forward_sizes) == (min(size, 4) if kind in ("bert", "lora", "gpt2") else 1), forward_sizes
+    assert model.training and all(p.grad is None and p.requires_grad for p in parameters.values())
+    assert not any("forward" in vars(m) for m in model.modules())
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
@@ -161,20 +165,26 @@ class Layers(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.words = nn.Embedding(WORDS, 6, padding_idx=3)
+        self.words, self.places = nn.Embedding(WORDS, 6, padding_idx=3), nn.Embedding(9, 6)
         self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
-        self.free = nn.Parameter(torch.randn(6))
         self.scale = nn.LayerNorm(6)
-        self.convolution = nn.Conv1d(6, 6, 3, padding=1)
         self.out = nn.Linear(6, 3, bias=False)
 
     def hidden(self, x):
-        return self.second(self.scale(self.first(x)).tanh())
+        return self.second(self.scale(self.first(input=x)).tanh()).relu_()
 
     def forward(self, input_ids, attention_mask=None, labels=None):
-        x = self.hidden(self.words(input_ids))
-        x = x + self.convolution(x.mT).mT
+        x = self.hidden(self.words(input_ids) + self.places(torch.arange(input_ids.shape[1])[None]))
         return SequenceClassifierOutput(logits=self.out(x.tanh().mean(1)))
+
+
+class Convolved(Layers):
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv1d(6, 6, 3, padding=1)
+
+    def hidden(self, x):
+        return super().hidden(x) + self.convolution(x.mT).mT
 
 
 class Repeated(Layers):
@@ -184,16 +194,13 @@ class Repeated(Layers):
 
 class Functional(Layers):
     def hidden(self, x):
-        return self.second(x) + F.linear(x, self.second.weight.T) * self.free
+        return self.second(x) + F.linear(x, self.second.weight.T)
 
 
 class Tied(Layers):
     def __init__(self):
         super().__init__()
         self.second.weight = self.first.weight
-
-    def hidden(self, x):
-        return super().hidden(x).relu_()
 
 
 class Parametrized(Layers):
@@ -223,17 +230,26 @@ class Replaced(Layers):
     def __init__(self):
         super().__init__()
         forward = self.first.forward
-        self.first.forward = lambda x: 2 * forward(x)
+        self.first.forward = lambda input: 2 * forward(input)
 
 
-@pytest.mark.parametrize("cls", [Layers, Repeated, Functional, Tied, Parametrized, Flattened, TokensFirst, Partly, Replaced])  # fmt: skip
+class Seldom(Layers):
+    """One use in the first examples, another in later ones."""
+
+    def hidden(self, x):
+        return super().hidden(x) + (self.first.weight.sum() if x.shape[1] == 5 else 0)
+
+
+APART = [Convolved, Repeated, Functional, Tied, Parametrized, Flattened, TokensFirst, Replaced]
+
+
+@pytest.mark.parametrize("cls", [Layers, Partly, Seldom, *APART])
 def test_whatever_is_done_with_a_weight(cls, forward_sizes):
     model, given = cls(), examples("bert", 16)
     expected, _ = by_definition(model, given)
     # 3 tokens, and batches of 3: a first dimension of tokens could pass for the examples'
     assert_equal(in_batches(model, given, 3), expected)
-    apart = cls in (Functional, Parametrized, Flattened, TokensFirst, Replaced)
-    assert max(forward_sizes) == (1 if apart else 3)
+    assert max(forward_sizes) == (1 if cls in APART else 3)
 
 
 def test_examples_of_one_token_do_not_vouch_for_longer_ones():
@@ -288,43 +304,54 @@ def test_memory_is_that_of_the_forward_pass_and_one_total(make_model, monkeypatc
 
 
 @pytest.fixture
-def task_fisher(make_model, make_tasks, make_args, collator, tmp_path):
-    def run(labels="sampled", **changes):
+def task_fisher(make_model, make_tasks, collator):
+    def run(labels="sampled", dataset=None, **changes):
+        args = SimpleNamespace(
+            seed=3, process_index=0, local_process_index=0, world_size=1, device="cpu", disable_tqdm=True
+        )
+        vars(args).update({"per_device_train_batch_size": 4, "gradient_checkpointing": None, **changes})
         method = EWC(fisher_samples=20, fisher_labels=labels)
-        trainer = ContinualTrainer(make_model(), make_args(**changes), collator, method=method)
-        return method.task_fisher(trainer, make_tasks(1)[0])
+        dataset = make_tasks(1)[0].train_dataset if dataset is None else dataset
+        context = Context(make_model(), args, task_dataset=dataset, collate=collator)
+        method.before_task(context)
+        return method.task_fisher(context)
 
     return run
 
 
-def test_a_tasks_fisher_does_not_depend_on_how_examples_are_shared_out(task_fisher, forward_sizes, monkeypatch):
+def test_a_tasks_fisher_does_not_depend_on_how_examples_are_shared_out(task_fisher, forward_sizes):
     one = task_fisher(per_device_train_batch_size=1)
     assert max(forward_sizes) == 1
-    assert_equal(task_fisher(per_device_train_batch_size=4), one)
+    assert_equal(task_fisher(), one)
     assert max(forward_sizes) == 4
-    forward_sizes.clear()
-    assert_equal(task_fisher(per_device_train_batch_size=4, activation_checkpointing=True), one)
-    assert max(forward_sizes) == 1  # evaluation mode checkpoints nothing
-    ranks = []
-    monkeypatch.setattr("classp_hf.ContinualTrainingArguments.world_size", 2)
-    monkeypatch.setattr("accelerate.Accelerator.reduce", lambda self, t, reduction: t)
-    for rank in range(2):
-        monkeypatch.setattr("classp_hf.ContinualTrainingArguments.process_index", rank)
-        ranks.append(task_fisher(per_device_train_batch_size=4))
+    for flag in ("activation_checkpointing", "gradient_checkpointing"):
+        forward_sizes.clear()
+        assert_equal(task_fisher(**{flag: True}), one)
+        assert max(forward_sizes) == 1  # evaluation mode checkpoints nothing
+    ranks = [task_fisher(world_size=2, process_index=rank) for rank in range(2)]
     assert_equal({n: ranks[0][n] + ranks[1][n] for n in one}, one)
-    monkeypatch.undo()
     assert any(not torch.allclose(t, one[n]) for n, t in task_fisher("empirical").items())
 
 
-@pytest.mark.parametrize("built", [True, False], ids=["compiled", "torch"])
-@pytest.mark.parametrize("examples, tokens, rows, columns", [(3, 5, 7, 50), (8, 22, 70, 300), (2, 3, 37, 33), (1, 2, 4, 32), (2, 1, 5, 40), (1, 9, 3, 1)])  # fmt: skip
-def test_squares_of_products(built, examples, tokens, rows, columns, monkeypatch):
-    if built and not kernels.BUILT:
-        pytest.skip("no C compiler")
-    monkeypatch.setattr(kernels, "BUILT", built)
+def test_a_tasks_fisher_of_datasets_of_any_kind(task_fisher, make_tasks):
+    rows = make_tasks(1)[0].train_dataset
+    expected = task_fisher("empirical")
+    described = rows.add_column("text", ["columns the model does not take"] * len(rows))
+    assert_equal(task_fisher("empirical", described), expected)
+    assert_equal(task_fisher("empirical", [dict(row) for row in rows]), expected)
+    for endless in (IterableDataset.from_generator(lambda: iter(rows)), Dataset.from_dict({"input_ids": []})):
+        with pytest.raises(ValueError, match="needs one of known length, with examples, got a .*Dataset"):
+            task_fisher("empirical", endless)
+
+
+@pytest.mark.parametrize(
+    "examples, tokens, rows, columns", [(3, 5, 7, 50), (8, 22, 70, 300), (2, 3, 37, 33), (2, 1, 5, 40), (1, 9, 3, 1)]
+)
+def test_squares_of_products_in_pieces(examples, tokens, rows, columns, monkeypatch):
     monkeypatch.setattr(fisher, "_PIECE", 100)
     torch.manual_seed(0)
-    left, right, total = torch.randn(examples, tokens, rows), torch.randn(examples, columns, tokens).mT, torch.rand(rows, columns)  # fmt: skip
+    left, right = torch.randn(examples, tokens, rows), torch.randn(examples, columns, tokens).mT
+    total = torch.rand(rows, columns)
     expected = total.double() + torch.einsum("etr,etc->erc", left.double(), right.double()).square().sum(0)
-    fisher._Products(left, right).square_into(total)
+    fisher._add_squared_products(total, left, right)
     torch.testing.assert_close(total, expected.float(), rtol=1e-5, atol=1e-5)

@@ -33,8 +33,8 @@ class Context:
         processing_class: tokenizer, image processor or None.
         accelerator: None in scripts that build a Trainer of their own.
         per_task_heads: whether each task has a head of its own.
-        start: canonical name -> weights at the start of the task, on the CPU, where the model holds later ones (a resumed
-            run); else None.
+        start: canonical name -> weights at the start of the task, on the CPU, where the model holds later ones; {} if no
+            method needs them. None unless the task is resumed.
     """
 
     model: Any
@@ -64,11 +64,9 @@ class Context:
 
     def starting_weights(self) -> dict[str, Tensor]:
         """Canonical name -> copy of every trainable parameter as it was when the task began, sharded as it is."""
+        now = {n: p.detach() for n, p in trainable_parameters(self.model)}
         given = self.start or {}
-        return {
-            n: like_parameter(given[n], p.detach(), p.dtype) if n in given else p.detach().clone()
-            for n, p in trainable_parameters(self.model)
-        }
+        return {n: like_parameter(given[n], w, w.dtype) if n in given else w.clone() for n, w in now.items()}
 
     def frozen_copy(self) -> Any:
         """A copy of the model as it was when the task began, in evaluation mode and without gradients."""
@@ -83,13 +81,13 @@ class Context:
 
 @dataclass
 class Method:
-    """One continual-learning method. Init fields are its hyperparameters, `field(init=False)` its state.
+    """One continual-learning method. Init fields are its hyperparameters.
 
     Order of the hooks, for each task: `extend_train_dataset`, `prepare_model`, `before_task`; in every forward pass
-    `adjust_logits` and `loss_term`; before and after every optimizer step that is taken `before_step` and `after_step`;
-    and `after_task`. `state_dict()` goes into the continual memory and comes back through `load_state_dict` when a run
-    goes on from it. A method says by what it overrides what it needs: the first two and those of the forward pass need
-    [`ContinualTrainer`]; all others work in any script.
+    `adjust_logits` and `loss_term`; around every optimizer step that is taken `before_step` and `after_step`; and
+    `after_task`. `state_dict()` goes into the continual memory and comes back through `load_state_dict`, before
+    `before_task`, when a run goes on from it. A method says by what it overrides what it needs: the first two hooks and
+    those of the forward pass need [`ContinualTrainer`], the others work in any script.
     """
 
     name: ClassVar[str] = "none"
@@ -98,8 +96,7 @@ class Method:
     """Hyperparameter -> the values it takes, in words and as a test."""
 
     uses_accumulators: ClassVar[bool] = False
-    """Whether the method reads the memory of gradients, `context.accumulators()`. CLASSP keeps it anyway; under any other
-    optimizer it is then gathered."""
+    """Whether the method reads `context.accumulators()`, which are then gathered under optimizers other than CLASSP."""
 
     needs_start: ClassVar[bool] = False
     """Whether a resumed run needs the weights that its task began with."""

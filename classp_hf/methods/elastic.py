@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,9 @@ logger = logging.get_logger(__name__)
 class Elastic(Method):
     """EWC without a Fisher pass: a pull `strength * A_i * (w_i - a_i)`, A = s / mean(s) (Kirkpatrick et al. 2017, eq. 3).
 
-    s is the accumulator (`sum |g|^p`) that CLASSP keeps, or that is gathered under another optimizer; mean(s) its mean
-    over all weights at the boundary; a the weights at the boundary, a copy in their own dtype.
-
-    Under CLASSP the pull is divided by the root of the memory as a gradient is, but kept out of the memory (it would feed on
-    itself), and applied implicitly after the step, which is stable at any strength::
+    s is the accumulator (`sum |g|^p`); mean(s) its mean over all weights and a the weights at the boundary. Under CLASSP the
+    pull is divided by the root of the memory as a gradient is, but kept out of the memory (it would feed on itself), and
+    applied implicitly after the step, which is stable at any strength::
 
         c_i = lr * strength * A_i / (eps + s_i)^(1/p)
         w_i <- w_i - c_i / (1 + c_i) * (w_i - a_i)
@@ -77,8 +75,8 @@ class Elastic(Method):
             for group in optimizer.param_groups:
                 for p in (p for p in group["params"] if p in names):
                     a, w, s = (local(t) for t in (self.anchor[names[p]], p.detach(), optimizer.accumulator(p)))
-                    c = (s + group["eps"]).pow_(-1 / group["power"]).mul_(s)
-                    c.mul_(float(group["lr"]) * self.anchor_strength / float(self.means[names[p]]))
+                    strength = float(group["lr"]) * self.anchor_strength / float(self.means[names[p]])
+                    c = (s + group["eps"]).pow_(-1 / group["power"]).mul_(s).mul_(strength)
                     w.sub_((w.float() - a.float()).mul_(c / (1 + c)))
 
     def after_task(self, context: Context) -> None:
