@@ -1,36 +1,26 @@
 """Files that are whole or not there, on the disk when something relies on them; and errors that say what to do."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 _NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
-_TEMPORARIES = (".*.tmp", ".tmp??????")  # ours and those of safetensors
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a path beside `path` to write to; it replaces `path` when the block ends, and is gone when it raises.
-
-    The new content is on the disk before it takes the old one's place: neither a killed process nor a power cut leaves a
-    part of it. The folder is created.
-    """
+    """Give a path beside `path` to write to. When the block ends it is synced and replaces `path`; on an error it goes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".classp_hf-{path.name}-{os.getpid()}.tmp")
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
+        os.umask(umask := os.umask(0))
         os.chmod(temporary, 0o666 & ~umask)  # safetensors' 0600 would keep collaborators out
         _sync(temporary)
         os.replace(temporary, path)
@@ -40,63 +30,45 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what killed processes left half-written anywhere in `folder`. Nobody may be writing there."""
-    for pattern in _TEMPORARIES:
-        for path in folder.rglob(pattern):
-            path.unlink(missing_ok=True)
+    """Delete what killed processes left of `replacing` in `folder` and its sub-folders. Nobody may be writing there."""
+    for place in [folder, *(p for p in folder.glob("*") if p.is_dir() and not p.is_symlink())]:
+        for path in place.glob(".classp_hf-*-[0-9]*.tmp"):
+            path.unlink()
 
 
 def sync_folder(folder: Path) -> None:
-    """Return when everything in `folder`, at any depth, is on the disk: only a power cut tells the difference."""
-    for path in [*folder.rglob("*"), folder, folder.parent]:
-        _sync(path)
+    """Return when the files and folders in `folder`, at any depth, are on the disk. Links are not followed."""
+    for path in (Path(place, name) for place, _, names in os.walk(folder) for name in [*names, "."]):
+        if path.is_dir() or (path.is_file() and not path.is_symlink()):
+            _sync(path)
+    _sync(folder.parent)
 
 
 def _sync(path: Path) -> None:
-    if os.name != "posix":  # Windows opens no folders
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync folders
-            raise
-    finally:
-        os.close(handle)
+    # of other programs: removed meanwhile, or not ours to open
+    with suppress(FileNotFoundError, PermissionError), ExitStack() as stack:
+        handle = os.open(path, os.O_RDONLY)
+        stack.callback(os.close, handle)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # Windows, folders on some networks
+                raise
 
 
 @contextmanager
 def writing(what: str, path: str | os.PathLike) -> Iterator[None]:
-    """Writing `what` to `path`: a full disk and a folder that cannot be written to get an error that says what to do.
-
-    Raises:
-        OSError: names both, how much room there is, and the remedy. Every other error is passed on.
-    """
+    """Turn a full disk, or a place that cannot be written to, into an `OSError` that names `what`, `path` and a remedy."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        number = _error_number(error)
-        if number in _NO_ROOM:
-            remedy = f"Make room there{_free(Path(path))} or raise the quota or the limit on file sizes"
-        elif number in _NOT_WRITABLE:
-            remedy = "Make it a folder that can be written to, or choose another --output_dir"
-        else:
+    except Exception as error:
+        # safetensors tells the number in its text; torch.save tells none, whatever went wrong with the file
+        told = re.search(r"\(os error (\d+)\)|PytorchStreamWriter|iostream error", str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1] or errno.ENOSPC) if told else None
+        if number not in _NO_ROOM | _NOT_WRITABLE:
             raise
-        raise OSError(
-            f"Writing {what} to {path} failed: {error}. {remedy}; then start the same command with "
-            "--resume_from_checkpoint True. What was saved before is whole."
-        ) from error
-
-
-def _error_number(error: Exception) -> int | None:
-    if isinstance(error, OSError):
-        return error.errno
-    # safetensors tells the number in its text; torch.save tells none, whatever went wrong with the file
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    torch_failed = "PytorchStreamWriter" in str(error) or "iostream error" in str(error)
-    return int(told[1]) if told else errno.ENOSPC if torch_failed else None
-
-
-def _free(path: Path) -> str:
-    there = next((p for p in [path, *path.parents] if p.is_dir()), None)
-    return f" ({shutil.disk_usage(there).free / 1e6:,.1f} MB are free)" if there else ""
+        free = next(shutil.disk_usage(p).free for p in [Path(path), *Path(path).parents] if os.path.isdir(p))
+        room = f"Make room there ({free / 1e6:,.1f} MB are free) or raise the quota or the limit on file sizes"
+        remedy = room if number in _NO_ROOM else "Make it a writable folder, or choose another --output_dir"
+        again = f"{remedy}; then start the same command with --resume_from_checkpoint True"
+        raise OSError(f"Writing {what} to {path} failed: {error}. {again}. What was saved before is whole.") from error
