@@ -65,9 +65,8 @@ def write_model_card(
     shown |= {"metrics_table": markdown_table(metrics, "<><"), "learned_note": LEARNED_BEFORE if learned else None}
     shown |= {"command": public_command(shlex.split(results["command"])), "memory_name": memory_name}
     shown |= {"plain": _plain, "code": _code, "literal": _literal}
-    card = ModelCard.from_template(
-        data, template_path=str(Path(__file__).with_name("model_card_template.md")), **shown
-    )
+    template = Path(__file__).with_name("model_card_template.md")
+    card = ModelCard.from_template(data, template_path=str(template), **shown)
     with replacing(path) as temporary:
         temporary.write_text(str(card).rstrip() + "\n", encoding="utf-8")
 

@@ -92,8 +92,7 @@ def plot_importance(importance: Mapping[str, Sequence[float]], tasks: Names, pat
 
 
 def write_figures(folder: AnyPath, results: Results) -> None:
-    """Write a run's accuracy_matrix.png, retention.png and, with a memory of gradients, importance.png into `folder`. Without
-    matplotlib, which every function here raises an ImportError for, say so and go on."""
+    """Write a run's accuracy_matrix.png, retention.png and, of its memory, importance.png; without matplotlib, go on."""
     folder, tasks, R, method = Path(folder), results["tasks"], results["accuracy_matrix"], results["method"]["name"]
     name = results["optimizer"]["name"] + ("" if method == "none" else f" + {method}")
     try:

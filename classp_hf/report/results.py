@@ -45,7 +45,6 @@ class Scale:
 
     @classmethod
     def of(cls, results: Results) -> Self:
-        """The scale for the content of a `results.json`."""
         greater = results.get("greater_is_better", True)
         largest = max(abs(v) for row in results["accuracy_matrix"] for v in row)
         percent = greater and largest <= 1
@@ -81,15 +80,14 @@ def environment(num_processes: int = 1) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
     cpuinfo = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
     model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     hardware = {
         "platform": platform.platform(),
         "cpu": model[1] if model else platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "gpus": [
-            torch.cuda.get_device_name(i) for i in range(torch.cuda.is_available() and torch.cuda.device_count())
-        ],
+        "gpus": [torch.cuda.get_device_name(i) for i in range(gpus)],
         "num_processes": num_processes,
     }
     folder, commit = Path(__file__).parents[2], None
