@@ -1,47 +1,24 @@
-"""Continual-learning metrics on the accuracy matrix.
-
-`matrix` holds the metrics as pure numpy functions, re-exported here; `modules/NAME.py` is the same metric as an
-`evaluate.Metric`, for `load(NAME)` or, by path, for `evaluate.load`.
-"""
+"""Continual-learning metrics of the accuracy matrix: numpy functions (`matrix`), and an `evaluate.Metric` of each."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from classp_hf.metrics.matrix import (
-    METRICS,
-    average_accuracy,
-    backward_transfer,
-    forgetting,
-    forward_transfer,
-    gap_recovered,
-    learning_accuracy,
-    retained_accuracy,
-    summarize,
-)
+from classp_hf.metrics import matrix
+from classp_hf.metrics.matrix import *  # noqa: F403
 
 if TYPE_CHECKING:
     import evaluate
 
-__all__ = [
-    "average_accuracy",
-    "backward_transfer",
-    "forgetting",
-    "forward_transfer",
-    "gap_recovered",
-    "learning_accuracy",
-    "load",
-    "retained_accuracy",
-    "summarize",
-]
+__all__ = [*matrix.__all__, "load"]
 
 
 def load(name: str, **kwargs: Any) -> evaluate.Metric:
-    """Load a metric of the accuracy matrix as an `evaluate.Metric`, from this package and without network.
+    """Load a metric of the accuracy matrix as an `evaluate.Metric`, from this package and without a network.
 
     Args:
-        name: name of the metric, e.g. "backward_transfer".
+        name: name of the metric, such as "backward_transfer".
         **kwargs: passed on to `evaluate.load` (`cache_dir`, `experiment_id`, …).
 
     Returns:
@@ -49,10 +26,10 @@ def load(name: str, **kwargs: Any) -> evaluate.Metric:
 
     Raises:
         ValueError: there is no metric of that name.
+        ImportError: `evaluate` is not installed.
     """
-    names = [metric.__name__ for metric in METRICS]
-    if name not in names:
-        raise ValueError(f"There is no metric {name!r} of the accuracy matrix. Choose one of {names}.")
-    import evaluate  # here, because it imports torch and transformers
-
-    return evaluate.load(str(Path(__file__).parent / "modules" / f"{name}.py"), **kwargs)
+    try:
+        import evaluate  # here, because it imports torch and transformers
+    except ImportError as error:
+        raise ImportError('load() needs the evaluate library: pip install "evaluate>=0.4.1"') from error
+    return evaluate.load(str(Path(__file__).with_name("accuracy_matrix.py")), name, **kwargs)

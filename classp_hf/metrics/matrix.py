@@ -5,8 +5,8 @@ task j = 1..T, so R[t, j] is the accuracy on task j after task t. Any finite sco
 (accuracy, F1, Matthews correlation); every result is in the unit of R, except the two ratios `retained_accuracy` and
 `gap_recovered`. The formulas count tasks from 1, as the papers do: R[t, j] is `R[t][j - 1]` in Python.
 
-What is not defined (a mean over no task, a division by zero) is `float("nan")` here, and None in `summarize`, whose
-result goes into JSON. A malformed R is a ValueError.
+Every function of R takes it as lists or an array, and raises ValueError if R is ragged, of another shape, or not finite.
+What is not defined (a mean over no task, a division by zero) is `float("nan")`; in `summarize`, which is for JSON, None.
 
 >>> R = [[0.25, 0.25],  # before any training
 ...      [1.0, 0.375],  # after task 1
@@ -23,41 +23,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_LAYOUT = (
-    "Pass one row per evaluation and one column per task, (T+1) x T with T >= 1: "
-    "row 0 before any training, row t after task t."
-)
+__all__ = ["METRICS", "average_accuracy", "backward_transfer", "forgetting", "forward_transfer"]
+__all__ += ["gap_recovered", "learning_accuracy", "retained_accuracy", "summarize"]
 
 
 def _check_matrix(R: ArrayLike) -> NDArray[np.float64]:
-    """Return R as a float64 array of shape (T+1, T), T >= 1, all finite.
-
-    Raises:
-        ValueError: R is not a rectangular array of numbers, has another shape, or holds a NaN, None or inf.
-    """
+    """R as a finite float64 array of shape (T+1, T), T >= 1."""
+    layout = "Pass (T+1) x T values, T >= 1: a row before any training, then one after each task; a column a task."
     try:
         matrix = np.asarray(R, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"The accuracy matrix must be a rectangular array of numbers, got {R!r}. {_LAYOUT}"
-        ) from error
-    if matrix.ndim != 2:
-        raise ValueError(
-            f"The accuracy matrix must have 2 dimensions, got {matrix.ndim} (shape {matrix.shape}). {_LAYOUT}"
-        )
-    rows, tasks = matrix.shape
-    if tasks == 0:
-        raise ValueError(f"The accuracy matrix has no task: its shape is {matrix.shape}. {_LAYOUT}")
-    if rows != tasks + 1:
-        raise ValueError(
-            f"The accuracy matrix of {tasks} task(s) must have shape {(tasks + 1, tasks)}, got {matrix.shape}. {_LAYOUT}"
-        )
+        raise ValueError(f"The accuracy matrix must be a rectangular array of numbers, got {R!r}. {layout}") from error
+    if matrix.ndim != 2 or matrix.shape[1] == 0 or matrix.shape[0] != matrix.shape[1] + 1:
+        raise ValueError(f"The accuracy matrix must have shape (T+1, T), got {matrix.shape}. {layout}")
     if not np.isfinite(matrix).all():
         row, column = np.argwhere(~np.isfinite(matrix))[0]
-        raise ValueError(
-            f"The accuracy matrix must be finite, got {matrix[row, column]} in row {row}, task {column + 1} "
-            f"(shape {matrix.shape}). Evaluate every task in every row, also the tasks not trained yet."
-        )
+        where = f"{matrix[row, column]} in row {row}, task {column + 1}"
+        raise ValueError(f"The accuracy matrix must be finite, got {where}. Evaluate every task in every row.")
     return matrix
 
 
@@ -69,12 +51,6 @@ def _mean(values: NDArray[np.float64]) -> float:
 def average_accuracy(R: ArrayLike) -> float:
     """Average accuracy at the end: ACC = mean_j R[T, j]. Higher is better.
 
-    Args:
-        R: accuracy matrix, shape (T+1, T), row 0 before any training.
-
-    Raises:
-        ValueError: R is malformed.
-
     Source: Lopez-Paz & Ranzato 2017, section 2 (arXiv 1706.08840).
     """
     return _mean(_check_matrix(R)[-1])
@@ -85,12 +61,6 @@ def learning_accuracy(R: ArrayLike) -> float:
 
     Read it beside `backward_transfer` and `forgetting`, which a method that learns little also does well on.
 
-    Args:
-        R: accuracy matrix, shape (T+1, T), row 0 before any training.
-
-    Raises:
-        ValueError: R is malformed.
-
     Source: Riemer et al. 2019 (arXiv 1810.11910).
     """
     return _mean(_check_matrix(R)[1:].diagonal())
@@ -100,12 +70,6 @@ def backward_transfer(R: ArrayLike) -> float:
     """Backward transfer: BWT = mean_{j<T} (R[T, j] - R[j, j]). Negative = forgetting, positive = later tasks helped.
 
     nan for T = 1.
-
-    Args:
-        R: accuracy matrix, shape (T+1, T), row 0 before any training.
-
-    Raises:
-        ValueError: R is malformed.
 
     Source: Lopez-Paz & Ranzato 2017, section 2 (arXiv 1706.08840).
     """
@@ -118,12 +82,6 @@ def forward_transfer(R: ArrayLike) -> float:
 
     nan for T = 1. The baseline R[0, j] is the model the sequence started from; in the paper, a random one.
 
-    Args:
-        R: accuracy matrix, shape (T+1, T), row 0 before any training.
-
-    Raises:
-        ValueError: R is malformed.
-
     Source: Lopez-Paz & Ranzato 2017, section 2 (arXiv 1706.08840).
     """
     R = _check_matrix(R)
@@ -134,13 +92,7 @@ def forgetting(R: ArrayLike) -> float:
     """Forgetting: F = mean_{j<T} (max_{j<=t<T} R[t, j] - R[T, j]). Positive = forgetting, negative = later tasks helped.
 
     nan for T = 1. F >= -BWT, with equality where no task got better after its own training. The paper's maximum is
-    over all t < T; here it starts at row j, for what was not learnt yet cannot be forgotten.
-
-    Args:
-        R: accuracy matrix, shape (T+1, T), row 0 before any training.
-
-    Raises:
-        ValueError: R is malformed.
+    over all t < T; here it starts at row j, for what was not learned yet cannot be forgotten.
 
     Source: Chaudhry et al. 2018, section 3 (arXiv 1801.10112).
     """
@@ -154,19 +106,10 @@ def retained_accuracy(R: ArrayLike) -> list[float]:
 
     nan where R[j, j] is 0. A ratio, so only for scores that are never negative.
 
-    Args:
-        R: accuracy matrix, shape (T+1, T), row 0 before any training.
-
-    Raises:
-        ValueError: R is malformed.
-
     Source: this project. Riemer et al. 2019 call the final average accuracy, `average_accuracy` here, by this name.
     """
     R = _check_matrix(R)
-    return [
-        float(final / learnt) if learnt != 0 else math.nan
-        for final, learnt in zip(R[-1], R[1:].diagonal(), strict=True)
-    ]
+    return [float(last / own) if own != 0 else math.nan for last, own in zip(R[-1], R[1:].diagonal(), strict=True)]
 
 
 METRICS = (average_accuracy, learning_accuracy, backward_transfer, forward_transfer, forgetting, retained_accuracy)
@@ -176,57 +119,42 @@ def summarize(R: ArrayLike, greater_is_better: bool = True) -> dict[str, Any]:
     """Every metric of R by its name, ready for `json.dump`: Python floats, None where a metric is not defined.
 
     Args:
-        R: accuracy matrix, shape (T+1, T), row 0 before any training.
-        greater_is_better: False for a loss or a perplexity. The two averages are then those of R, lower is better; the
-            transfers keep their sign's meaning (negative = forgetting), positive forgetting is forgetting, in the unit of R;
-            what is retained is R[j, j] / R[T, j], 1 = nothing lost.
+        R (`ArrayLike`): accuracy matrix, shape (T+1, T), row 0 before any training.
+        greater_is_better (`bool`, default `True`): False for a loss or a perplexity. The two averages are then those of
+            R, lower is better; the transfers keep their sign's meaning (negative = forgetting), positive forgetting is
+            forgetting, in the unit of R; what is retained is R[j, j] / R[T, j], 1 = nothing lost.
 
     Returns:
         `average_accuracy`, `learning_accuracy`, `backward_transfer`, `forward_transfer`, `forgetting` (a float each;
-        the last three None for T = 1) and `retained_accuracy` (a list of T floats, None where R[j, j] is 0).
-
-    Raises:
-        ValueError: R is malformed.
-
-    >>> summarize([[0.25], [0.75]])["backward_transfer"] is None
-    True
+        the last three None for T = 1) and `retained_accuracy` (a list of T floats or None).
     """
-
-    def or_none(value: float) -> float | None:
-        return None if math.isnan(value) else value
-
     R = _check_matrix(R)
     values: dict[str, Any] = {metric.__name__: metric(R if greater_is_better else -R) for metric in METRICS}
     if not greater_is_better:
-        for average in ("average_accuracy", "learning_accuracy"):
-            values[average] = -values[average]
+        values |= {name: -values[name] for name in ("average_accuracy", "learning_accuracy")}
         values["retained_accuracy"] = [1 / x if x else math.nan for x in values["retained_accuracy"]]
-    return {name: [or_none(v) for v in x] if isinstance(x, list) else or_none(x) for name, x in values.items()}
+
+    def or_none(value: Any) -> Any:
+        return [*map(or_none, value)] if isinstance(value, list) else None if math.isnan(value) else value
+
+    return {name: or_none(value) for name, value in values.items()}
 
 
 def gap_recovered(acc: float, acc_sequential: float, acc_joint: float) -> float:
-    """Share of the continual-learning gap that a method closes: G = (acc - acc_sequential) / (acc_joint - acc_sequential).
+    """Share of the continual-learning gap a method closes: G = (acc - acc_sequential) / (acc_joint - acc_sequential).
 
-    0 = no better than plain sequential training, 1 = as good as joint training; below 0 and above 1 happen.
+    0 = no better than plain sequential training, 1 = as good as joint training; below 0 and above 1 happen. nan where
+    acc_joint <= acc_sequential: there is no gap to recover.
 
     Args:
-        acc: average accuracy of the method.
-        acc_sequential: average accuracy of the same optimizer and budget, task after task, without any method.
-        acc_joint: average accuracy of training on all tasks together.
-
-    Returns:
-        G, or nan where acc_joint <= acc_sequential: there is no gap to recover.
+        acc (`float`): average accuracy of the method.
+        acc_sequential (`float`): of the same optimizer and budget, task after task, without any method.
+        acc_joint (`float`): of training on all tasks together.
 
     Raises:
-        ValueError: an accuracy is NaN or inf.
-
-    >>> gap_recovered(0.75, acc_sequential=0.5, acc_joint=1.0)
-    0.5
+        ValueError: an accuracy is not finite.
     """
     if not all(map(math.isfinite, (acc, acc_sequential, acc_joint))):
-        raise ValueError(
-            f"The three accuracies must be finite, got {acc=}, {acc_sequential=}, {acc_joint=}. "
-            f"Leave out a run that did not finish."
-        )
+        raise ValueError(f"The accuracies must be finite, got {acc=}, {acc_sequential=}, {acc_joint=}.")
     gap = acc_joint - acc_sequential
     return float((acc - acc_sequential) / gap) if gap > 0 else math.nan

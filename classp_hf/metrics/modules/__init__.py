@@ -1,1 +1,0 @@
-"""One file a metric, each loadable by its path with `evaluate.load`."""
