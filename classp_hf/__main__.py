@@ -104,7 +104,7 @@ def _check_script_arguments(command: argparse.ArgumentParser, arguments: list[st
     """What is wrong with the script's `--optim_args` is known before it loads data and model."""
     from .optim_args import parse_optim_args
 
-    pairs = dict(zip(arguments, arguments[1:])) | dict(a.split("=", 1) for a in arguments if a.startswith("--optim"))
+    pairs = dict(zip(arguments, arguments[1:])) | dict(a.split("=", 1) for a in arguments if a.startswith("--") and "=" in a)
     if pairs.get("--optim") == "classp" and "--optim_args" in pairs:
         try:
             parse_optim_args(pairs["--optim_args"])

@@ -337,7 +337,7 @@ class ContinualCallback(TrainerCallback):
             processing_class=processing_class,
             accelerator=self.accelerator,
             per_task_heads=self.heads is not None,
-            start=self._starting_weights(model) if resumed and any(m.needs_start for m in self.methods) else None,
+            start=self._starting_weights(model) if resumed else None,
         )
         self.check(self.context)
         started = time.monotonic()
@@ -469,6 +469,11 @@ class ContinualCallback(TrainerCallback):
                 if folder is not None and (folder / MEMORY_NAME).is_file():
                     self.load(ContinualMemory.load(folder), model, args, same_run=True)
                     return
+            if self.methods:
+                raise ValueError(
+                    f"The resumed checkpoint's {MEMORY_NAME} is not in {step}, so the state of "
+                    f"{', '.join(m.name for m in self.methods)} is not known. Pass the checkpoint as --resume_from_checkpoint."
+                )
         if same or self._loaded:
             return
         self._loaded = True
@@ -508,8 +513,8 @@ class ContinualCallback(TrainerCallback):
                     self.optimizer.set_accumulator(p, restored[n])
 
     def _starting_weights(self, model: Any) -> dict[str, Tensor]:
-        if self.start is not None:
-            return self.start
+        if self.start is not None or not any(m.needs_start for m in self.methods):
+            return self.start or {}
         bare, source = bare_model(model), model_source(model)
         if not source:
             raise ValueError(

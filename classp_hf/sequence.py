@@ -85,7 +85,7 @@ class SequenceRun:
             started = time.monotonic()
             if not rows:
                 self._note_importance(0)
-                rows.append(self._evaluate())
+                rows.append(self._measure())
             for t in range(done, len(self.tasks)):
                 state["seconds"] += time.monotonic() - started
                 self._write_state(self.folders[: max(t - 1, 0)])
@@ -101,7 +101,7 @@ class SequenceRun:
                 self._save_boundary(self.folders[t])
                 self._note_importance(t + 1)
                 state["optimizer"] = self._describe_optimizer()
-                rows.append(list(rows[-1]) if learned else self._evaluate())
+                rows.append(list(rows[-1]) if learned else self._measure())
                 self._log_row(t + 1)
                 state["steps"].append(0 if learned else trainer.state.global_step)
                 self.resumed = False
@@ -341,7 +341,7 @@ class SequenceRun:
 
     # ---- R, and what else is known of the run ----
 
-    def _evaluate(self) -> list[float]:
+    def _measure(self) -> list[float]:
         """One row of R: the metric of every task on its test split."""
         trainer, key = self.trainer, f"eval_{self.args.sequence_metric}"
         active = trainer.task_heads.active if trainer.task_heads is not None else None

@@ -70,14 +70,21 @@ def test_other_optimizers_and_modules_still_run(script, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "usage: python -m classp_hf (SCRIPT | -m MODULE)"),
-        (["--help"], 0, "usage: python -m classp_hf (SCRIPT | -m MODULE)"),
-        (["nowhere.py"], 1, "error: there is no script 'nowhere.py'"),
-        (["-m"], 1, "error: -m needs the name of a module"),
+        ([], 2, "usage: python -m classp_hf [options] (SCRIPT | -m MODULE)"),
+        (["--help"], 0, "--ewc_lambda"),
+        (["nowhere.py"], 2, "error: there is no script 'nowhere.py'"),
+        (["-m"], 2, "error: -m needs the name of a module"),
+        (["--method", "lwf", "x.py"], 2, "error: the method 'lwf' changes the data, the model or the loss"),
+        (["--method", "ecw", "x.py"], 2, "error: Unknown method 'ecw'"),
+        (["--method", "ewc", "--ewc_lambda", "-1", "x.py"], 2, "error: ewc_lambda must be >= 0, got -1.0"),
+        (["--optim", "classp", "--optim_args", "powr=1", "x.py"], 2, "error: Unknown key 'powr' in --optim_args"),
     ],
 )
-def test_usage(arguments, code, message):
-    run = subprocess.run([sys.executable, "-m", "classp_hf", *arguments], capture_output=True, text=True)
+def test_usage(arguments, code, message, tmp_path):
+    (tmp_path / "x.py").touch()
+    run = subprocess.run(
+        [sys.executable, "-m", "classp_hf", *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
     assert run.returncode == code
     assert message in run.stdout + run.stderr
 
@@ -121,14 +128,6 @@ def test_bad_optim_args(text, match):
         optim_args.parse_optim_args(text)
 
 
-def test_transformers_default_learning_rate_is_warned_about(caplog):
-    for rate, warned in ((5e-5, True), (1e-3, False)):
-        caplog.clear()
-        args = SimpleNamespace(deepspeed_plugin=None, learning_rate=rate)
-        registration._handler(SimpleNamespace(args=args, optimizer_kwargs={"lr": rate}, optim_args={}))
-        assert ("far too small for it. Pass --learning_rate; 0.001" in caplog.text) == warned
-
-
 def test_bad_optim_args_stop_an_unedited_script(script, tmp_path):
     run = launch([sys.executable, "-m", "classp_hf"], script, tmp_path, "--optim", "classp", "--optim_args", "powr=2")
     assert run.returncode != 0
@@ -168,18 +167,18 @@ def test_deepspeed_is_refused(trainer, make_model, make_args):
             ContinualTrainer(make_model(), args)
         else:
             args = SimpleNamespace(deepspeed_plugin=plugin)
-            registration._handler(SimpleNamespace(args=args, optimizer_kwargs={"lr": 1}, optim_args={}))
+            registration._classp(args)
 
 
 @pytest.mark.parametrize(
     ("sabotage", "message"),
     [
         (
-            "import importlib.metadata as m; m.version = lambda name: '4.57.1'",
-            "classp_hf needs transformers >= 5.23.0, found 4.57.1",
+            "import importlib.metadata as m; m.version = lambda name: '4.55.1'",
+            "classp_hf needs transformers >= 4.57, found 4.55.1",
         ),
         (
-            "import transformers.trainer_optimizer as t; del t._OPTIMIZER_HANDLERS",
+            "import transformers.trainer_optimizer as t; t._OPTIMIZER_HANDLERS = ()",
             "keeps its optimizer names or default callbacks elsewhere than classp_hf knows",
         ),
         (
