@@ -306,6 +306,10 @@ def test_no_gradient_of_a_layer_is_made_for_all_examples_at_once(make_model, mon
 
 @pytest.fixture
 def task_fisher(make_model, make_tasks, collator):
+    def collate(rows):
+        assert all(row.keys() == {"input_ids", "labels"} for row in rows)
+        return collator(rows)
+
     def run(labels="sampled", dataset=None, **changes):
         args = SimpleNamespace(
             seed=3, process_index=0, local_process_index=0, world_size=1, device="cpu", disable_tqdm=True
@@ -313,7 +317,7 @@ def task_fisher(make_model, make_tasks, collator):
         vars(args).update({"per_device_train_batch_size": 4, "gradient_checkpointing": None, **changes})
         method = EWC(fisher_samples=20, fisher_labels=labels)
         dataset = make_tasks(1)[0].train_dataset if dataset is None else dataset
-        context = Context(make_model(), args, task_dataset=dataset, collate=collator)
+        context = Context(make_model(), args, task_dataset=dataset, collate=collate)
         method.before_task(context)
         return method.task_fisher(context)
 
