@@ -3,50 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import weights
 from datasets import Dataset, IterableDataset
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    T5Config,
-    T5ForConditionalGeneration,
-    TrainerCallback,
-    TrainingArguments,
-)
 
 import classp_hf  # its trainers are used by name: this file is about methods
-from classp_hf.methods import (
-    EMA,
-    EWC,
-    L2SP,
-    METHODS,
-    Context,
-    Elastic,
-    Interpolate,
-    LogitAdjustment,
-    LwF,
-    Merge,
-    Method,
-    Replay,
-    describe_methods,
-    make_methods,
-)
+from classp_hf.methods import METHODS, Context, describe_methods, make_methods
 from classp_hf.methods.fisher import sum_squared_gradients
 from classp_hf.optim import CLASSP
 
+Method, EWC, L2SP, Elastic, Merge, Interpolate, EMA, LwF, LogitAdjustment, Replay, _, _ = METHODS.values()
 WITHOUT_ADAPTERS = [name for name, method in METHODS.items() if not method.folds_adapters]  # they: test_adapters.py
 
 
 @pytest.fixture
 def engine(make_model, collator, tmp_path):
     """Trains on a task after another and calls the hooks as the contract says, without Trainer."""
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
 
     class Engine:
         def __init__(self, method, optim="adamw_torch", lr=1e-2):
@@ -192,28 +172,17 @@ def test_names_lists_and_methods_become_a_list():
     assert EWC().ewc_lambda == 0.1
 
 
-@pytest.mark.parametrize(
-    ("make", "match"),
-    [
-        (lambda: EWC(ewc_lambda=-1), "ewc_lambda must be >= 0, got -1"),
-        (lambda: EWC(ewc_gamma=1.5), r"ewc_gamma must be in \[0, 1\], got 1.5"),
-        (lambda: EWC(fisher_samples=0), "fisher_samples must be at least 1, got 0"),
-        (lambda: EWC(fisher_labels="true"), r"fisher_labels must be one of .*, got 'true'"),
-        (lambda: EWC(ewc_mode="both"), r"ewc_mode must be one of .*, got 'both'"),
-        (lambda: L2SP(l2sp_alpha=float("nan")), "l2sp_alpha must be >= 0, got nan"),
-        (lambda: Elastic(anchor_strength=-1), "anchor_strength must be >= 0, got -1"),
-        (lambda: Merge(merge_weight=-1), "merge_weight must be >= 0, got -1"),
-        (lambda: Interpolate(interpolation_weight=2), r"interpolation_weight must be in \[0, 1\], got 2"),
-        (lambda: EMA(ema_decay=1), r"ema_decay must be in \[0, 1\), got 1"),
-        (lambda: LwF(lwf_lambda=-1), "lwf_lambda must be >= 0, got -1"),
-        (lambda: LwF(lwf_temperature=0), "lwf_temperature must be > 0, got 0"),
-        (lambda: LogitAdjustment(prior_strength=1.1), r"prior_strength must be in \[0, 1\], got 1.1"),
-        (lambda: Replay(replay_fraction=0), r"replay_fraction must be in \(0, 1\], got 0"),
-    ],
-)
-def test_bad_hyperparameters(make, match):
-    with pytest.raises(ValueError, match=match):
-        make()
+BAD = {"ewc_lambda": -1, "ewc_gamma": 1.5, "ewc_mode": "both", "fisher_labels": "true", "fisher_samples": 0}
+BAD |= {"lwf_lambda": -1, "lwf_temperature": 0, "l2sp_alpha": float("nan"), "anchor_strength": -1, "merge_weight": -1}
+BAD |= {"prior_strength": 1.1, "ema_decay": 1, "interpolation_weight": 2, "replay_fraction": 0, "olora_lambda": -1}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bad_hyperparameters(name):
+    for hyperparameter, (values, _) in METHODS[name].ranges.items():
+        bad = BAD[hyperparameter]
+        with pytest.raises(ValueError, match=re.escape(f"{hyperparameter} must be {values}, got {bad!r}")):
+            METHODS[name](**{hyperparameter: bad})
 
 
 def test_set_ups_that_methods_refuse(engine, make_tasks):
@@ -241,18 +210,6 @@ def test_fisher_is_the_mean_over_examples_and_not_the_square_of_the_batchs_gradi
     for n, f in run.method.importance.items():
         torch.testing.assert_close(f, expected[n], rtol=1e-4, atol=1e-9)
     assert sum(float((g**2).sum()) for g in batched.values()) < 0.8 * sum(float(f.sum()) for f in expected.values())
-
-
-def test_sampled_labels_estimate_the_fisher_of_the_models_own_distribution(make_model):
-    model, ids = make_model().eval(), torch.tensor([[1, 12, 3, 9]])
-    weight, draws = model.classifier.weight, 600
-    exact = 0.0
-    for label, probability in enumerate(model(ids).logits.softmax(-1)[0].tolist()):
-        loss = F.cross_entropy(model(ids).logits, torch.tensor([label]))
-        exact = exact + probability * torch.autograd.grad(loss, weight)[0] ** 2
-    repeated = ({"input_ids": ids, "labels": torch.tensor([0])} for _ in range(draws))
-    sampled = sum_squared_gradients(model, repeated, {"w": weight}, seeds=list(range(draws)))["w"] / draws
-    torch.testing.assert_close(sampled, exact, rtol=0.15, atol=0.05 * float(exact.max()))
 
 
 def test_ewc_refuses_models_it_cannot_measure(make_model):
@@ -458,10 +415,12 @@ def test_lwf_counts_the_positions_that_predict_a_label(kind):
     torch.manual_seed(0)
     small = {"vocab_size": 20, "pad_token_id": 0, "eos_token_id": 1}
     if kind == "causal":
-        model = GPT2LMHeadModel(GPT2Config(**small, n_positions=16, n_embd=8, n_layer=1, n_head=2)).eval()
+        model = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(**small, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+        ).eval()
     else:
         sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
-        model = T5ForConditionalGeneration(T5Config(**small, **sizes)).eval()
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**small, **sizes)).eval()
     ids = torch.randint(2, 20, (2, 6))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     batch["labels"][:, :4] = batch["labels"][1, 4:5] = -100  # one example has 2 labels, the other 1
@@ -558,7 +517,7 @@ def test_replay_mixes_the_share_of_every_earlier_task():
 # ---- In ContinualTrainer ----
 
 
-class Kill(TrainerCallback):
+class Kill(transformers.TrainerCallback):
     """Stops the process's training where a kill would: in the middle of a task."""
 
     def __init__(self, task, step):
@@ -587,18 +546,6 @@ def test_the_first_task_trains_freely(train, make_tasks, tmp_path):
     ]
     for other in finals[1:]:
         assert all(torch.equal(finals[0][n], w) for n, w in other.items())
-
-
-@pytest.mark.parametrize(("cls", "strength"), [(EWC, "ewc_lambda"), (L2SP, "l2sp_alpha")])
-def test_stronger_penalties_keep_weights_closer(cls, strength, train, make_tasks, tmp_path):
-    distances = []
-    for value in (0.0, 0.1, 3.0):
-        changes = {"output_dir": str(tmp_path / str(value)), "learning_rate": 5e-3, "keep_task_models": True}
-        trainer, _ = train(make_tasks(2), cls(**{strength: value}), **changes)
-        anchor = classp_hf.ContinualMemory.load(tmp_path / str(value) / "00-first").get(f"{cls.name}.anchor")
-        parameters = trainer.model.named_parameters()
-        distances.append(sum(float(((p.detach() - anchor[n]) ** 2).sum()) for n, p in parameters))
-    assert distances[0] > distances[1] > distances[2] > 0
 
 
 @pytest.mark.parametrize("method", ["elastic+merge", "lwf+logit_adjustment", "ema+interpolate", "l2sp+replay", "ewc"])

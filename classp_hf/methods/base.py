@@ -79,6 +79,11 @@ class Context:
         return model.eval().requires_grad_(False)
 
 
+def flag(default: Any, help: str) -> Any:
+    """A hyperparameter, which is a command-line flag in the recipes."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class Method:
     """One continual-learning method. Init fields are its hyperparameters.

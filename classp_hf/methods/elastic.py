@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..names import local, mean_over_weights
 from ..optim import CLASSP
-from .base import Context, Method, check_positive
+from .base import Context, Method, check_positive, flag
 
 logger = logging.get_logger(__name__)
 
@@ -21,15 +21,14 @@ logger = logging.get_logger(__name__)
 class Elastic(Method):
     """EWC without a Fisher pass: a pull `strength * A_i * (w_i - a_i)`, A = s / mean(s) (Kirkpatrick et al. 2017, eq. 3).
 
-    s is the accumulator (`sum |g|^p`); mean(s) its mean over all weights and a the weights at the boundary. Under CLASSP the
-    pull is divided by the root of the memory as a gradient is, but kept out of the memory (it would feed on itself), and
-    applied implicitly after the step, which is stable at any strength::
+    s is the accumulator (`sum |g|^p`); mean(s) its mean over all weights and a the weights at the boundary, both of which a
+    model and its memory hold. Under CLASSP the pull is divided by the root of the memory as a gradient is, but kept out of
+    the memory (it would feed on itself), and applied implicitly after the step, which is stable at any strength::
 
         c_i = lr * strength * A_i / (eps + s_i)^(1/p)
         w_i <- w_i - c_i / (1 + c_i) * (w_i - a_i)
 
-    Under any other optimizer it is added to the clipped gradient. The first task trains freely. A run that starts from a
-    model and its memory has both anchor and importance in them; checkpoints within a task also hold mean(s).
+    Under any other optimizer it is added to the clipped gradient. The first task trains freely.
     """
 
     name = "elastic"
@@ -38,9 +37,7 @@ class Elastic(Method):
     parts = ("means",)
     ranges = {"anchor_strength": (">= 0", lambda v: v >= 0)}
 
-    anchor_strength: float = field(
-        default=0.1, metadata={"help": "Strength of the pull towards the weights of the last task boundary."}
-    )
+    anchor_strength: float = flag(0.1, "Strength of the pull towards the weights of the last task boundary.")
 
     anchor: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     means: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -48,15 +45,15 @@ class Elastic(Method):
     context: Any = field(default=None, init=False, repr=False)
 
     def before_task(self, context: Context) -> None:
+        self.anchor, self.context = {}, context
         if not context.resumed:
             memory = {n: s for n, s in context.accumulators().items() if n not in self.excluded}
             mean = mean_over_weights(memory.values())
             self.means = {n: torch.tensor(mean) for n in memory} if mean > 0 else {}
         if self.anchor_strength and not self.means:
             logger.warning("Nothing is anchored while this task trains: there is no memory of earlier gradients.")
-        wanted = {n for n, _ in self.parameters(context.model) if n in self.means and self.anchor_strength}
-        self.anchor = {n: w for n, w in context.starting_weights().items() if n in wanted}
-        self.context = context
+        elif self.anchor_strength:
+            self.anchor = {n: w for n, w in context.starting_weights().items() if n in self.means}
 
     @torch.no_grad()
     def before_step(self, model: nn.Module) -> None:

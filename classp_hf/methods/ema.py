@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..names import local
-from .base import Context, Method, placed
+from .base import Context, Method, flag, placed
 
 
 @dataclass
@@ -24,7 +24,7 @@ class EMA(Method):
     parts = per_parameter = ("average",)
     ranges = {"ema_decay": ("in [0, 1)", lambda v: 0 <= v < 1)}
 
-    ema_decay: float = field(default=0.98, metadata={"help": "Share of the average that every step keeps, in [0, 1)."})
+    ema_decay: float = flag(0.98, "Share of the average that every step keeps, in [0, 1).")
 
     average: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 

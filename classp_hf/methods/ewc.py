@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..names import bare_model, mean_over_weights
-from .base import AnchoredMethod, Context, Method
+from .base import AnchoredMethod, Context, Method, flag
 from .fisher import batches_of_equal_shape, sum_squared_gradients
 
 logger = logging.get_logger(__name__)
@@ -43,23 +43,17 @@ class EWC(AnchoredMethod):
         "fisher_labels": ("one of ('empirical', 'sampled')", lambda v: v in ("empirical", "sampled")),
     }
 
-    ewc_lambda: float = field(
-        default=0.1, metadata={"help": "Strength of the EWC penalty. Its scale depends on `fisher_normalize`."}
+    ewc_lambda: float = flag(0.1, "Strength of the EWC penalty. Its scale depends on `fisher_normalize`.")
+    ewc_mode: Literal["online", "summed"] = flag(
+        "online", "Decay old importance and keep the last anchor, or sum over tasks."
     )
-    ewc_mode: Literal["online", "summed"] = field(
-        default="online", metadata={"help": "Decay old importance and keep the last anchor, or sum over tasks."}
+    ewc_gamma: float = flag(1.0, "Online EWC: decay of old importance a task, in [0, 1].")
+    fisher_samples: int = flag(256, "Examples of each task that its Fisher is estimated on (all, if fewer).")
+    fisher_labels: Literal["empirical", "sampled"] = flag(
+        "empirical", "Labels of log p(y|x): from the data (empirical Fisher) or drawn from the model (sampled)."
     )
-    ewc_gamma: float = field(default=1.0, metadata={"help": "Online EWC: decay of old importance a task, in [0, 1]."})
-    fisher_samples: int = field(
-        default=256, metadata={"help": "Examples of each task that its Fisher is estimated on (all, if fewer)."}
-    )
-    fisher_labels: Literal["empirical", "sampled"] = field(
-        default="empirical",
-        metadata={"help": "Labels of log p(y|x): from the data (empirical Fisher) or drawn from the model (sampled)."},
-    )
-    fisher_normalize: bool = field(
-        default=True,
-        metadata={"help": "Divide each task's Fisher by its mean over all weights, so that lambda is scale-free."},
+    fisher_normalize: bool = flag(
+        True, "Divide each task's Fisher by its mean over all weights, so that lambda is scale-free."
     )
 
     def strength(self) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .base import Context, Method
+from .base import Context, Method, flag
 
 
 @dataclass
@@ -22,9 +22,7 @@ class Interpolate(Method):
     needs_start = True
     ranges = {"interpolation_weight": ("in [0, 1]", lambda v: 0 <= v <= 1)}
 
-    interpolation_weight: float = field(
-        default=0.5, metadata={"help": "alpha: 0 keeps the old weights, 1 the new ones."}
-    )
+    interpolation_weight: float = flag(0.5, "alpha: 0 keeps the old weights, 1 the new ones.")
 
     old: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from .base import AnchoredMethod, Context
+from .base import AnchoredMethod, Context, flag
 
 
 @dataclass
@@ -18,9 +18,7 @@ class L2SP(AnchoredMethod):
     name = "l2sp"
     ranges = {"l2sp_alpha": (">= 0", lambda v: v >= 0)}
 
-    l2sp_alpha: float = field(
-        default=0.1, metadata={"help": "Strength of the pull, in units of the loss per squared weight."}
-    )
+    l2sp_alpha: float = flag(0.1, "Strength of the pull, in units of the loss per squared weight.")
 
     def strength(self) -> float:
         return self.l2sp_alpha

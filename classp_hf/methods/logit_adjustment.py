@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..classification import is_single_label_classifier
 from ..names import bare_model
-from .base import Context, Method, check_positive
+from .base import Context, Method, check_positive, flag
 
 
 @dataclass
@@ -33,9 +33,8 @@ class LogitAdjustment(Method):
     parts = ("frequencies",)
     ranges = {"prior_strength": ("in [0, 1]", lambda v: 0 <= v <= 1)}
 
-    prior_strength: float = field(
-        default=0.25,
-        metadata={"help": "tau, in [0, 1]: how much of the drop in label frequencies the logits are spared."},
+    prior_strength: float = flag(
+        0.25, "tau, in [0, 1]: how much of the drop in label frequencies the logits are spared."
     )
 
     frequencies: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)

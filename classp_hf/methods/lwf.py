@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..names import is_language_model
-from .base import Context, Method
+from .base import Context, Method, flag
 
 
 @dataclass
@@ -28,8 +28,8 @@ class LwF(Method):
     needs_start = True
     ranges = {"lwf_lambda": (">= 0", lambda v: v >= 0), "lwf_temperature": ("> 0", lambda v: v > 0)}
 
-    lwf_lambda: float = field(default=1.0, metadata={"help": "Strength of the distillation term."})
-    lwf_temperature: float = field(default=2.0, metadata={"help": "Temperature T of both distributions."})
+    lwf_lambda: float = flag(1.0, "Strength of the distillation term.")
+    lwf_temperature: float = flag(2.0, "Temperature T of both distributions.")
 
     teacher: Any = field(default=None, init=False, repr=False)
     autocast: Any = field(default=None, init=False, repr=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..names import full_tensor, like_parameter, mean_over_weights
-from .base import Context, Method
+from .base import Context, Method, flag
 
 
 @dataclass
@@ -30,9 +30,7 @@ class Merge(Method):
     parts = per_parameter = ("memory",)
     ranges = {"merge_weight": (">= 0", lambda v: v >= 0)}
 
-    merge_weight: float = field(
-        default=1.0, metadata={"help": "Weight a of the new task: 0 keeps the old weights, 1 counts tasks alike."}
-    )
+    merge_weight: float = flag(1.0, "Weight a of the new task: 0 keeps the old weights, 1 counts tasks alike.")
 
     weights: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     memory: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..names import bare_model
 from .adapters import FoldedAdapters
-from .base import Context, Method
+from .base import Context, Method, flag
 
 
 @dataclass
@@ -28,7 +28,7 @@ class OLoRA(FoldedAdapters):
     parts = ("directions",)
     ranges = {"olora_lambda": (">= 0", lambda v: v >= 0)}
 
-    olora_lambda: float = field(default=0.5, metadata={"help": "Strength of the orthogonality to earlier adapters."})
+    olora_lambda: float = flag(0.5, "Strength of the orthogonality to earlier adapters.")
 
     directions: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     """Canonical name of the layer -> all earlier A's, (tasks * rank, in_features), float32."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from .base import Method
+from .base import Method, flag
 
 
 @dataclass
@@ -24,10 +24,8 @@ class Replay(Method):
     name = "replay"
     ranges = {"replay_fraction": ("in (0, 1]", lambda v: 0 < v <= 1)}
 
-    replay_fraction: float = field(
-        default=0.05, metadata={"help": "Share of each earlier task's training examples to keep, in (0, 1]."}
-    )
-    replay_seed: int = field(default=0, metadata={"help": "Seed of the choice of examples to keep."})
+    replay_fraction: float = flag(0.05, "Share of each earlier task's training examples to keep, in (0, 1].")
+    replay_seed: int = flag(0, "Seed of the choice of examples to keep.")
 
     def extend_train_dataset(self, dataset: Any, earlier: Sequence[Any]) -> Any:
         from datasets import concatenate_datasets
