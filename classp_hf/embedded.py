@@ -22,9 +22,9 @@ MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db
 SDIST = "vaderSentiment-2.5.tar.gz"
 SDIST_SHA256 = "b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84"
 
-# Domain -> member of hutto_ICWSM_2014.tar.gz, which is itself a member of the source distribution.
-DOMAINS = {name: f"{name}ReviewSnippets_GroundTruth.txt" for name in ("movie", "amazon")}
-DOMAINS = {"nyt": "nytEditorialSnippets_GroundTruth.txt", **DOMAINS, "tweets": "tweets_GroundTruth.txt"}
+# Domain -> start of its file's name in hutto_ICWSM_2014.tar.gz, which is itself a member of the source distribution.
+DOMAINS = {"nyt": "nytEditorialSnippets", "movie": "movieReviewSnippets", "amazon": "amazonReviewSnippets"}
+DOMAINS["tweets"] = "tweets"
 
 
 def model_path() -> str:
@@ -59,7 +59,7 @@ def icwsm14(domain: str) -> list[tuple[str, float]]:
     content = _read_pinned(path, SDIST_SHA256, "delete that file and it is fetched again")
     outer = "vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz"
     # Read in memory, never extracted, so a path inside an archive cannot reach the disk.
-    for member in (outer, f"hutto_ICWSM_2014/{DOMAINS[domain]}"):
+    for member in (outer, f"hutto_ICWSM_2014/{DOMAINS[domain]}_GroundTruth.txt"):
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as tar:
             content = tar.extractfile(member).read()  # type: ignore[union-attr]  # the digest is checked
     rows = [line.split("\t", 2) for line in content.decode("utf-8").split("\r\n")]

@@ -62,9 +62,7 @@ def _prepare(task: Task, tokenizer: Any, encoder_decoder: bool, max_length: int 
     return replace(task, **splits)
 
 
-def _encoder(
-    where: str, dataset: Dataset, tokenizer: Any, encoder_decoder: bool
-) -> Callable[[dict[str, Any]], tuple[list[int], list[int]]]:
+def _encoder(where: str, dataset: Dataset, tokenizer: Any, encoder_decoder: bool) -> Callable[[dict], tuple]:
     """The function from a row to `input_ids` and `labels`."""
     columns = set(dataset.column_names)
     pair = {"prompt", "completion"} <= columns
@@ -99,7 +97,7 @@ def _encoder(
                 if ids[: len(before)] != before or ids[: len(after)] != after:
                     raise ValueError(
                         f"{where}: the tokenizer's chat template writes a message differently when others follow: "
-                        "what the assistant says cannot be told apart. Tokenise the task yourself: input_ids and labels."
+                        "what the assistant says cannot be told apart. Prepare the task: input_ids and labels."
                     )
                 labels[len(before) : len(after)] = ids[len(before) : len(after)]
         return ids, labels

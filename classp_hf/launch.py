@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, str_to_bool
 def prepare_cpu_launch() -> None:
     """Make `accelerate launch [--cpu] [--num_processes N]` do on CPUs what it says. Call it first thing in a script.
 
-    Without mpirun accelerate starts one process on CPUs, whatever N is (accelerate#2741), and with one thread. This one
+    Without mpirun accelerate starts one process on CPUs, whatever N is (accelerate#2741), and with one thread. It then
     becomes torch's launcher of N, or takes every core it may run on, unless told how many threads. On GPUs, and where
     no `accelerate launch` is seen, nothing happens. Raises `ValueError` for `--cpu` with a file for FSDP or DeepSpeed.
     """
@@ -44,10 +44,8 @@ def prepare_cpu_launch() -> None:
 
 
 def shard_on_cpus(args: Any) -> None:
-    """Make FSDP, if the `TrainingArguments` ask for it, shard on CPUs; call it before a Trainer is built with them.
-
-    accelerate looks for it where there are several GPUs: on CPUs every process would silently hold the whole model.
-    """
+    """Make FSDP, if the `TrainingArguments` ask for it, shard on CPUs, before a Trainer is built with them. accelerate
+    looks for it where there are several GPUs: on CPUs every process would silently hold the whole model."""
     asked = args.fsdp or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false"))
     if asked and args.distributed_state.distributed_type == DistributedType.MULTI_CPU:
         args.distributed_state.distributed_type = DistributedType.MULTI_GPU  # the device and gloo stay
@@ -57,10 +55,8 @@ def _accelerate_launch() -> tuple[list[str], dict[str, str]] | None:
     """Flags and environment of the `accelerate launch` that started this process, and did not hand them on."""
     try:
         parent = psutil.Process(os.getppid())
-        command, environment = parent.cmdline(), parent.environ()
+        command, environment = "\0".join(parent.cmdline()), parent.environ()
     except psutil.Error:  # it has ended, or is another user's
         return None
-    for i in range(1, len(command)):
-        if re.search(r"accelerate(\S* launch|-launch|\.commands\.launch)$", " ".join(command[i - 1 : i + 1])):
-            return command[i + 1 :], environment
-    return None
+    found = re.search(r"accelerate([^\0]*\0|-|\.commands\.)launch\0(.*)", command, re.DOTALL)
+    return (found[2].split("\0"), environment) if found else None

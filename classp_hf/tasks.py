@@ -118,9 +118,8 @@ def load_task(
 
     Raises `ValueError` for a spec, column, split or size that cannot be used, `FileNotFoundError` for a missing path.
     """
-    limits = {"max_train_samples": max_train_samples, "max_eval_samples": max_eval_samples}
-    if any(limit is not None and limit < 1 for limit in limits.values()):
-        raise ValueError(f"{limits}: give a positive number, or None for all.")
+    if any(size is not None and size < 1 for size in (max_train_samples, max_eval_samples)):
+        raise ValueError(f"{max_train_samples=}, {max_eval_samples=}: give a positive number, or None for all.")
     splits, fields = _read(spec)
     if "train" not in splits:
         raise ValueError(f"Task {fields['name']!r}: no split 'train', only {sorted(splits)}; build it with Task(...).")
@@ -128,7 +127,7 @@ def load_task(
     held_out = next((splits[split] for split in ("validation", "valid", "val", "dev") if split in splits), train)
     task = Task(train_dataset=train, eval_dataset=held_out, test_dataset=test, **fields)
     _check_columns(task)
-    if test is not None and {str(label) for label in test[task.label_column]} == {"-1"}:
+    if test is not None and set(map(str, test[task.label_column])) == {"-1"}:
         logger.warning(f"Task {task.name}: the labels of its test split are hidden (all -1); the split is left out.")
         task.test_dataset = None
     if held_out is train:
@@ -309,7 +308,7 @@ def _read(spec: str) -> tuple[dict[str, Dataset], dict[str, Any]]:
         return load_dataset(str(path), *where[1:]), fields
     if where:
         return load_dataset(*where), {**fields, "hub_id": where[0]}
-    if name not in _HUB_IDS:
+    if name.startswith("icwsm14/"):
         return _icwsm14(name.removeprefix("icwsm14/")), fields
     # fpb's main branch is a loading script, which datasets refuses since 4.0; this is the Hub's conversion of it
     converted = {"revision": "refs/convert/parquet", "data_files": {"train": "sentences_50agree/train/*.parquet"}}
