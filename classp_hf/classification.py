@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from .names import bare_model
 
 
-def classification_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy summed over the batch and divided by `num_items_in_batch` (its mean when that is None).
+def classification_loss(
+    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy summed over the batch and divided by `num_items_in_batch` (its mean when that is None), with
+    `label_smoothing` in [0, 1] as in `torch.nn.functional.cross_entropy`. Raises `ValueError` for float labels.
 
     Many encoders of Transformers average over the micro-batch whatever `num_items_in_batch` says, while Trainer takes
     every model whose `forward` has `**kwargs` to honour it: their gradients grow with the accumulation steps and with
@@ -23,22 +26,17 @@ def classification_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor
             f"The labels are {labels.dtype}, not class ids. For several labels an example build the model with "
             'problem_type="multi_label_classification", for regression with num_labels=1.'
         )
-    loss = nn.functional.cross_entropy(
-        logits.float(), labels.to(logits.device), label_smoothing=label_smoothing, reduction="mean" if num_items_in_batch is None else "sum"
-    )
+    how = {"reduction": "mean" if num_items_in_batch is None else "sum", "label_smoothing": label_smoothing}
+    loss = nn.functional.cross_entropy(logits.float(), labels.to(logits.device), **how)  # type: ignore[arg-type]
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
 def is_single_label_classifier(model: nn.Module) -> bool:
-    config = getattr(model, "config", None)
-    architecture = type(bare_model(model))
-    return (
-        architecture.__module__.startswith("transformers.")  # a user's own class may have a loss of its own
-        and architecture.__name__.endswith("ForSequenceClassification")
-        and config is not None
-        and config.num_labels > 1
-        and config.problem_type in (None, "single_label_classification")
-    )
+    bare = bare_model(model)
+    kind = type(bare)  # a user's own class may have a loss of its own
+    if not (kind.__module__.startswith("transformers.") and kind.__name__.endswith("ForSequenceClassification")):
+        return False
+    return bare.config.num_labels > 1 and bare.config.problem_type in (None, "single_label_classification")
 
 
 def accuracy(prediction: Any) -> dict[str, float]:

@@ -1,15 +1,14 @@
-"""Text-classification tasks: what a task is, loading one from a spec, aligning labels by name over a sequence."""
+"""Tasks: what a task is, loading one from a spec, aligning labels by name over a sequence."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Value, load_dataset
+from datasets import ClassLabel, Dataset, Value, load_dataset
 from transformers.utils import logging
 
 from . import embedded
@@ -22,35 +21,46 @@ GRAMMAR = (
     "name:path_or_id[:config][,text=COL][,text_pair=COL][,label=COL][,names=a|b|c][,map=x>y|z>w], for example "
     "'reviews:data/reviews.csv,text=review,label=stars,names=bad|good,map=bad>negative|good>positive'"
 )
-
+PREPARE = (
+    "Prepare all but texts (images, audio, float labels) first, by map, or with_transform and remove_unused_columns="
+    "False: what the model takes, such as pixel_values, and labels as numbers. Any processing_class will then do."
+)
+_FIELDS: dict[str, dict[str, Any]] = {"imdb": {"label_map": {"neg": "negative", "pos": "positive"}}}
+_FIELDS["fpb"] = {"text_column": "sentence", "label_names": SENTIMENT}
+_HUB_IDS = {"fpb": "takala/financial_phrasebank", "imdb": "stanfordnlp/imdb"}
+_CSV = {"keep_default_na": False}  # "null" and "NA" are texts, not missing values
+_READERS: dict[str, tuple[str, dict[str, Any]]] = {".csv": ("csv", _CSV), ".tsv": ("csv", {**_CSV, "sep": "\t"})}
+_READERS |= {".json": ("json", {}), ".jsonl": ("json", {}), ".parquet": ("parquet", {})}
 _OPTIONS = {"text": "text_column", "text_pair": "text_pair_column", "label": "label_column"}
 _OPTIONS |= {"names": "label_names", "map": "label_map"}
-_FPB = {"text_column": "sentence", "label_names": SENTIMENT}
-_IMDB = {"label_map": {"neg": "negative", "pos": "positive"}}
-_VALIDATION_SPLITS = ["validation", "valid", "val", "dev"]
-_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _FIXED_SEED = 0  # of what runs are compared on, whatever their own seed
+_LABELS = {"labels", "label", "label_ids"}  # what the data collators of Transformers take
+_INPUTS = {"input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features"}
 
 
 @dataclass
 class Task:
-    """One task of a sequence.
+    """One task of a sequence, in one of three forms:
+
+    - texts with a label each, as below: they are tokenised, and labels aligned by name;
+    - for language models `messages`, `prompt` and `completion`, or `text`: see `prepare_language_tasks`;
+    - prepared datasets for all else, used as they are: what the model takes (`pixel_values`, `input_ids`, ...) and
+      `labels` (or `label`, `label_ids`) as numbers, by `Dataset.map`, or by `Dataset.with_transform` and
+      `remove_unused_columns=False`. Labels of images and audio are class ids, of regression floats, of multi-label
+      classification 0.0 or 1.0 a class, of token classification a class id a token (-100: no loss).
 
     Args:
-        name: Unique in the sequence and usable as a folder name: letters, digits, `.`, `_`, `-`, inner `/`.
-        train_dataset: Rows of `text_column`, optionally `text_pair_column`, and `label_column`.
+        name: Unique in the sequence, of letters, digits, `.`, `_`, `-` and inner `/`, else `ValueError`.
+        train_dataset: What is trained on.
         eval_dataset: The validation split, for choices such as the best checkpoint or a hyperparameter.
         test_dataset: What the accuracy matrix is measured on; None: `eval_dataset` is.
         text_column: Default "text".
         text_pair_column: Second text of a sentence pair; default None.
         label_column: Default "label". A ClassLabel, strings (each its own name), or integers with `label_names`.
-        label_map: This task's label names -> the sequence's, for synonyms ({"pos": "positive"}); a name without
-            an entry stays as it is. Nothing is guessed.
+        label_map: This task's label names -> the sequence's, for synonyms ({"pos": "positive"}); others stay.
         label_names: Names of integer labels, index = class id. Takes precedence over a ClassLabel's own names.
         label_ids: The model's class ids that belong to this task; `prepare_tasks` fills it.
         hub_id: Where on the Hub the data come from, for the model card; `load_task` fills it.
-
-    Raises `ValueError` for a name that is not usable as a folder name.
     """
 
     name: str
@@ -66,12 +76,14 @@ class Task:
     hub_id: str | None = None
 
     def __post_init__(self):
-        _slug(self.name)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)*", self.name):
+            usable = "letters, digits, '.', '_', '-' and inner '/', and begin with a letter or digit"
+            raise ValueError(f"Task name {self.name!r} is not usable as a folder name; use {usable}.")
 
     @property
     def slug(self) -> str:
         """The name as a folder name: `icwsm14/nyt` -> `icwsm14-nyt`."""
-        return _slug(self.name)
+        return self.name.replace("/", "-")
 
     @property
     def measured_dataset(self) -> Dataset:
@@ -93,8 +105,7 @@ def load_task(
     Args:
         spec: One of
             - `icwsm14/nyt`, `icwsm14/movie`, `icwsm14/amazon`, `icwsm14/tweets`: real sentences that come by pip;
-              negative below a mean valence of -0.5, positive above 0.5, else neutral. Duplicates are dropped;
-              the stratified 70/10/20 split is fixed.
+              negative below a mean valence of -0.5, positive above 0.5. The stratified 70/10/20 split is fixed.
             - `fpb`: Financial PhraseBank (Malo et al., 2014), sentences with at least 50% agreement, from the Hub;
               `fpb:/path/Sentences_50Agree.txt`: the same from the original file.
             - `imdb`: Large Movie Review Dataset (Maas et al., 2011), from the Hub; `imdb:/path/aclImdb`: the same
@@ -108,189 +119,166 @@ def load_task(
     Raises `ValueError` for a spec, column, split or size that cannot be used, `FileNotFoundError` for a missing path.
     """
     if any(size is not None and size < 1 for size in (max_train_samples, max_eval_samples)):
-        given = f"max_train_samples={max_train_samples}, max_eval_samples={max_eval_samples}"
-        raise ValueError(f"{given}: give a positive number, or None for all.")
+        raise ValueError(f"{max_train_samples=}, {max_eval_samples=}: give a positive number, or None for all.")
     splits, fields = _read(spec)
-    train, evaluation, test = _complete(splits, fields, seed)
-    task = Task(
-        train_dataset=_subset(train, fields, max_train_samples, seed),
-        eval_dataset=_subset(evaluation, fields, max_eval_samples, _FIXED_SEED),
-        test_dataset=None if test is None else _subset(test, fields, max_eval_samples, _FIXED_SEED),
-        **fields,
-    )
+    if "train" not in splits:
+        raise ValueError(f"Task {fields['name']!r}: no split 'train', only {sorted(splits)}; build it with Task(...).")
+    train, test = splits["train"], splits.get("test")
+    held_out = next((splits[split] for split in ("validation", "valid", "val", "dev") if split in splits), train)
+    task = Task(train_dataset=train, eval_dataset=held_out, test_dataset=test, **fields)
+    _check_columns(task)
+    if test is not None and set(map(str, test[task.label_column])) == {"-1"}:
+        logger.warning(f"Task {task.name}: the labels of its test split are hidden (all -1); the split is left out.")
+        task.test_dataset = None
+    if held_out is train:
+        made = ["validation", "test"] if task.test_dataset is None else ["validation"]
+        logger.info(f"Task {task.name}: no {' and '.join(made)} split; cut 10% each from train with seed {seed}.")
+        parts = _cut(train, task.label_column, [max(1, round(0.1 * len(train)))] * len(made), seed)
+        task = replace(task, **dict(zip(("train_dataset", "eval_dataset", "test_dataset"), parts)))
     validate_tasks([task])
+    for split, dataset in task.splits.items():
+        size, own_seed = (max_train_samples, seed) if split == "train_dataset" else (max_eval_samples, _FIXED_SEED)
+        if size is not None and size < len(dataset):
+            setattr(task, split, _cut(dataset, task.label_column, [size], own_seed)[1])
     return task
 
 
 def label_names(tasks: list[Task]) -> list[str]:
     """The label names of a sequence, in order of first appearance: index = the model's class id.
 
-    Within a task the order is `label_names`', else the ClassLabel's, else alphabetical. Tokenised tasks (with
-    `input_ids` and `labels`) hold ids already and add no name. Raises `ValueError` for labels without usable names.
+    Within a task the order is `label_names`', else the ClassLabel's, else alphabetical. Prepared tasks hold ids, not
+    names. Raises `ValueError` for labels without usable names.
     """
     validate_tasks(tasks)
-    named = (name for task in tasks if not is_tokenised(task) for name in _task_names(task))
-    return list(dict.fromkeys(named))
+    return list(dict.fromkeys(name for task in tasks if not is_prepared(task) for name in _named_labels(task)[0]))
 
 
 def prepare_tasks(tasks: list[Task], tokenizer, label2id: dict[str, int], max_length: int | None = None) -> list[Task]:
-    """Tokenise every split and replace labels by the model's ids, by name.
+    """New tasks, with every split tokenised and labels replaced by the model's ids, by name; `label_ids` is filled.
+
+    Their datasets hold the tokenizer's columns and integer `labels`; validation and test rows are sorted by length.
 
     Args:
-        tasks: Left as they are. A task whose splits already hold `input_ids` and `labels` passes through untouched.
-        tokenizer: A `PreTrainedTokenizerBase`; called with truncation and without padding.
+        tasks: Left as they are; prepared ones pass through untouched.
+        tokenizer: A `PreTrainedTokenizerBase`, called with truncation and without padding; unused if all are prepared.
         label2id: The model's `config.label2id`, over `label_names(tasks)`.
         max_length: In tokens; default None: `tokenizer.model_max_length` where the tokenizer has one.
 
-    Returns:
-        New tasks whose datasets hold the tokenizer's columns and integer `labels`, with `label_ids` filled; validation
-        and test rows are sorted by length.
-
-    Raises `ValueError` for whatever `validate_tasks` and `label_names` refuse, for texts that are not strings, and
-    for labels that are not in `label2id`.
+    Raises `ValueError` for whatever `label_names` refuses, texts that are not strings, labels not in `label2id`.
     """
     names = label_names(tasks)
-    missing = [name for name in names if name not in label2id]
-    if missing:
+    if missing := [name for name in names if name not in label2id]:
         raise ValueError(
-            f"Labels {missing} are not in the model's label2id {label2id}. Build the model with num_labels=len(names), "
-            "label2id={n: i for i, n in enumerate(names)}, id2label=dict(enumerate(names)) where "
-            f"names = label_names(tasks), here {names}; or, where they are other names for the model's labels, rename them: "
-            "Task(label_map={'pos': 'positive'}), or map=pos>positive in load_task's spec."
+            f"Labels {missing} are not in the model's label2id {label2id}. Build it with num_labels=len(names), "
+            "label2id={n: i for i, n in enumerate(names)}, id2label=dict(enumerate(names)), label_names(tasks) are "
+            f"{names}, or rename them: Task(label_map={{'pos': 'positive'}}), map=pos>positive in a spec."
         )
-    if tokenizer is None and not all(is_tokenised(task) for task in tasks):
-        raise ValueError(
-            "Tasks that hold texts need a tokenizer, got None; pass the trainer processing_class=tokenizer."
-        )
-    if (
-        max_length is None and tokenizer is not None and tokenizer.model_max_length < 1_000_000
-    ):  # "no limit" is int(1e30)
-        max_length = tokenizer.model_max_length
-    return [task if is_tokenised(task) else _prepare(task, tokenizer, label2id, max_length) for task in tasks]
+    return [task if is_prepared(task) else _prepare(task, tokenizer, label2id, max_length) for task in tasks]
+
+
+def token_limit(tokenizer: Any, max_length: int | None) -> int | None:
+    """`max_length`, by default the tokenizer's own limit, if any. Raises `ValueError` for what is no tokenizer."""
+    limit = getattr(tokenizer, "model_max_length", None)
+    if limit is None:
+        raise ValueError(f"Tasks that hold texts need a tokenizer as processing_class, got {type(tokenizer)}.")
+    return limit if max_length is None and limit < 1_000_000 else max_length  # "no limit" is int(1e30)
 
 
 def validate_tasks(tasks: list[Task]) -> None:
-    """Raise `ValueError` for whatever `validate_splits` refuses, and for a missing column."""
-    validate_splits(tasks)
-    for task in tasks:
-        if not is_tokenised(task):
-            for split, dataset in task.splits.items():
-                wanted = [task.text_column, task.text_pair_column, task.label_column]
-                _check_columns(f"Task {task.name!r}: {split}", dataset, wanted)
-
-
-def validate_splits(tasks: list[Task]) -> None:
-    """Raise `ValueError` for an empty list, an element that is not a Task, names that collide as folders, a split that
-    is empty or not a `datasets.Dataset`."""
+    """Raise `ValueError` for no task, for what is none, for names of one folder, for splits without rows."""
     if not tasks:
         raise ValueError(f"tasks is {tasks!r}; give at least one Task, e.g. load_task('icwsm14/nyt').")
-    slugs: dict[str, str] = {}
+    slugs: dict[str, int] = {}
     for i, task in enumerate(tasks):
         if not isinstance(task, Task):
             raise ValueError(f"tasks[{i}] is {task!r}, not a Task; build it with Task(...) or load_task(spec).")
-        slug = task.slug.casefold()  # some file systems do not tell Nyt from nyt
-        if slug in slugs:
-            raise ValueError(f"Tasks {slugs[slug]!r} and {task.name!r} share a folder name; rename one of them.")
-        slugs[slug] = task.name
+        first = slugs.setdefault(task.slug.casefold(), i)  # some file systems do not tell Nyt from nyt
+        if first < i:
+            raise ValueError(f"Tasks {tasks[first].name!r} and {task.name!r} share a folder name; rename one of them.")
         for split, dataset in task.splits.items():
-            where = f"Task {task.name!r}: {split}"
-            if not isinstance(dataset, Dataset):
-                raise ValueError(f"{where} is a {type(dataset).__name__}; give a datasets.Dataset.")
-            if len(dataset) == 0:
-                raise ValueError(f"{where} is empty; give it rows (a test_dataset may be left None).")
+            if not isinstance(dataset, Dataset) or len(dataset) == 0:
+                raise ValueError(f"Task {task.name!r}: {split} is {dataset!r:.80}; give a datasets.Dataset with rows.")
 
 
-def _slug(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)*", name):
-        usable = "letters, digits, '.', '_', '-' and inner '/', beginning with a letter or digit"
-        raise ValueError(f"Task name {name!r} is not usable as a folder name; use {usable}.")
-    return name.replace("/", "-")
+def is_prepared(task: Task) -> bool:
+    """Whether every split holds labels and inputs of a model, as numbers, and no text that is to be tokenised."""
+    for columns in map(_columns, task.splits.values()):
+        numbers = {name for name, kind in columns.items() if not re.search("string|binary|json", kind)}
+        labels, inputs = numbers & _LABELS, numbers - _LABELS
+        if {task.text_column, "messages", "prompt"} & columns.keys():
+            fits = "labels" in labels and bool(inputs & _INPUTS)
+        else:  # arrays, beside whatever is left of the source, or nothing but numbers
+            arrays = any(re.search("list|extension", columns[name]) for name in inputs)
+            fits = bool(labels and inputs) and (arrays or numbers == columns.keys())
+        if not fits:
+            return False
+    return True
 
 
-def _check_columns(where: str, dataset: Dataset, columns: list[str | None]) -> None:
-    for column in columns:
-        if column is not None and column not in dataset.column_names:
+def _columns(dataset: Dataset) -> dict[str, str]:
+    """Column -> Arrow type of the rows as they are read, which `with_transform` computes on access."""
+    computed = dataset.format["type"] == "custom"
+    schema = (Dataset.from_list([dataset[0]]) if computed else dataset).features.arrow_schema
+    return {field.name: str(field.type) for field in schema if computed or field.name in dataset.format["columns"]}
+
+
+def _check_columns(task: Task) -> None:
+    wanted = [task.label_column, *([] if is_prepared(task) else [task.text_column, task.text_pair_column])]
+    for split, dataset in task.splits.items():
+        columns = list(_columns(dataset))
+        if missing := [column for column in wanted if column is not None and column not in columns]:
             raise ValueError(
-                f"{where} has no column {column!r}, only {dataset.column_names}; name the right one with text=COL, "
-                "text_pair=COL or label=COL in the spec, or text_column, text_pair_column, label_column of Task."
+                f"Task {task.name!r}: {split} has no column {missing[0]!r}, only {columns}. For texts give text=COL, "
+                "text_pair=COL, label=COL in a spec or Task(text_column=..., label_column=...). " + PREPARE
             )
 
 
-# --- labels ---
-
-
-def is_tokenised(task: Task) -> bool:
-    """Whether every split holds `input_ids` and `labels`."""
-    return all({"input_ids", "labels"} <= set(dataset.column_names) for dataset in task.splits.values())
-
-
-def _row_names(task: Task, split: str, dataset: Dataset) -> list[str]:
-    """The label of every row as a name of the task's own, before `label_map`."""
-    feature = dataset.features[task.label_column]
-    kind = feature.dtype if isinstance(feature, (ClassLabel, Value)) else type(feature).__name__
-    names: list[str] = task.label_names or (feature.names if isinstance(feature, ClassLabel) else [])
-    where = f"Task {task.name!r}: {split}, label column {task.label_column!r}"
-    values = list(dataset[task.label_column])
-    seen = ", ".join(sorted({str(value) for value in values})[:10])
-    is_text = kind in ("string", "large_string")
-    if is_text:
-        values = [value and value.strip() for value in values]
-    absent = [i for i, value in enumerate(values) if value is None or value == ""]
-    if absent:
-        raise ValueError(f"{where}: row {absent[0]} (and {len(absent) - 1} more) has no label; drop such rows first.")
-    if not is_text and kind != "bool" and not kind.startswith(("int", "uint")):
-        remedy = "classification needs class names or integer ids, cast the column"
-        raise ValueError(f"{where} holds {kind} values such as {seen}; {remedy}.")
-    if not is_text and not names:
-        raise ValueError(
-            f"{where} holds the integers {seen} without names, and labels are aligned by name; give them with "
-            "names=negative|neutral|positive in the spec or Task(label_names=[...]) (index = class id)."
-        )
-    known = (names or values) if is_text else range(len(names))
-    bad = sorted(set(values).difference(known))[:10]
-    if bad:
-        raise ValueError(f"{where} holds {bad}, outside of the names {names}; drop those rows or name every class.")
-    return values if is_text else [names[value] for value in values]
-
-
-def _task_names(task: Task) -> list[str]:
-    """The task's label names after `label_map`, in its order."""
-    present = {n for split, dataset in task.splits.items() for n in _row_names(task, split, dataset)}
-    feature = task.train_dataset.features[task.label_column]
-    own = list(task.label_names or (feature.names if isinstance(feature, ClassLabel) else ()))
-    own += sorted(present - set(own))
-    mapping = task.label_map or {}
-    unknown = [name for name in mapping if name not in own]
-    if unknown:
+def _named_labels(task: Task) -> tuple[list[str], dict[str, list[str]]]:
+    """The task's label names in its order, and the label of every row of every split, both after `label_map`."""
+    _check_columns(task)
+    own, rows, mapping = list(task.label_names or []), {}, task.label_map or {}
+    for split, dataset in task.splits.items():
+        feature, values = dataset.features[task.label_column], list(dataset[task.label_column])
+        names: list[str] = task.label_names or (feature.names if isinstance(feature, ClassLabel) else [])
+        own, known = own or list(names), dict[Any, str](enumerate(names))
+        if isinstance(feature, Value) and "string" in feature.dtype:
+            values = [value and value.strip() for value in values]
+            known = {name: name for name in names or values if name}
+        for row, value in enumerate(values):
+            if isinstance(value, (float, list, dict)) or value not in known:
+                raise ValueError(
+                    f"Task {task.name!r}: {split}, row {row}: the label {value!r} is none of the names {names}. Drop "
+                    "what has no label; name integers: names=a|b|c or Task(label_names=[...]) (index = id). " + PREPARE
+                )
+        rows[split] = [known[value] for value in values]
+    own += sorted({name for names in rows.values() for name in names}.difference(own))
+    if unknown := [name for name in mapping if name not in own]:
         raise ValueError(f"Task {task.name!r}: label_map has {unknown}, but the labels are {own}; correct the keys.")
-    return list(dict.fromkeys(mapping.get(name, name) for name in own))
+    renamed = {name: mapping.get(name, name) for name in own}
+    return list(dict.fromkeys(renamed.values())), {s: [renamed[name] for name in names] for s, names in rows.items()}
 
 
 def _prepare(task: Task, tokenizer, label2id: dict[str, int], max_length: int | None) -> Task:
     # Bound here, so that the hash of `tokenise`, which names the cache file of map, does not take in the datasets.
     name, columns = task.name, [c for c in (task.text_column, task.text_pair_column) if c is not None]
+    max_length = token_limit(tokenizer, max_length)
 
     def tokenise(batch):
         for column in columns:
-            bad = next((text for text in batch[column] if not isinstance(text, str)), "")
-            if bad != "":
-                raise ValueError(f"Task {name!r}: column {column!r} holds {bad!r}, not a text; drop such rows first.")
-        texts = [batch[column] for column in columns]
-        return tokenizer(*texts, truncation=max_length is not None, max_length=max_length)
+            if bad := [text for text in batch[column] if not isinstance(text, str)]:
+                raise ValueError(f"Task {name!r}: column {column!r} holds {bad[0]!r}, not a text; drop such rows.")
+        return tokenizer(*map(batch.get, columns), truncation=max_length is not None, max_length=max_length)
 
-    prepared = {}
+    prepared: dict[str, Any] = {}
+    names, rows = _named_labels(task)
     for split, dataset in task.splits.items():
-        rows = [(task.label_map or {}).get(row, row) for row in _row_names(task, split, dataset)]
         tokens = dataset.map(tokenise, batched=True, remove_columns=dataset.column_names, desc=f"Tokenise {name}")
         # Not inside map, where a column that was already called "labels" would impose its old ClassLabel.
-        tokens = tokens.add_column("labels", np.array([label2id[row] for row in rows], dtype=np.int64))
+        tokens = tokens.add_column("labels", np.array([label2id[row] for row in rows[split]], dtype=np.int64))
         if split != "train_dataset":  # an evaluation batch of like lengths holds little padding
             tokens = tokens.select(np.argsort([len(ids) for ids in tokens["input_ids"]], kind="stable"))
         prepared[split] = tokens
-    return dataclasses.replace(task, **prepared, label_ids=sorted(label2id[n] for n in _task_names(task)))
-
-
-# --- loading ---
+    return replace(task, **prepared, label_ids=sorted(label2id[n] for n in names))
 
 
 def _read(spec: str) -> tuple[dict[str, Dataset], dict[str, Any]]:
@@ -299,138 +287,62 @@ def _read(spec: str) -> tuple[dict[str, Dataset], dict[str, Any]]:
     name, *where = source.split(":")
     if len(where) > 2 or "" in where or (not where and (options or name not in BUILT_IN)):
         raise ValueError(f"Cannot read task {spec!r}. Built in: {', '.join(BUILT_IN)}. Otherwise: {GRAMMAR}.")
-    _slug(name)  # Task checks this too, but only after the download
-    path = Path(*where[:1]).expanduser()
-    if not where:
-        splits, fields = _built_in(name)
-    elif (name == "fpb" and path.suffix == ".txt") or (name == "imdb" and path.is_dir()):
-        if options or where[1:]:
-            raise ValueError(f"Task {spec!r}: the original {name} format takes no options; stop after the path.")
-        splits, fields = _fpb_file(path) if name == "fpb" else _imdb_folder(path)
-    else:
-        fields = _parse_options(spec, options) | {"hub_id": None if path.exists() else where[0]}
-        splits = _load(*where)
-    return splits, {"name": name, "label_column": "label", **fields}
-
-
-def _built_in(name: str) -> tuple[dict[str, Dataset], dict[str, Any]]:
-    if name == "fpb":
-        # The main branch is a loading script, which datasets refuses since 4.0; this is the Hub's own conversion of it.
-        files = {"train": "sentences_50agree/train/*.parquet"}
-        splits = load_dataset("takala/financial_phrasebank", revision="refs/convert/parquet", data_files=files)
-        return dict(splits), {**_FPB, "hub_id": "takala/financial_phrasebank"}
-    if name == "imdb":
-        return dict(load_dataset("stanfordnlp/imdb")), {**_IMDB, "hub_id": "stanfordnlp/imdb"}
-    rows: dict[str, tuple[str, float]] = {}
-    for text, valence in embedded.icwsm14(name.removeprefix("icwsm14/")):
-        rows.setdefault(re.sub(r"[\W_]+", " ", text.lower()).strip(), (text, valence))
-    rows.pop("", None)  # punctuation only
-    columns = {
-        "text": [text for text, _ in rows.values()],
-        "label": [1 + (valence > 0.5) - (valence < -0.5) for _, valence in rows.values()],
-    }
-    features = Features({"text": Value("string"), "label": ClassLabel(names=SENTIMENT)})
-    cut = _cut(name, Dataset.from_dict(columns, features=features), "label", [0.1, 0.2], _FIXED_SEED)
-    return dict(zip(("train", "validation", "test"), cut)), {}
-
-
-def _fpb_file(path: Path) -> tuple[dict[str, Dataset], dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="iso-8859-1").split("\n"), 1):
-        sentence, _, label = line.strip().rpartition("@")
-        if sentence:
-            rows.append({"sentence": sentence, "label": label})
-        elif line.strip():
-            raise ValueError(f"{path}, line {number}: {line!r} is not 'sentence@label'; give Sentences_50Agree.txt.")
-    return {"train": Dataset.from_list(rows)}, _FPB
-
-
-def _imdb_folder(path: Path) -> tuple[dict[str, Dataset], dict[str, Any]]:
-    splits = {}
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
-    for split in ("train", "test"):
-        files = [(file, label) for label in ("neg", "pos") for file in sorted((path / split / label).glob("*.txt"))]
-        if {label for _, label in files} != {"neg", "pos"}:
-            raise ValueError(f"{path} lacks {split}/neg/*.txt or {split}/pos/*.txt; give the folder aclImdb.")
-        rows = [{"text": file.read_text(encoding="utf-8"), "label": label} for file, label in files]
-        splits[split] = Dataset.from_list(rows, features=features)
-    return splits, _IMDB
-
-
-def _load(source: str, config: str | None = None) -> dict[str, Dataset]:
-    path = Path(source).expanduser()
-    if path.is_file() and path.suffix in _READERS and config is None:
-        # "null" and "NA" are texts, not missing values.
-        csv = {"keep_default_na": False, "sep": "\t" if path.suffix == ".tsv" else ","}
-        reader = _READERS[path.suffix]
-        return dict(load_dataset(reader, data_files={"train": str(path)}, **(csv if reader == "csv" else {})))
-    if path.is_dir():
-        return dict(load_dataset(str(path), config))
-    if path.suffix in _READERS or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
-        raise FileNotFoundError(
-            f"{source!r} (config {config!r}) is no local folder, no {', '.join(_READERS)} file (these have no config) "
-            "and no Hub id (owner/name); correct the path."
-        )
-    return dict(load_dataset(source, config))
-
-
-def _parse_options(spec: str, options: list[str]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
+    path, fields = Path(*where[:1]).expanduser(), dict[str, Any](name=name)
     for option in options:
         key, _, value = option.strip().partition("=")
-        names = value.split("|")
-        pairs = [name.partition(">")[::2] for name in names]
-        if key not in _OPTIONS or not all(names) or (key == "map" and not all(map(all, pairs))):
+        parts = value.split("|")
+        pairs = [part.partition(">")[::2] for part in parts]
+        if key not in _OPTIONS or not all(parts) or (key == "map" and not all(map(all, pairs))):
             raise ValueError(f"Cannot read option {option!r} of task {spec!r}; the grammar is {GRAMMAR}.")
-        fields[_OPTIONS[key]] = names if key == "names" else dict(pairs) if key == "map" else value
-    return fields
+        fields[_OPTIONS[key]] = parts if key == "names" else dict(pairs) if key == "map" else value
+    if name == "fpb" and path.suffix == ".txt":
+        lines = [line.strip().rpartition("@") for line in path.read_text(encoding="iso-8859-1").split("\n")]
+        rows = [{"sentence": text, "label": label} for text, _, label in lines if text or label]
+        return {"train": Dataset.from_list(rows)}, _FIELDS[name] | fields
+    if name == "imdb" and where and path.is_dir():
+        return {split: _imdb_folder(path / split) for split in ("train", "test")}, _FIELDS[name] | fields
+    if path.suffix in _READERS:
+        reader, settings = _READERS[path.suffix]
+        return load_dataset(reader, *where[1:], data_files=str(path), **settings), fields
+    if where and path.exists():
+        return load_dataset(str(path), *where[1:]), fields
+    if where:
+        return load_dataset(*where), {**fields, "hub_id": where[0]}
+    if name.startswith("icwsm14/"):
+        return _icwsm14(name.removeprefix("icwsm14/")), fields
+    # fpb's main branch is a loading script, which datasets refuses since 4.0; this is the Hub's conversion of it
+    converted = {"revision": "refs/convert/parquet", "data_files": {"train": "sentences_50agree/train/*.parquet"}}
+    splits = load_dataset(_HUB_IDS[name], **(converted if name == "fpb" else {}))
+    return splits, {**fields, **_FIELDS[name], "hub_id": _HUB_IDS[name]}
 
 
-def _complete(splits: dict[str, Dataset], fields: dict[str, Any], seed: int):
-    """Train, validation and test (or None), cutting from train what the source does not have."""
-    name, column = fields["name"], fields["label_column"]
-    validation = next((splits[split] for split in _VALIDATION_SPLITS if split in splits), None)
-    train, test = splits.get("train"), splits.get("test")
-    if train is None:
-        raise ValueError(f"Task {name!r} has no split 'train', only {sorted(splits)}; build it with Task(...).")
-    for dataset in (train, validation, test):
-        if dataset is not None:
-            _check_columns(f"Task {name!r}: split {str(dataset.split)!r}", dataset, [column])
-    if test is not None and set(test[column]) == {-1}:
-        logger.warning(f"Task {name}: the labels of its test split are hidden (all -1); the split is left out.")
-        test = None
-    if validation is None:
-        fractions = [0.1, 0.1] if test is None else [0.1]
-        train, validation, *cut = _cut(name, train, column, fractions, seed)
-        test = cut[0] if cut else test
-        made = "validation and test" if cut else "validation"
-        logger.info(f"Task {name}: no {made} split in {sorted(splits)}; cut 10% each from train with seed {seed}.")
-    return train, validation, test
+def _icwsm14(domain: str) -> dict[str, Dataset]:
+    rows: dict[str, tuple[str, float]] = {}
+    for text, valence in embedded.icwsm14(domain):
+        rows.setdefault(re.sub(r"[\W_]+", " ", text.lower()).strip(), (text, valence))
+    rows.pop("", None)  # punctuation only
+    data = [{"text": text, "label": 1 + (valence > 0.5) - (valence < -0.5)} for text, valence in rows.values()]
+    dataset = Dataset.from_list(data).cast_column("label", ClassLabel(names=SENTIMENT))
+    parts = _cut(dataset, "label", [round(0.1 * len(data)), round(0.2 * len(data))], _FIXED_SEED)
+    return dict(zip(("train", "validation", "test"), parts))
 
 
-def _cut(name: str, dataset: Dataset, label_column: str, fractions: list[float], seed: int) -> list[Dataset]:
-    """The rest, then one stratified part per fraction."""
-    sizes = [max(1, round(fraction * len(dataset))) for fraction in fractions]
-    if sum(sizes) >= len(dataset):
-        raise ValueError(f"Task {name!r}: {len(dataset)} rows are too few to cut {sizes} from; give the splits.")
-    *parts, rest = np.split(_stratified_order(dataset[label_column], seed), np.cumsum(sizes))
-    return [dataset.select(indices) for indices in (rest, *parts)]
+def _imdb_folder(path: Path) -> Dataset:
+    files = [(file, i) for i, label in enumerate(("neg", "pos")) for file in sorted((path / label).glob("*.txt"))]
+    if {i for _, i in files} != {0, 1}:
+        raise ValueError(f"{path} lacks neg/*.txt or pos/*.txt; give the folder aclImdb.")
+    rows = [{"text": file.read_text(encoding="utf-8"), "label": i} for file, i in files]
+    return Dataset.from_list(rows).cast_column("label", ClassLabel(names=["neg", "pos"]))
 
 
-def _subset(dataset: Dataset, fields: dict[str, Any], size: int | None, seed: int) -> Dataset:
-    if size is None or size >= len(dataset):
-        return dataset
-    return dataset.select(_stratified_order(dataset[fields["label_column"]], seed)[:size])
-
-
-def _stratified_order(labels, seed: int) -> np.ndarray:
-    """A permutation of the rows of which every contiguous slice has about the label proportions of the whole."""
+def _cut(dataset: Dataset, label_column: str, sizes: list[int], seed: int) -> list[Dataset]:
+    """The rest, then parts of these sizes; each has about the label proportions of the whole."""
     # RandomState, not default_rng: its streams are frozen (NEP 19), so the fixed splits outlive NumPy's versions.
     random = np.random.RandomState(seed)
-    _, classes = np.unique([str(label) for label in labels], return_inverse=True)
+    _, classes = np.unique([str(label) for label in dataset[label_column]], return_inverse=True)
     position = np.empty(len(classes))
     for c in range(classes.max() + 1):
         members = random.permutation(np.flatnonzero(classes == c))
-        # n members at even distances 1/n, from a random start.
-        position[members] = (np.arange(len(members)) + random.random_sample()) / len(members)
-    return np.argsort(position, kind="stable")
+        position[members] = (np.arange(len(members)) + random.random_sample()) / len(members)  # evenly, 1/n apart
+    *parts, rest = np.split(np.argsort(position, kind="stable"), np.cumsum(sizes))
+    return [dataset.select(indices) for indices in (rest, *parts)]

@@ -1,4 +1,4 @@
-"""Tasks: specs, splits, and labels aligned by name."""
+"""Tasks: specs, splits, labels aligned by name, prepared datasets."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import hashlib
 import io
 import json
 import logging
-import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+import torch
+from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from fake_hub import FakeHub
 from transformers import AutoTokenizer
+from transformers.trainer_pt_utils import LabelSmoother
 
 from classp_hf import embedded
-from classp_hf.tasks import BUILT_IN, Task, label_names, load_task, prepare_tasks, validate_tasks
+from classp_hf.classification import classification_loss, is_single_label_classifier
+from classp_hf.tasks import BUILT_IN, Task, is_prepared, label_names, load_task, prepare_tasks, validate_tasks
 
-DOMAINS = list(embedded.DOMAINS)
 SENTIMENT = {"negative": 0, "neutral": 1, "positive": 2}
 
 
@@ -35,24 +37,15 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(embedded.model_path())
 
 
-@pytest.fixture(scope="module")
-def icwsm():
-    return {domain: load_task(f"icwsm14/{domain}") for domain in DOMAINS}
-
-
-def rows(n: int = 30) -> list[dict]:
-    return [{"review": f"text number {i}", "stars": i % 2} for i in range(n)]
-
-
 def make(name="a", texts=("x", "y", "z"), labels=("neg", "pos", "neg"), features=None, **fields) -> Task:
     """A task whose splits are all the same."""
-    dataset = Dataset.from_dict({"text": list(texts), "label": list(labels)})
+    dataset = Dataset.from_dict({"text": list(texts)[: len(labels)], "label": list(labels)})
     if features is not None:
         dataset = dataset.cast_column("label", features)
     return Task(name, dataset, dataset, dataset, **fields)
 
 
-# --- icwsm14 ---
+# --- specs ---
 
 
 # sha256 over the sorted labels and texts of the test split: published numbers are measured on exactly these.
@@ -65,31 +58,27 @@ def make(name="a", texts=("x", "y", "z"), labels=("neg", "pos", "neg"), features
         ("tweets", (2832, 405, 809), "015e35638059c26e6eea512c8aa94877a851e10b5bdd105a694e048a9f46c802"),
     ],
 )
-def test_icwsm14_split_is_fixed_disjoint_and_stratified(icwsm, domain, sizes, digest):
-    task = icwsm[domain]
+def test_icwsm14_split_is_fixed_disjoint_and_stratified(domain, sizes, digest):
+    task = load_task(f"icwsm14/{domain}")
     assert tuple(map(len, task.splits.values())) == sizes
     lines = sorted(f"{row['label']} {row['text']}" for row in task.test_dataset)
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == digest
-
-    normal = [re.sub(r"[^\w]|_", " ", text.lower()).split() for d in task.splits.values() for text in d["text"]]
-    assert len(set(map(tuple, normal))) == len(normal) and [] not in normal  # in no split twice, in no two splits
-
+    texts = [text.lower() for dataset in task.splits.values() for text in dataset["text"]]
+    assert len(set(texts)) == len(texts)  # in no split twice, in no two splits
     counts = [Counter(dataset["label"]) for dataset in task.splits.values()]
     total = sum(counts, Counter())
     for fraction, count in zip((0.7, 0.1, 0.2), counts):
         assert all(abs(count[label] - fraction * total[label]) <= 2 for label in range(3))
 
 
-@pytest.mark.parametrize(
-    ("valence", "name"), [(-0.55, "negative"), (-0.5, "neutral"), (0.5, "neutral"), (0.55, "positive")]
-)
-def test_icwsm14_thresholds_are_exclusive(icwsm, valence, name):
-    label = {text: label for d in icwsm["amazon"].splits.values() for text, label in zip(d["text"], d["label"])}
-    found = [label[text] for text, v in embedded.icwsm14("amazon") if v == valence and text in label]
-    assert len(found) > 10 and set(found) == {SENTIMENT[name]}
+def test_icwsm14_thresholds_are_exclusive():
+    label = {text: i for d in load_task("icwsm14/amazon").splits.values() for text, i in zip(d["text"], d["label"])}
+    for valence, name in ((-0.55, "negative"), (-0.5, "neutral"), (0.5, "neutral"), (0.55, "positive")):
+        found = [label[text] for text, v in embedded.icwsm14("amazon") if v == valence and text in label]
+        assert len(found) > 10 and set(found) == {SENTIMENT[name]}
 
 
-def test_seed_moves_the_training_subset_only(icwsm):
+def test_seed_moves_the_training_subset_only():
     def texts(seed):
         task = load_task("icwsm14/nyt", seed=seed, max_train_samples=100, max_eval_samples=50)
         return [list(dataset["text"]) for dataset in task.splits.values()]
@@ -97,101 +86,77 @@ def test_seed_moves_the_training_subset_only(icwsm):
     (train0, *held0), (train1, *held1) = texts(0), texts(1)
     assert held0 == held1 and set(train0) != set(train1) and texts(0)[0] == train0
     assert [len(train0), *map(len, held0)] == [100, 50, 50]
-    assert set(train0 + train1) <= set(icwsm["nyt"].train_dataset["text"])
-    everything = icwsm["nyt"].train_dataset
-    share = Counter(everything["label"])
-    label = dict(zip(everything["text"], everything["label"]))
+    everything = load_task("icwsm14/nyt").train_dataset
+    label, share = dict(zip(everything["text"], everything["label"])), Counter(everything["label"])
     subset = Counter(label[text] for text in train0)
     assert all(abs(subset[c] - 100 * share[c] / len(everything)) <= 2 for c in range(3))
-
-
-# --- the other sources ---
 
 
 def write_fpb(path: Path) -> Path:
     """30 lines in the original format: ISO-8859-1, `sentence@label`."""
     lines = ["Net sales of Raisio plc rose , says a@b.fi@positive", "Hyvää päivää , said Nokian Renkaat@neutral"]
-    lines += [f"Loss number {i} widened@negative" for i in range(14)]
-    lines += [f"Profit number {i} rose@positive" for i in range(14)]
+    lines += [f"Loss {i} widened@negative" for i in range(14)] + [f"Profit {i} rose@positive" for i in range(14)]
     path.write_bytes("\r\n".join(lines).encode("iso-8859-1") + b"\r\n")
     return path
 
 
 def write_imdb(path: Path) -> Path:
-    for split in ("train", "test"):
-        for label in ("pos", "neg"):
-            (path / split / label).mkdir(parents=True)
-            for i in range(10):
-                (path / split / label / f"{i}_7.txt").write_text(f"{label} {split} film {i} – über", encoding="utf-8")
-    (path / "train" / "unsup").mkdir()
-    (path / "train" / "unsup" / "0_0.txt").write_text("no label", encoding="utf-8")
+    for split, label in (("train", "pos"), ("train", "neg"), ("train", "unsup"), ("test", "pos"), ("test", "neg")):
+        (path / split / label).mkdir(parents=True)
+        for i in range(10):
+            (path / split / label / f"{i}_7.txt").write_text(f"{label} {split} film {i} ü", encoding="utf-8")
     return path
 
 
-def test_fpb_original_file(tmp_path):
-    task = load_task(f"fpb:{write_fpb(tmp_path / 'Sentences_50Agree.txt')}")
-    assert (task.name, task.text_column) == ("fpb", "sentence")
-    found = {s: label for d in task.splits.values() for s, label in zip(d["sentence"], d["label"])}
+def test_original_files_share_ids_by_name(tmp_path, tokenizer):
+    """IMDB's pos is its own class 1, FPB's positive is its own class 2: by id they would be confused."""
+    label2id = {"positive": 0, "negative": 1, "neutral": 2}
+    tasks = [load_task(f"imdb:{write_imdb(tmp_path / 'i')}"), load_task(f"fpb:{write_fpb(tmp_path / 'f.txt')}")]
+    imdb, fpb = tasks
+    assert [Counter(d["label"]) for d in imdb.splits.values()] == [{0: 9, 1: 9}, {0: 1, 1: 1}, {0: 10, 1: 10}]
+    assert imdb.test_dataset[0]["text"].endswith(" ü") and (imdb.hub_id, fpb.hub_id) == (None, None)
+    assert [len(dataset) for dataset in fpb.splits.values()] == [24, 3, 3]
+    found = {s: label for d in fpb.splits.values() for s, label in zip(d["sentence"], d["label"])}
     assert found["Hyvää päivää , said Nokian Renkaat"] == "neutral"
     assert found["Net sales of Raisio plc rose , says a@b.fi"] == "positive"
-    assert [len(dataset) for dataset in task.splits.values()] == [24, 3, 3]
-
-
-def test_imdb_original_folder(tmp_path):
-    task = load_task(f"imdb:{write_imdb(tmp_path / 'aclImdb')}")
-    assert [Counter(d["label"]) for d in task.splits.values()] == [{0: 9, 1: 9}, {0: 1, 1: 1}, {0: 10, 1: 10}]
-    assert all(text.startswith("pos test") for text in task.test_dataset.filter(lambda row: row["label"] == 1)["text"])
-    assert task.test_dataset[0]["text"].endswith("– über")
-    assert not any("test" in text for text in [*task.train_dataset["text"], *task.eval_dataset["text"]])
-
-
-@pytest.mark.parametrize("label2id", [SENTIMENT, {"positive": 0, "negative": 1, "neutral": 2}])
-def test_imdb_and_fpb_share_ids_by_name(tmp_path, tokenizer, label2id):
-    """IMDB's pos is its own class 1, FPB's positive is its own class 2: by id they would be confused."""
-    tasks = [load_task(f"imdb:{write_imdb(tmp_path / 'i')}"), load_task(f"fpb:{write_fpb(tmp_path / 'f.txt')}")]
     assert label_names(tasks) == ["negative", "positive", "neutral"]
     imdb, fpb = prepare_tasks(tasks, tokenizer, label2id)
-    for row in imdb.test_dataset:
+    words = {"pos": 0, "neg": 1, "profit": 0, "net": 0, "loss": 1}
+    for row in [*imdb.test_dataset, *fpb.train_dataset]:
         word = tokenizer.decode(row["input_ids"], skip_special_tokens=True).split()[0]
-        assert row["labels"] == label2id[{"pos": "positive", "neg": "negative"}[word]]
-    for row in fpb.train_dataset:
-        word = tokenizer.decode(row["input_ids"], skip_special_tokens=True).split()[0]
-        expected = {"profit": "positive", "net": "positive", "loss": "negative", "h": "neutral"}
-        assert row["labels"] == label2id[expected.get(word, "neutral")]
-    assert imdb.label_ids == sorted((label2id["negative"], label2id["positive"]))
-    assert fpb.label_ids == [0, 1, 2]
+        assert row["labels"] == words.get(word, 2)
+    assert imdb.label_ids == [0, 1] and fpb.label_ids == [0, 1, 2]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
 def test_local_file_without_splits(tmp_path, suffix, caplog):
-    path, data = tmp_path / f"reviews.{suffix}", Dataset.from_list(rows())
-    if suffix == "parquet":
-        data.to_parquet(path)
-    elif suffix == "json":
-        path.write_text(json.dumps(rows()))
-    elif suffix == "jsonl":
-        data.to_json(path)
-    else:
+    rows = [{"review": f"text number {i}", "stars": i % 2} for i in range(30)]
+    path, data = tmp_path / f"reviews.{suffix}", Dataset.from_list(rows)
+    if suffix == "json":
+        path.write_text(json.dumps(rows))
+    elif suffix in ("csv", "tsv"):
         data.to_csv(path, sep="\t" if suffix == "tsv" else ",", index=False)
-
+    else:
+        (data.to_parquet if suffix == "parquet" else data.to_json)(path)
     spec = f"my/reviews:{path},text=review,label=stars,names=bad|good,map=bad>negative|good>positive"
     with caplog.at_level(logging.INFO):
         task, other = load_task(spec, seed=3), load_task(spec, seed=4)
-    assert caplog.text.count("no validation and test split in ['train']; cut 10% each from train with seed 3") == 1
+    assert caplog.text.count("no validation and test split; cut 10% each from train with seed 3") == 1
     assert task.slug == "my-reviews" and label_names([task]) == ["negative", "positive"]
     assert [len(dataset) for dataset in task.splits.values()] == [24, 3, 3]
-    assert sorted(r["review"] for d in task.splits.values() for r in d) == sorted(r["review"] for r in rows())
+    assert sorted(r["review"] for d in task.splits.values() for r in d) == sorted(r["review"] for r in rows)
     assert set(task.test_dataset["review"]) != set(other.test_dataset["review"])
 
 
-@pytest.mark.parametrize("validation", ["validation", "dev", "val", None])
+@pytest.mark.parametrize("validation", ["validation", "val", None])
 def test_local_folder_with_splits(tmp_path, validation):
     """`val` is not a name that datasets finds in a file name, so those files stand in a card."""
-    names = {"train": "train", "test": "test"} | ({validation: validation} if validation else {})
-    for i, split in enumerate(names):
-        Dataset.from_dict(
-            {"text": [f"{split} {j}" for j in range(20 + i)], "label": ["a", "b"] * 10 + ["a"] * i}
-        ).to_csv(tmp_path / f"{split}.csv", index=False)
+    names = {"train": 20, "test": 21} | ({validation: 22} if validation else {})
+    for split, rows in names.items():
+        texts = [f"{split} {j}" for j in range(rows)]
+        Dataset.from_dict({"text": texts, "label": ["ab"[j % 2] for j in range(rows)]}).to_csv(
+            tmp_path / f"{split}.csv"
+        )
     files = "".join(f"  - split: {split}\n    path: {split}.csv\n" for split in names)
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
     task = load_task(f"mine:{tmp_path}")
@@ -202,14 +167,12 @@ def test_local_folder_with_splits(tmp_path, validation):
 def test_words_that_csv_readers_take_for_missing_values(tmp_path):
     (tmp_path / "x.csv").write_text("text,label\n" + "null,NA\nNA,None\n" * 10)
     task = load_task(f"x:{tmp_path / 'x.csv'}")
-    assert label_names([task]) == ["NA", "None"]
-    assert set(task.train_dataset["text"]) == {"null", "NA"}
+    assert label_names([task]) == ["NA", "None"] and set(task.train_dataset["text"]) == {"null", "NA"}
 
 
 def test_hidden_test_labels_are_left_out(tmp_path, caplog):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
-    labels = {"train": [0, 1] * 10, "validation": [0, 1] * 2, "test": [-1] * 5}
-    for split, ids in labels.items():
+    for split, ids in {"train": [0, 1] * 10, "validation": [0, 1] * 2, "test": [-1] * 5}.items():
         data = Dataset.from_dict({"text": [f"{split} {i}" for i in range(len(ids))], "label": ids}, features=features)
         data.to_parquet(tmp_path / f"{split}.parquet")
     task = load_task(f"glue:{tmp_path}")
@@ -218,264 +181,239 @@ def test_hidden_test_labels_are_left_out(tmp_path, caplog):
     assert set(task.splits) == {"train_dataset", "eval_dataset"}
 
 
-def parquet(columns: dict, names: list[str]) -> bytes:
+def parquet(names: list[str], labels=(0, 1), **columns) -> bytes:
     features = Features({key: Value("string") for key in columns} | {"label": ClassLabel(names=names)})
     buffer = io.BytesIO()
-    Dataset.from_dict(columns, features=features).to_parquet(buffer)
+    Dataset.from_dict({**columns, "label": [*labels] * 10}, features=features).to_parquet(buffer)
     return buffer.getvalue()
 
 
-IMDB_CARD = b"""---
-configs:
-- config_name: plain_text
-  data_files:
-  - {split: train, path: plain_text/train-*}
-  - {split: test, path: plain_text/test-*}
-  - {split: unsupervised, path: plain_text/unsupervised-*}
-  default: true
----
-"""
-
 ASK_THE_HUB = """
-import json, sys
-from datasets import load_dataset
+import json
 from classp_hf.tasks import label_names, load_task
-try:
-    load_dataset("takala/financial_phrasebank")
-except RuntimeError as error:
-    main_branch = str(error)
 tasks = [load_task(spec) for spec in ("imdb", "fpb", "pairs:some/pairs:small,text=a,text_pair=b")]
 columns = lambda task: {split: sorted(set(data[task.text_column])) for split, data in task.splits.items()}
-print(json.dumps([[columns(task) for task in tasks], label_names(tasks), main_branch]))
+print(json.dumps([[columns(task) for task in tasks], label_names(tasks), [task.hub_id for task in tasks]]))
 """
 
 
 def test_hub_ids_over_the_wire(tmp_path):
     """The built-in ids load without a script: fpb from the Hub's Parquet branch, imdb from its own Parquet files."""
-    fpb = {"sentence": [f"fpb {i}" for i in range(30)], "label": [i % 3 for i in range(30)]}
+    fpb = [f"fpb {i}" for i in range(30)]
+    card = b"---\nconfigs:\n- config_name: plain_text\n  data_files:\n"
+    imdb = {}
+    for split in ("train", "test", "unsupervised"):
+        card += b"  - {split: %s, path: plain_text/%s-*}\n" % (split.encode(), split.encode())
+        ids, texts = (-1, -1) if split == "unsupervised" else (0, 1), [f"{split} {i}" for i in range(20)]
+        imdb[f"plain_text/{split}-00000-of-00001.parquet"] = parquet(["neg", "pos"], ids, text=texts)
+    configs = b"- {config_name: small, data_files: s.parquet}\n- {config_name: big, data_files: b.parquet}\n"
     repos = {
         ("takala/financial_phrasebank", "main"): {"financial_phrasebank.py": b"1 / 0"},
         ("takala/financial_phrasebank", "refs/convert/parquet"): {
-            "sentences_50agree/train/0000.parquet": parquet(fpb, list(SENTIMENT)),
-            "sentences_allagree/train/0000.parquet": parquet({"sentence": ["all"], "label": [0]}, list(SENTIMENT)),
+            "sentences_50agree/train/0000.parquet": parquet(list(SENTIMENT), (0, 1, 2), sentence=fpb),
+            "sentences_allagree/train/0000.parquet": parquet(list(SENTIMENT), sentence=["all"] * 20),
         },
-        ("stanfordnlp/imdb", "main"): {"README.md": IMDB_CARD}
-        | {
-            f"plain_text/{split}-00000-of-00001.parquet": parquet(
-                {
-                    "text": [f"{split} {i}" for i in range(20)],
-                    "label": [-1 if split == "unsupervised" else i % 2 for i in range(20)],
-                },
-                ["neg", "pos"],
-            )
-            for split in ("train", "test", "unsupervised")
-        },
+        ("stanfordnlp/imdb", "main"): {"README.md": card + b"---\n"} | imdb,
         ("some/pairs", "main"): {
-            "README.md": b"---\nconfigs:\n- {config_name: small, data_files: s.parquet}\n- {config_name: big, data_files: b.parquet}\n---\n",
-            "s.parquet": parquet({"a": ["a"] * 20, "b": ["b"] * 20, "label": [0, 1] * 10}, ["no", "yes"]),
-            "b.parquet": parquet({"a": ["big"] * 20, "b": ["b"] * 20, "label": [0, 1] * 10}, ["no", "yes"]),
+            "README.md": b"---\nconfigs:\n" + configs + b"---\n",
+            "s.parquet": parquet(["no", "yes"], a=["a"] * 20, b=["b"] * 20),
+            "b.parquet": parquet(["no", "yes"], a=["big"] * 20, b=["b"] * 20),
         },
     }
     with FakeHub(repos) as hub:
-        command = [sys.executable, "-c", ASK_THE_HUB]
-        root = Path(__file__).parent.parent
+        command, root = [sys.executable, "-c", ASK_THE_HUB], Path(__file__).parent.parent
         run = subprocess.run(command, env=hub.env(tmp_path), cwd=root, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    (imdb, fpb_found, pairs), names, main_branch = json.loads(run.stdout)
+    (imdb, fpb_found, pairs), names, hub_ids = json.loads(run.stdout)
     assert imdb["test_dataset"] == sorted(f"test {i}" for i in range(20))
     assert sorted(imdb["train_dataset"] + imdb["eval_dataset"]) == sorted(f"train {i}" for i in range(20))
-    assert sorted(text for texts in fpb_found.values() for text in texts) == sorted(fpb["sentence"])
+    assert sorted(text for texts in fpb_found.values() for text in texts) == sorted(fpb)
     assert all(texts == ["a"] for texts in pairs.values())
     assert names == ["negative", "positive", "neutral", "no", "yes"]
-    assert "Dataset scripts are no longer supported" in main_branch
-    assert not any("allagree" in request and "resolve" in request for request in hub.requests)
+    assert hub_ids == ["stanfordnlp/imdb", "takala/financial_phrasebank", "some/pairs"]
 
 
 # --- labels and tokens ---
 
 
 def test_label_order_over_a_sequence():
+    train, late = make(labels=["a"]).train_dataset, make(labels=["late"]).train_dataset
     tasks = [
         make("strings", labels=[" z ", "b", "z"]),  # alphabetical, stripped
         make("class-label", labels=[0, 0, 1], features=ClassLabel(names=["y", "b", "unseen"])),
         make("integers", labels=[1, 0, 1], label_names=["q", "p"], label_map={"p": "z"}),
+        Task("in the test split only".replace(" ", "-"), train, train, late),
     ]
-    assert label_names(tasks) == ["b", "z", "y", "unseen", "q"]
-
-
-def test_a_class_of_the_test_split_only_is_counted():
-    train = Dataset.from_dict({"text": ["x"], "label": ["a"]})
-    test = Dataset.from_dict({"text": ["x"], "label": ["late"]})
-    assert label_names([Task("t", train, train, test)]) == ["a", "late"]
-
-
-def test_class_labels_are_read_by_each_splits_own_order(tokenizer):
-    train = make(labels=[0, 1, 0], features=ClassLabel(names=["neg", "pos"])).train_dataset
-    test = make(labels=[0, 1, 0], features=ClassLabel(names=["pos", "neg"])).train_dataset
-    task = prepare_tasks([Task("t", train, train, test)], tokenizer, {"neg": 0, "pos": 1})[0]
-    assert task.train_dataset["labels"][:] == [0, 1, 0] and task.test_dataset["labels"][:] == [1, 0, 1]
+    assert label_names(tasks) == ["b", "z", "y", "unseen", "q", "a", "late"]
 
 
 def test_prepared_columns(tokenizer):
     """Only the tokenizer's columns and int labels; truncated, not padded; the given tasks stay as they are."""
-    data = Dataset.from_dict(
-        {"text": ["one two three four five", "one"], "b": ["six", "seven"], "labels": [0, 1], "id": [7, 8]}
-    )
+    texts = {"text": ["one two three four five", "one"], "b": ["six", "seven"]}
+    data = Dataset.from_dict({**texts, "labels": [0, 1], "id": [7, 8]})
     data = data.cast_column("labels", ClassLabel(names=["y", "z"]))  # a column of that name with another order
-    task = Task("t", data, data, text_pair_column="b", label_column="labels")
+    other = data.cast_column("labels", ClassLabel(names=["z", "y"]))
+    task = Task("t", data, other, text_pair_column="b", label_column="labels")
     prepared = prepare_tasks([task], tokenizer, {"z": 0, "y": 3}, max_length=6)[0]
     train = prepared.train_dataset
     assert train.column_names == ["input_ids", "token_type_ids", "attention_mask", "labels"]
     assert train.features["labels"] == Value("int64") and train["labels"][:] == [3, 0]
     assert [len(ids) for ids in train["input_ids"]] == [6, 5]
     assert train[1]["input_ids"] == tokenizer("one", "seven")["input_ids"]
+    assert prepared.eval_dataset["labels"][:] == [3, 0]  # z y by length: of its own order, the shorter text first
     assert prepared.label_ids == [0, 3] and prepared.test_dataset is None
     assert task.train_dataset is data and task.label_ids is None
+    long = prepare_tasks([make(texts=["word " * 700, "y", "z"])], tokenizer, {"neg": 0, "pos": 1})[0]
+    assert len(long.train_dataset[0]["input_ids"]) == tokenizer.model_max_length == 512
 
 
-def test_default_max_length_is_the_tokenizers(tokenizer):
-    task = make(texts=["word " * 700, "y", "z"])
-    prepared = prepare_tasks([task], tokenizer, {"neg": 0, "pos": 1})[0]
-    assert len(prepared.train_dataset[0]["input_ids"]) == tokenizer.model_max_length == 512
+# --- prepared datasets ---
+
+IDS, LABEL = [[1, 2], [3]], [0, 1]
+PIXELS = {"pixel_values": np.zeros((2, 3, 4, 4), dtype=np.float32).tolist()}
+PREPARED = {
+    "tokens": {"input_ids": IDS, "labels": LABEL},
+    "tokens beside their text": {"text": ["a", "b"], "label": LABEL, "input_ids": IDS, "labels": LABEL},
+    "regression": {"input_ids": IDS, "label": [0.5, 1.5]},
+    "several labels": {"input_ids": IDS, "labels": [[0.0, 1.0], [1.0, 1.0]]},
+    "token classification": {"tokens": [["a", "b"], ["c"]], "input_ids": IDS, "labels": [[0, -100], [1]]},
+    "images": {**PIXELS, "labels": LABEL, "path": ["a.png", "b.png"]},
+    "audio": {"input_values": [[0.1, 0.2], [0.3]], "label_ids": LABEL},
+    "a model of one's own": {"x": [0.1, 0.2], "y": [1, 2], "labels": LABEL},
+}
 
 
-def test_tokenised_tasks_pass_through(tokenizer):
-    data = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [5]})
+@pytest.mark.parametrize("kind", PREPARED)
+def test_prepared_datasets_of_any_kind_are_used_as_they_are(kind, tokenizer):
+    data = Dataset.from_dict(PREPARED[kind])
     task = Task("ready", data, data)
+    for processing_class in (None, object()):
+        assert prepare_tasks([task], processing_class, {})[0] is task and task.label_ids is None
     prepared = prepare_tasks([task, make()], tokenizer, {"neg": 0, "pos": 1})
-    assert prepared[0] is task and task.label_ids is None
-    assert prepare_tasks(prepared, tokenizer, {})[1] is prepared[1]
-    assert label_names([task, make()]) == ["neg", "pos"]
+    assert prepared[0] is task and prepared[1].label_ids == [0, 1] and label_names([task, make()]) == ["neg", "pos"]
+
+
+def images(**columns) -> Dataset:
+    features = {"image": Image(), "label": ClassLabel(names=["cat", "dog"])} | {c: Value("int64") for c in columns}
+    pictures = list(np.zeros((2, 4, 4, 3), dtype=np.uint8))
+    return Dataset.from_dict({"image": pictures, "label": LABEL, **columns}, features=Features(features))
+
+
+def test_columns_computed_on_access_count():
+    """As in Transformers' image classification example: the stored columns are still image and label."""
+
+    def pixels(batch):
+        return {"pixel_values": [torch.zeros(3, 4, 4) for _ in batch["image"]]}
+
+    def boxes(batch):
+        return {
+            **pixels(batch),
+            "labels": [{"boxes": torch.zeros(0, 4), "area": torch.ones(1)} for _ in batch["label"]],
+        }
+
+    for transform in (lambda batch: {**pixels(batch), "labels": batch["label"]}, boxes):
+        data = images().with_transform(transform)
+        assert prepare_tasks([Task("pets", data, data)], object(), {})[0].train_dataset is data
+    with pytest.raises(ValueError, match=r"no column 'label', only \['pixel_values'\].*labels as numbers"):
+        prepare_tasks([Task("pets", images().with_transform(pixels), data)], None, {})
+
+
+def test_what_is_not_prepared():
+    arrays = Features({"pixel_values": Array3D((3, 4, 4), "float32"), "label": ClassLabel(names=["cat", "dog"])})
+    ready = Dataset.from_dict({**PIXELS, "label": LABEL}, features=arrays).with_format("torch")
+    assert is_prepared(Task("ready", ready, ready))
+    for columns in (
+        {"sentence": ["a", "b"], "idx": [0, 1], "label": LABEL},  # GLUE: the text column is not named
+        {"text": ["a", "b"], "input_ids": IDS, "label": LABEL},  # a label that is aligned by name
+        {"prompt": ["a", "b"], "completion": ["c", "d"], "scores": [[0.5], [0.5]], "label": LABEL},
+        {"tokens": [["a"], ["b"]], "labels": [[0], [1]]},
+        {"input_ids": IDS, "label": ["a", "b"]},
+        {"input_ids": IDS},
+        {"label": LABEL},
+    ):
+        raw = Dataset.from_dict(columns)
+        assert not is_prepared(Task("raw", raw, raw)) and not is_prepared(Task("raw", ready, raw)), columns
 
 
 # --- errors: (what fails, what the message has to hold: the bad value and the remedy) ---
 
 
-def prepare(task, label2id=SENTIMENT, tokenizer=None):
-    return prepare_tasks([task], tokenizer or AutoTokenizer.from_pretrained(embedded.model_path()), label2id)
+def prepare(*tasks, processing_class="tokenizer", **label2id):
+    if processing_class == "tokenizer":
+        processing_class = AutoTokenizer.from_pretrained(embedded.model_path())
+    return prepare_tasks(list(tasks), processing_class, label2id or {"neg": 0, "pos": 1})
 
 
-EMPTY = Dataset.from_dict({"text": [], "label": []})
-FULL = make().train_dataset
-
-ERRORS = {
-    "no tasks": (lambda p: validate_tasks([]), ["[]", "load_task('icwsm14/nyt')"]),
-    "not a task": (lambda p: validate_tasks([make(), "fpb"]), ["tasks[1] is 'fpb'", "load_task(spec)"]),
-    "same name": (lambda p: validate_tasks([make("a"), make("a")]), ["'a' and 'a'", "rename"]),
-    "same folder": (lambda p: validate_tasks([make("a/B"), make("A-b")]), ["'a/B' and 'A-b'", "rename"]),
-    "empty train": (lambda p: validate_tasks([Task("e", EMPTY, FULL)]), ["'e'", "train_dataset is empty", "give it"]),
-    "empty test": (lambda p: validate_tasks([Task("e", FULL, FULL, EMPTY)]), ["test_dataset is empty", "None"]),
-    "DatasetDict": (
-        lambda p: validate_tasks([Task("d", DatasetDict(train=FULL), FULL)]),
-        ["train_dataset is a DatasetDict", "give a datasets.Dataset"],
-    ),
-    "no text column": (
-        lambda p: validate_tasks([make(text_column="txt")]),
-        ["'txt'", "['text', 'label']", "text=COL"],
-    ),
-    "no pair column": (lambda p: validate_tasks([make(text_pair_column="b")]), ["'b'", "text_pair=COL"]),
-    "no label column": (lambda p: validate_tasks([make(label_column="y")]), ["'y'", "['text', 'label']", "label=COL"]),
-    "name": (lambda p: make("../up"), ["'../up'", "use letters"]),
-    "bare unknown": (
-        lambda p: load_task("imbd"),
-        ["'imbd'", *BUILT_IN, "name:path_or_id", "reviews:data/reviews.csv"],
-    ),
-    "unknown domain": (lambda p: load_task("icwsm14/yelp"), ["'icwsm14/yelp'", "icwsm14/tweets"]),
-    "three colons": (lambda p: load_task("a:b:c:d"), ["'a:b:c:d'", "name:path_or_id"]),
-    "spec name": (lambda p: load_task("a b:x.csv"), ["'a b'", "use letters"]),
-    "option": (lambda p: load_task("a:o/b,lable=y"), ["'lable=y'", "label=COL"]),
-    "map option": (lambda p: load_task("a:o/b,map=x"), ["'map=x'", "map=x>y|z>w"]),
-    "options of an original": (lambda p: load_task("fpb:x.txt,text=y"), ["'fpb:x.txt,text=y'", "takes no options"]),
-    "fpb line": (
-        lambda p: load_file(p / "f.txt", "a@neutral\nno label", "fpb"),
-        ["line 2", "'no label'", "give"],
-    ),
-    "imdb folder": (lambda p: load_task(f"imdb:{p}"), ["train/neg", "give the folder aclImdb"]),
-    "missing file": (lambda p: load_task(f"a:{p}/x.csv"), ["x.csv", "correct the path"]),
-    "missing folder": (lambda p: load_task(f"imdb:{p}/x"), ["'{p}/x'", "correct the path"]),
-    "spec label column": (
-        lambda p: load_file(p / "x.csv", "text,y\n" + "b,1\n" * 20),
-        ["'label'", "['text', 'y']", "label=COL"],
-    ),
-    "spec text column": (
-        lambda p: load_file(p / "x.csv", "txt,label\n" + "b,1\n" * 20),
-        ["'text'", "['txt', 'label']", "text=COL"],
-    ),
-    "too few rows": (
-        lambda p: load_file(p / "x.csv", "text,label\nb,1\nc,1"),
-        ["2 rows", "give the splits"],
-    ),
-    "no train": (lambda p: load_folder(p, test="text,label\nb,1"), ["['test']", "Task("]),
-    "no samples": (lambda p: load_task("icwsm14/nyt", max_train_samples=0), ["max_train_samples=0", "positive"]),
-    "integers": (
-        lambda p: label_names([make(labels=[0, 2, 0])]),
-        ["'a'", "'label'", "0, 2", "names=negative|neutral"],
-    ),
-    "out of names": (
-        lambda p: label_names([make(labels=[0, 2, 0], label_names=["n", "p"])]),
-        ["[2]", "['n', 'p']", "drop"],
-    ),
-    "-1": (lambda p: label_names([make(labels=[0, -1, 0], label_names=["n", "p"])]), ["[-1]", "drop those rows"]),
-    "unknown string": (lambda p: label_names([make(label_names=["neg"])]), ["['pos']", "['neg']", "drop those rows"]),
-    "None": (lambda p: label_names([make(labels=["a", None, None])]), ["row 1 (and 1 more)", "drop such rows"]),
-    "blank": (lambda p: label_names([make(labels=["a", " ", "b"])]), ["row 1 (and 0 more)", "drop such rows"]),
-    "floats": (lambda p: label_names([make(labels=[0.0, 0.5, 1.0])]), ["float64", "0.5", "cast the column"]),
-    "lists": (lambda p: label_names([make(labels=[[0], [1], [0, 1]])]), ["List", "[0, 1]", "cast the column"]),
-    "map key": (
-        lambda p: label_names([make(label_map={"posi": "p"})]),
-        ["['posi']", "['neg', 'pos']", "correct the keys"],
-    ),
-    "not in the model": (
-        lambda p: prepare(make(), {"neg": 0, "LABEL_1": 1}),
-        [
-            "['pos']",
-            "{'neg': 0, 'LABEL_1': 1}",
-            "num_labels=len(names)",
-            "label2id=",
-            "id2label=",
-            "label_names(tasks)",
-        ],
-    ),
-    "text": (
-        lambda p: prepare(make(texts=["x", None, "z"]), {"neg": 0, "pos": 1}),
-        ["'text' holds None", "drop such"],
-    ),
-}
+def names(*labels, **fields):
+    return label_names([make(labels=labels, **fields)])
 
 
-def load_file(path: Path, text: str, name: str = "a") -> Task:
+def load(path: Path, text: str, name: str = "a") -> Task:
     path.write_text(text)
-    return load_task(f"{name}:{path}")
+    return load_task(f"{name}:{path.parent if path.name == 'test.csv' else path}")
 
 
-def load_folder(path: Path, **files: str) -> Task:
-    for split, text in files.items():
-        (path / f"{split}.csv").write_text(text)
-    return load_task(f"a:{path}")
+EMPTY, FULL = Dataset.from_dict({"text": [], "label": []}), make().train_dataset
+NUMBERED = images(idx=LABEL)
+ROUTE = "pixel_values; with_transform; remove_unused_columns=False; labels as numbers; Any processing_class"
+ERRORS = [
+    (lambda p: validate_tasks([]), "[]; load_task('icwsm14/nyt')"),
+    (lambda p: validate_tasks([make(), "fpb"]), "tasks[1] is 'fpb'; load_task(spec)"),
+    (lambda p: prepare(make("a"), make("a")), "'a' and 'a'; rename"),
+    (lambda p: validate_tasks([make("a/B"), make("A-b")]), "'a/B' and 'A-b'; rename"),
+    (lambda p: validate_tasks([Task("e", FULL, FULL, EMPTY)]), "'e'; test_dataset; num_rows: 0; with rows"),
+    (lambda p: validate_tasks([Task("d", DatasetDict(train=FULL), FULL)]), "train_dataset; DatasetDict; give a"),
+    (lambda p: prepare(make(text_column="txt")), "'txt'; ['text', 'label']; text=COL"),
+    (lambda p: prepare(make(text_pair_column="b")), "'b'; text_pair=COL"),
+    (lambda p: prepare(make(label_column="y")), "'y'; ['text', 'label']; label=COL"),
+    (lambda p: prepare(make(), processing_class=None), "need a tokenizer as processing_class; NoneType"),
+    (lambda p: prepare(make(), processing_class=p), "need a tokenizer as processing_class; PosixPath"),
+    (lambda p: prepare(Task("pets", images(), images())), "'pets'; ['image', 'label']; " + ROUTE),
+    (lambda p: prepare(Task("pets", NUMBERED, NUMBERED)), "'pets'; ['image', 'label', 'idx']; " + ROUTE),
+    (lambda p: make("../up"), "'../up'; use letters"),
+    (lambda p: load_task("imbd"), "; ".join(["'imbd'", *BUILT_IN, "name:path_or_id", "reviews:data/reviews.csv"])),
+    (lambda p: load_task("a:b:c:d"), "'a:b:c:d'; name:path_or_id"),
+    (lambda p: load_task("a:o/b,lable=y"), "'lable=y'; label=COL"),
+    (lambda p: load_task("a:o/b,map=x"), "'map=x'; map=x>y|z>w"),
+    (lambda p: label_names([load(p / "f.txt", "a@neutral\nno label\n" * 9, "fpb")]), "'no label'; 'neutral'"),
+    (lambda p: load_task(f"imdb:{p}"), "train lacks neg; give the folder aclImdb"),
+    (lambda p: load_task(f"a:{p}/x.csv"), "{p}/x.csv"),
+    (lambda p: load_task(f"imdb:{p}/x"), "{p}/x"),
+    (lambda p: load(p / "x.csv", "text,y\n" + "b,1\n" * 20), "'label'; ['text', 'y']; label=COL"),
+    (lambda p: load(p / "x.csv", "txt,label\n" + "b,1\n" * 20), "'text'; ['txt', 'label']; text=COL"),
+    (lambda p: load(p / "x.csv", "text,label\nb,1\nc,1"), "train_dataset; num_rows: 0; with rows"),
+    (lambda p: load(p / "test.csv", "text,label\nb,1"), "['test']; Task("),
+    (lambda p: load_task("icwsm14/nyt", max_train_samples=0), "max_train_samples=0; positive"),
+    (lambda p: names(0, 2, 0), "'a'; train_dataset; row 0; the label 0; names=a|b|c"),
+    (lambda p: names(0, 2, 0, label_names=["n", "p"]), "row 1; the label 2; ['n', 'p']"),
+    (lambda p: names(0, -1, 0, label_names=["n", "p"]), "row 1; the label -1"),
+    (lambda p: names("neg", "pos", label_names=["neg"]), "'pos'; ['neg']"),
+    (lambda p: names("a", None, "b"), "row 1; None; Drop what has no label"),
+    (lambda p: names("a", " ", "b"), "row 1; ''; Drop what has no label"),
+    (lambda p: names(0.0, 1.0, label_names=["n", "p"]), "0.0; " + ROUTE),
+    (lambda p: names([0], [0, 1]), "[0]; " + ROUTE),
+    (lambda p: names("neg", "pos", label_map={"posi": "p"}), "['posi']; ['neg', 'pos']; correct the keys"),
+    (
+        lambda p: prepare(make(), neg=0, LABEL_1=1),
+        "['pos']; {'neg': 0, 'LABEL_1': 1}; label2id=; id2label=; label_names(",
+    ),
+    (lambda p: prepare(make(texts=["x", None, "z"])), "'text' holds None; drop such"),
+]
 
 
-@pytest.mark.parametrize("case", ERRORS)
-def test_errors_show_the_value_and_the_remedy(case, tmp_path):
-    fail, parts = ERRORS[case]
+@pytest.mark.parametrize(("fail", "parts"), ERRORS, ids=[parts for _, parts in ERRORS])
+def test_errors_show_the_value_and_the_remedy(fail, parts, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         fail(tmp_path)
-    for part in parts:
+    for part in parts.split("; "):
         assert part.replace("{p}", str(tmp_path)) in str(error.value)
 
 
-def test_prepare_validates_first(tokenizer):
-    with pytest.raises(ValueError, match="rename"):
-        prepare_tasks([make("a"), make("a")], tokenizer, {})
-
-
-def test_evaluation_rows_are_sorted_by_length_and_keep_their_labels():
-    class Words:
-        model_max_length = 512
-
-        def __call__(self, texts, truncation, max_length):
-            return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
-
-    rows = Dataset.from_dict({"text": ["3 3 3", "1", "2 2"], "label": ["c", "a", "b"]})
-    task = prepare_tasks([Task("t", rows, rows, rows)], Words(), {"a": 0, "b": 1, "c": 2})[0]
-    assert [(row["input_ids"][0] - 1, row["labels"]) for row in task.test_dataset] == [(0, 0), (1, 1), (2, 2)]
-    assert task.train_dataset["labels"] == [2, 0, 1]  # training order is the sampler's business
+def test_label_smoothing_is_trainers():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    expected = LabelSmoother(epsilon=0.3)({"logits": logits}, labels)
+    torch.testing.assert_close(classification_loss({"logits": logits}, labels, label_smoothing=0.3), expected)
+    halves = [classification_loss({"logits": logits[i]}, labels[i], 6, 0.3) for i in (slice(2), slice(2, 6))]
+    torch.testing.assert_close(sum(halves), expected)
+    assert not is_single_label_classifier(torch.nn.Linear(2, 3))
