@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -32,6 +32,7 @@ hyperparameters = st.fixed_dictionaries(
         "weight_decay": st.sampled_from([0.0, 0.1]),
         "maximize": st.booleans(),
         "foreach": st.sampled_from([None, False, True]),
+        "fused": st.sampled_from([None, False]),
     }
 )
 seeds = st.integers(0, 2**16)
@@ -62,7 +63,7 @@ def run(weights, gradients, **kwargs):
         for p, g in zip(parameters, grads):
             p.grad = g
         optimizer.step()
-    return [p.detach() for p in parameters], [optimizer.state[p]["accumulator"] for p in parameters]
+    return [p.detach() for p in parameters], [optimizer.accumulator(p) for p in parameters]
 
 
 def assert_same(a, b, power, dtype=torch.float32):
@@ -105,7 +106,7 @@ def test_neither_order_nor_grouping_of_parameters_matters(tensors, seed, kwargs)
         for p, g in zip(parameters, grads):
             p.grad = g
         grouped.step()
-    by_group = [p.detach() for p in parameters], [grouped.state[p]["accumulator"] for p in parameters]
+    by_group = [p.detach() for p in parameters], [grouped.accumulator(p) for p in parameters]
     for which in (0, 1):
         for i, (_, dtype) in enumerate(tensors):
             for other in (backwards[which][::-1][i], alone[i][which][0], by_group[which][i]):
@@ -121,7 +122,7 @@ def test_accumulators_only_grow_and_only_above_the_threshold(shape, dtype, layou
     for g in gradients:
         p.grad = g
         optimizer.step()
-        s = optimizer.state[p]["accumulator"]
+        s = optimizer.accumulator(p)
         assert s.dtype is torch.float32 and s.shape == p.shape
         passes = g.float().square() > kwargs["threshold"]
         assert bool((s >= before).all()) and torch.equal(s[~passes], before[~passes])
@@ -138,11 +139,11 @@ def test_a_zero_gradient_changes_nothing(shape, dtype, layout, seed, kwargs, den
     p.grad = draw_tensor(shape, dtype, seed + 1, layout)
     optimizer = CLASSP([p], **kwargs)
     optimizer.step()
-    weight, s = p.detach().clone(), optimizer.state[p]["accumulator"].clone()
+    weight, s = p.detach().clone(), optimizer.accumulator(p).clone()
     p.grad = torch.zeros_like(p)
     assert optimizer.update_density() == 0
     optimizer.step()
-    assert torch.equal(p, weight) and torch.equal(optimizer.state[p]["accumulator"], s)
+    assert torch.equal(p, weight) and torch.equal(optimizer.accumulator(p), s)
 
 
 @MODERATE
@@ -164,7 +165,7 @@ def test_saving_and_loading_in_between_changes_nothing(shape, dtype, layout, see
         optimizer = CLASSP([p], lr=123.0)  # the state brings the hyperparameters
         optimizer.load_state_dict(state)
     assert_same([p.detach()], straight[0], kwargs["power"], dtype)
-    assert_same([optimizer.state[p]["accumulator"]], straight[1], kwargs["power"], dtype)
+    assert_same([optimizer.accumulator(p)], straight[1], kwargs["power"], dtype)
 
 
 @MODERATE
@@ -212,8 +213,8 @@ def test_scaling_the_loss_scales_the_memory_and_leaves_the_path(shape, layout, s
     st.sampled_from([False, True]),
 )
 def test_density_bounds_the_share_that_is_updated(shape, dtype, density, filled, seed, foreach):
-    """Small tensors are their own sample: at most d of the nonzero coordinates, rounded up. Of large ones a sample of 4,096
-    is read; five standard errors of its quantile are allowed."""
+    """Small tensors are their own sample: at most d of the nonzero coordinates. Of large ones 1,024 nonzero coordinates are
+    read, or those of the rows that were found; five standard errors of their quantile are allowed."""
     generator = torch.Generator().manual_seed(seed)
     g = (torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < filled)).to(dtype)
     p = nn.Parameter(torch.zeros(shape, dtype=dtype))
@@ -221,14 +222,13 @@ def test_density_bounds_the_share_that_is_updated(shape, dtype, density, filled,
     optimizer = CLASSP([p], lr=1.0, density=density, foreach=foreach)
     reported = optimizer.update_density()
     optimizer.step()
-    moved, nonzero = optimizer.state[p]["accumulator"] > 0, g.square().float() > 0
+    moved, nonzero = optimizer.accumulator(p) > 0, g != 0
     count, total = int(moved.sum()), int(nonzero.sum())
-    assume(total > 0)
-    sample = total if g.numel() <= 4096 else 4096 * total / g.numel()
-    error = 0 if g.numel() <= 4096 else 5 * math.sqrt(density * (1 - density) / sample) + 2 / sample
-    assert count <= math.ceil(total * (density + error)) + (g.numel() > 4096)
-    assert reported == pytest.approx(count / g.numel())
-    if dtype is torch.float32 and count and density < 1:
-        assert g[moved].abs().min() >= g[nonzero & ~moved].abs().max() if (nonzero & ~moved).any() else True
+    error = 0 if g.numel() <= 4096 else 5 * math.sqrt(density * (1 - density) / (1024 * filled**2)) + 2 / 1024
+    # equal values, of which bfloat16 has many, pass together
+    assert count <= total * (density + error) + 1e-6 * total
+    assert reported == pytest.approx(count / g.numel() if g.numel() else 0.0)
+    if dtype is torch.float32 and 0 < count < total:
+        assert g[moved].abs().min() > g[nonzero & ~moved].abs().max()
     if density == 1:
         assert count == total

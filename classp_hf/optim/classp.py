@@ -91,8 +91,8 @@ class CLASSP(Optimizer):
     ) -> None:
         defaults = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         _check_hyperparameters(defaults)
-        self._skipped: Tensor | None = None
         super().__init__(params, defaults)
+        self._skipped = _counter(self.param_groups[0]["params"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         _check_hyperparameters({**self.defaults, **param_group})
@@ -111,7 +111,8 @@ class CLASSP(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._skipped = self.__dict__.get("_skipped")  # no copy has it
+        if "_skipped" not in vars(self):  # a copy
+            self._skipped = _counter(self.param_groups[0]["params"])
         for group in self.param_groups:  # of an older version
             for name, value in {**self.defaults, "state_dtype": "float32", "offset": 0.0}.items():
                 if name != "differentiable":  # PyTorch's own
@@ -190,7 +191,7 @@ class CLASSP(Optimizer):
 
     def skipped_steps(self) -> int:
         """Steps that were skipped on a GPU, or when compiled, for a gradient that was not finite. Waits for the device."""
-        return 0 if self._skipped is None else int(self._skipped)
+        return 0 if self._skipped.is_meta else int(self._skipped)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -262,10 +263,14 @@ class CLASSP(Optimizer):
                 flags[i] = flag
         flags = over_shards(flags, [g for g, _ in grads], "max")
         found = torch.stack([flag.to(flags[0].device) for flag in flags]).amax()
-        if self._skipped is None:
-            self._skipped = torch.zeros((), dtype=torch.int64, device=found.device)
-        self._skipped.add_(found.long())
+        if self._skipped.device != found.device:  # the model was moved
+            self._skipped = torch.zeros_like(self._skipped, device=found.device)
+        self._skipped.add_(found.long())  # in place, for compiled and captured steps
         return {device: found.to(device) for device in dict.fromkeys(flag.device for flag in flags)}
+
+def _counter(params: list[Tensor]) -> Tensor:
+    return torch.zeros((), dtype=torch.int64, device=params[0].device if params else None)
+
 
 def _offset(group: dict[str, Any]) -> float:
     """What the state of `group` holds beside the accumulator: what fused Adagrad needs."""
