@@ -86,8 +86,8 @@ def plot_importance(importance: Mapping[str, Sequence[float]], tasks: Names, pat
     axes.set_xticks(layers, importance, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_ylabel("growth of the memory a weight\n(1 = median of the layers)")
     axes.grid(axis="y", color="0.9")
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-    axes.set_title("What each task leaves in the memory, layer by layer", fontsize=10)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    figure.suptitle("What each task leaves in the memory, layer by layer", fontsize=10)
     save_figure(figure, path)
 
 
