@@ -14,7 +14,7 @@ _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EE
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a path beside `path` to write to. When the block ends it is synced and replaces `path`; on an error it goes."""
+    """Give a path beside `path` to write to; synced, it replaces `path` when the block ends. It goes on an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".classp_hf-{path.name}-{os.getpid()}.tmp")
@@ -30,7 +30,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what killed processes left of `replacing` in `folder` and its sub-folders. Nobody may be writing there."""
+    """Delete what killed processes left of `replacing` in `folder` and its sub-folders. Nobody may write there now."""
     for place in [folder, *(p for p in folder.glob("*") if p.is_dir() and not p.is_symlink())]:
         for path in place.glob(".classp_hf-*-[0-9]*.tmp"):
             path.unlink()
@@ -58,7 +58,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def writing(what: str, path: str | os.PathLike) -> Iterator[None]:
-    """Turn a full disk, or a place that cannot be written to, into an `OSError` that names `what`, `path` and a remedy."""
+    """Turn a full disk, or a place one may not write to, into an `OSError` that names `what`, `path` and a remedy."""
     try:
         yield
     except Exception as error:

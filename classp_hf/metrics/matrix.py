@@ -5,8 +5,8 @@ task j = 1..T, so R[t, j] is the accuracy on task j after task t. Any finite sco
 (accuracy, F1, Matthews correlation); every result is in the unit of R, except the two ratios `retained_accuracy` and
 `gap_recovered`. The formulas count tasks from 1, as the papers do: R[t, j] is `R[t][j - 1]` in Python.
 
-Every function of R takes it as lists or an array, and raises ValueError if R is ragged, of another shape, or not finite.
-What is not defined (a mean over no task, a division by zero) is `float("nan")`; in `summarize`, which is for JSON, None.
+Every function takes R as lists or an array, and raises ValueError if R is ragged, of another shape, or not finite.
+What is not defined (a mean over no task, a division by zero) is `float("nan")`; in `summarize`, for JSON, None.
 
 >>> R = [[0.25, 0.25],  # before any training
 ...      [1.0, 0.375],  # after task 1
@@ -67,7 +67,7 @@ def learning_accuracy(R: ArrayLike) -> float:
 
 
 def backward_transfer(R: ArrayLike) -> float:
-    """Backward transfer: BWT = mean_{j<T} (R[T, j] - R[j, j]). Negative = forgetting, positive = later tasks helped.
+    """Backward transfer: BWT = mean_{j<T} (R[T, j] - R[j, j]). Negative = forgetting, positive = later tasks help.
 
     nan for T = 1.
 
@@ -78,7 +78,7 @@ def backward_transfer(R: ArrayLike) -> float:
 
 
 def forward_transfer(R: ArrayLike) -> float:
-    """Forward transfer: FWT = mean_{j>1} (R[j-1, j] - R[0, j]). Positive = earlier tasks helped a task not yet trained.
+    """Forward transfer: FWT = mean_{j>1} (R[j-1, j] - R[0, j]). Positive = earlier tasks help a task before its own.
 
     nan for T = 1. The baseline R[0, j] is the model the sequence started from; in the paper, a random one.
 
@@ -89,7 +89,7 @@ def forward_transfer(R: ArrayLike) -> float:
 
 
 def forgetting(R: ArrayLike) -> float:
-    """Forgetting: F = mean_{j<T} (max_{j<=t<T} R[t, j] - R[T, j]). Positive = forgetting, negative = later tasks helped.
+    """Forgetting: F = mean_{j<T} (max_{j<=t<T} R[t, j] - R[T, j]). Positive = forgetting, negative = later tasks help.
 
     nan for T = 1. F >= -BWT, with equality where no task got better after its own training. The paper's maximum is
     over all t < T; here it starts at row j, for what was not learned yet cannot be forgotten.
@@ -120,7 +120,7 @@ def summarize(R: ArrayLike, greater_is_better: bool = True) -> dict[str, Any]:
 
     Args:
         R (`ArrayLike`): accuracy matrix, shape (T+1, T), row 0 before any training.
-        greater_is_better (`bool`, default `True`): False for a loss or a perplexity. The two averages are then those of
+        greater_is_better (`bool`, default `True`): False for a loss, a perplexity. The two averages are then those of
             R, lower is better; the transfers keep their sign's meaning (negative = forgetting), positive forgetting is
             forgetting, in the unit of R; what is retained is R[j, j] / R[T, j], 1 = nothing lost.
 
@@ -141,7 +141,7 @@ def summarize(R: ArrayLike, greater_is_better: bool = True) -> dict[str, Any]:
 
 
 def gap_recovered(acc: float, acc_sequential: float, acc_joint: float) -> float:
-    """Share of the continual-learning gap a method closes: G = (acc - acc_sequential) / (acc_joint - acc_sequential).
+    """Share of the gap to joint training: G = (acc - acc_sequential) / (acc_joint - acc_sequential)
 
     0 = no better than plain sequential training, 1 = as good as joint training; below 0 and above 1 happen. nan where
     acc_joint <= acc_sequential: there is no gap to recover.

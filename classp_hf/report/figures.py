@@ -17,7 +17,7 @@ _MANY, _SHOWN = 20, 12
 
 
 def plot_accuracy_matrix(tasks: Names, R: Matrix, path: AnyPath, title: str, scale: Scale | None = None) -> None:
-    """Write R as a heat map with values in its cells (of many tasks, with a colour bar), framed where a task was trained."""
+    """Write R as a heat map with values (of many tasks, with a colour bar), framed where a task was just trained."""
     names, scale = [_text(name) for name in stages(tasks, R)], scale or Scale()
     low, high = (0.0, 1.0) if scale.percent else (min(map(min, R)), max(map(max, R)))
     longest, T, many = max(map(len, names)), len(tasks), len(tasks) > _MANY
@@ -58,7 +58,7 @@ def plot_retention(arms: Mapping[str, Results], path: AnyPath) -> None:
     for j, axes in zip(chosen, panels):
         axes.axvline(j + 1, color="0.6", linestyle="--", label="the task's own training" if j == 0 else None)
         for a, (arm, R) in enumerate(lines.items()):
-            # Earlier arms larger: seen under later ones of the same value. Not clipped: markers at 0 and 100 stay whole.
+            # Earlier arms larger: seen under later ones of the same value. Not clipped: whole at 0 and 100.
             style = {**_style(a), "markersize": max(8 - 2 * a, 4) if T <= _MANY else 2, "clip_on": False}
             axes.plot([row[j] for row in R], label=arm if j == 0 else None, **style)
         axes.set_title(_text(f"{j + 1}. {tasks[j]}"), fontsize=10)
@@ -73,8 +73,8 @@ def plot_retention(arms: Mapping[str, Results], path: AnyPath) -> None:
 
 
 def plot_importance(importance: Mapping[str, Sequence[float]], tasks: Names, path: AnyPath) -> None:
-    """Write a line a task (of many, for twelve of them) over the layers: how much the memory of gradients grew, 1 = the
-    median layer. `importance`: layer -> mean accumulator a weight, before any training here and after every task."""
+    """Write a line a task (of many, for twelve of them) over the layers: how much the memory of gradients grew; 1 is
+    the median layer. `importance`: layer -> mean accumulator a weight, at the start and after every task."""
     layers, names = range(len(importance)), ["earlier runs", *map(_text, tasks)]
     figure = new_figure(max(5.5, 1.5 + 0.42 * len(layers)), 4.4)
     axes = figure.subplots()
@@ -86,13 +86,13 @@ def plot_importance(importance: Mapping[str, Sequence[float]], tasks: Names, pat
     axes.set_xticks(layers, importance, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_ylabel("growth of the memory a weight\n(1 = median of the layers)")
     axes.grid(axis="y", color="0.9")
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-    axes.set_title("What each task leaves in the memory, layer by layer", fontsize=10)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    figure.suptitle("What each task leaves in the memory, layer by layer", fontsize=10)
     save_figure(figure, path)
 
 
 def write_figures(folder: AnyPath, results: Results) -> None:
-    """Write a run's accuracy_matrix.png, retention.png and, of its memory, importance.png; without matplotlib, go on."""
+    """Write accuracy_matrix.png, retention.png and, of a memory, importance.png; without matplotlib warn and go on."""
     folder, tasks, R, method = Path(folder), results["tasks"], results["accuracy_matrix"], results["method"]["name"]
     name = results["optimizer"]["name"] + ("" if method == "none" else f" + {method}")
     try:

@@ -1,7 +1,7 @@
 """`results.json`, the environment that it records, and tables of it for the terminal and in Markdown.
 
-R is the accuracy matrix: T+1 rows of T floats, row 0 before any training, row t after task t. `results` is the content of
-`results.json`, as `ContinualTrainer.train_sequence` returns it. `arms` are name -> results, all of the same tasks.
+R is the accuracy matrix: T+1 rows of T floats, row 0 before any training, row t after task t. `results` is the content
+of `results.json`, as `ContinualTrainer.train_sequence` returns it. `arms` are name -> results, all of the same tasks.
 """
 
 import dataclasses
@@ -23,20 +23,20 @@ Names = Sequence[str]
 Matrix = Sequence[Sequence[float]]
 Results = Mapping[str, Any]
 LEARNED_BEFORE = "Tasks learned before this run count as learned with what they had at its start."
-# Metric of R -> (label, sign of its format, meaning).
+# Metric of R -> what it means.
 _METRICS = {
-    "average_accuracy": ("average {metric}", "", "mean over all tasks at the end"),
-    "learning_accuracy": ("learning {metric}", "", "mean over tasks, each right after its own training"),
-    "backward_transfer": ("backward transfer", "+", "{points} since each earlier task was learned; negative = forgetting"),
-    "forward_transfer": ("forward transfer", "+", "{points} over the model at the start, each task before its own training"),
-    "forgetting": ("forgetting", "", "{points} {below} each earlier task's best; positive = forgetting"),
-    "retained_accuracy": ("retained {metric}", "", "% of each task's own learned {metric} left at the end"),
-}  # fmt: skip
+    "average_accuracy": "mean over all tasks at the end",
+    "learning_accuracy": "mean over tasks, each right after its own training",
+    "backward_transfer": "{points} since each earlier task was learned; negative = forgetting",
+    "forward_transfer": "{points} over the model at the start, each task before its own training",
+    "forgetting": "{points} {below} each earlier task's best; positive = forgetting",
+    "retained_accuracy": "% of each task's own learned {metric} left at the end",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How the values of R are written: shares of one in `percent`, other metrics in their own unit, with so many digits."""
+    """How the values of R are written: shares of one in `percent`, others in their own unit, with so many `digits`."""
 
     metric: str = "accuracy"
     percent: bool = True
@@ -61,16 +61,16 @@ class Scale:
 
 
 def write_json(path: AnyPath, obj: Any) -> None:
-    """Write `obj` as indented JSON, atomically; the folder is created. ValueError for NaN and infinity, which JSON lacks."""
+    """Write `obj` as indented JSON, atomically; the folder is created. ValueError for NaN and infinity."""
     text = json.dumps(obj, indent=2, allow_nan=False)
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def environment(num_processes: int = 1) -> dict[str, Any]:
-    """What a number needs to be reproduced, beside the command: `versions` of packages; `hardware`, `cpu_capability` being
-    the vector instructions PyTorch uses and `cpu_count` the CPUs this process may run on; `commit` of the checkout that
-    classp_hf runs from, with "-dirty" for changes to its files, or None for an installed package."""
+    """What a number needs to be reproduced, beside the command: `versions` of packages; `hardware` (`cpu_capability`:
+    the vector instructions PyTorch uses, `cpu_count`: the CPUs this process may run on); `commit` of the checkout that
+    classp_hf runs from, with "-dirty" for changed files, or None for an installed package."""
     import torch
 
     packages = ("torch", "transformers", "accelerate", "datasets", "peft", "classp_hf")
@@ -101,7 +101,7 @@ def environment(num_processes: int = 1) -> dict[str, Any]:
 def format_sequence(
     tasks: Names, R: Matrix, metrics: Results, title: str, scale: Scale | None = None, learned: int = 0
 ) -> str:
-    """A table for the terminal: a row a stage, a column a task; then the `metrics` of `summarize` and how to read them.
+    """A table for the terminal: a row a stage, a column a task; then the metrics of `summarize` and how to read them.
 
     Args:
         scale (`Scale`, default: accuracy in %): how values are written.
@@ -122,7 +122,7 @@ def format_comparison(arms: Mapping[str, Results]) -> str:
         R = results["accuracy_matrix"]
         kept = [f"{scale.text(R[j + 1][j])} -> {scale.text(R[-1][j])}" for j in range(len(tasks) - 1)]
         keys = ("average_accuracy", "learning_accuracy", "backward_transfer", "forgetting")
-        values = [scale.text(results["metrics"][key], _METRICS[key][1]) for key in keys]
+        values = [scale.text(results["metrics"][key], "+" if "transfer" in key else "") for key in keys]
         table.append([arm, *kept, scale.text(R[-1][-1]), *values, f"{results['seconds']:.0f}"])
     note = f"{scale.title[0].upper()}{scale.title[1:]}: right after the task's own training -> after the last task."
     return markdown_table(table, "<" + ">" * (len(tasks) + 5)) + "\n\n" + note
@@ -133,15 +133,15 @@ def metric_rows(metrics: Results, scale: Scale) -> list[list[str]]:
     words = {"metric": scale.metric, "points": "points" if scale.percent else "difference"}
     words["below"] = "below" if scale.greater_is_better else "above"
     rows = []
-    for key, (label, sign, meaning) in _METRICS.items():
-        value = metrics[key]
+    for key, meaning in _METRICS.items():
+        value, sign = metrics[key], "+" if "transfer" in key else ""
         text = ", ".join(map(Scale().text, value)) if isinstance(value, list) else scale.text(value, sign)
-        rows.append([label.format(**words), text, meaning.format(**words)])
+        rows.append([key.replace("_", " ").replace("accuracy", scale.metric), text, meaning.format(**words)])
     return rows
 
 
 def stages(tasks: Names, R: Matrix, learned: int = 0) -> list[str]:
-    """What the rows of R are, the first `learned` tasks not trained in this run; ValueError unless they are (T+1) x T."""
+    """Names of the rows of R, the first `learned` tasks not trained in this run; ValueError unless R is (T+1) x T."""
     if len(R) != len(tasks) + 1 or any(len(row) != len(tasks) for row in R):
         shape = f"{len(R)} rows of {sorted({len(row) for row in R})} columns"
         raise ValueError(f"{len(tasks)} tasks need {len(tasks) + 1} rows of {len(tasks)} columns, got {shape}.")
