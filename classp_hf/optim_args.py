@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,64 +11,50 @@ from .optim import CLASSP
 
 
 def _boolean(text: str) -> bool:
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
-        raise ValueError(text)
-    return values[text.lower()]
+    return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
 
 
 OPTIM_ARGS: dict[str, Callable[[str], Any]] = {
-    "threshold": float,
-    "power": float,
-    "eps": float,
-    "apply_decay": _boolean,
-    "density": float,
-    "maximize": _boolean,
-    "foreach": _boolean,
-    "fused": _boolean,
-    "state_dtype": str,
+    **{"threshold": float, "power": float, "eps": float, "apply_decay": _boolean, "density": float},
+    **{"maximize": _boolean, "foreach": _boolean, "fused": _boolean, "state_dtype": str},
 }
-"""What `--optim_args` may set of the optimizer, and how it is read. `lr` and `weight_decay` have flags of their own."""
+"""What `--optim_args` may set of the optimizer. `lr` and `weight_decay` have flags of their own."""
 
 MEMORY_ARGS: dict[str, Callable[[str], Any]] = {"anchor_strength": float, "merge_weight": float, "memory": str}
-"""What it may set of the memory's other uses: the strengths of `Elastic` and `Merge` (0 or absent: not used), and the memory
-to go on from: a file, a folder, a Hub id, or `none` (default: the one beside the model)."""
+"""Of an older version: strengths of `Elastic` and `Merge`, and the memory to go on from (path, Hub id or `none`)."""
 
 
 def parse_optim_args(optim_args: str | Mapping[str, str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Cast and check the value of `--optim_args`.
 
     Args:
-        optim_args: `"key=value,key=value"`, or the mapping of strings that transformers makes of it.
+        optim_args: `"key=value,key=value"`, each split at its first `=`, or transformers' mapping of strings. A value
+            with a comma needs a mapping.
 
     Returns:
-        What is for CLASSP, and what is for the uses of the memory.
+        What is for CLASSP, and the keys of `MEMORY_ARGS`.
 
     Raises:
         ValueError: an unknown key, a value that does not parse or is out of range, or text that is not `key=value`.
     """
-    if not optim_args:
-        return {}, {}
     if isinstance(optim_args, str):
-        pairs = [part.partition("=") for part in optim_args.replace(" ", "").split(",") if part]
-        if malformed := [key for key, equals, _ in pairs if not equals]:
+        pairs = [part.partition("=") for part in optim_args.split(",") if part.strip()]
+        if malformed := [key.strip() for key, equals, _ in pairs if not equals]:
             raise ValueError(f"--optim_args must be key=value pairs separated by commas, got {malformed[0]!r}.")
-        optim_args = {key: value for key, _, value in pairs}
-    known = OPTIM_ARGS | MEMORY_ARGS
-    result = {}
-    for key, text in optim_args.items():
+        optim_args = {key.strip(): value.strip() for key, _, value in pairs}
+    known, result = OPTIM_ARGS | MEMORY_ARGS, {}
+    for key, text in (optim_args or {}).items():
         if key not in known:
             hint = {"lr": " (use --learning_rate)", "weight_decay": " (use --weight_decay)"}.get(key, "")
             raise ValueError(f"Unknown key {key!r} in --optim_args{hint}. CLASSP knows: {', '.join(known)}.")
         try:
             result[key] = known[key](text)
-        except ValueError:
+        except (ValueError, KeyError):
             kind = "true or false" if known[key] is _boolean else "a number"
             raise ValueError(f"{key}={text} in --optim_args does not parse: {key} must be {kind}.") from None
-    optimizer = {k: v for k, v in result.items() if k in OPTIM_ARGS}
-    memory = {k: v for k, v in result.items() if k in MEMORY_ARGS}
+    optimizer, memory = ({k: v for k, v in result.items() if k in keys} for keys in (OPTIM_ARGS, MEMORY_ARGS))
     CLASSP([torch.zeros(1)], lr=0.0, **optimizer)  # its own range checks, before any training time is lost
     for key in ("anchor_strength", "merge_weight"):
-        if not 0 <= memory.get(key, 0.0) < math.inf:
+        if not 0 <= memory.get(key, 0.0) < float("inf"):
             raise ValueError(f"{key} must be finite and >= 0, got {memory[key]} in --optim_args.")
     return optimizer, memory

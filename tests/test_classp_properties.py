@@ -213,8 +213,8 @@ def test_scaling_the_loss_scales_the_memory_and_leaves_the_path(shape, layout, s
     st.sampled_from([False, True]),
 )
 def test_density_bounds_the_share_that_is_updated(shape, dtype, density, filled, seed, foreach):
-    """Small tensors are their own sample: at most d of the nonzero coordinates. Of large ones 1,024 nonzero coordinates are
-    read, or those of the rows that were found; five standard errors of their quantile are allowed."""
+    """Small tensors are their own sample: at most d of the nonzero coordinates. Of large ones 1,024 nonzero
+    coordinates are read, or those of the rows that were found; five standard errors of their quantile are allowed."""
     generator = torch.Generator().manual_seed(seed)
     g = (torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < filled)).to(dtype)
     p = nn.Parameter(torch.zeros(shape, dtype=dtype))

@@ -1,4 +1,5 @@
-"""However a step's gradients come about, CLASSP's update is the slow oracle's; through the real Trainer where it has a flag."""
+"""However a step's gradients come about, CLASSP's update is the slow oracle's; through the real Trainer where it has a
+flag."""
 
 from __future__ import annotations
 

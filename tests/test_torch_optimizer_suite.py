@@ -1,5 +1,5 @@
-"""What PyTorch tests of each of its own optimizers (`test/test_optim.py`) and no other file here tests of CLASSP: hooks, named
-parameters, parameter groups, schedulers, states of older versions."""
+"""What PyTorch tests of each of its own optimizers (`test/test_optim.py`) and no other file here tests of CLASSP:
+hooks, named parameters, parameter groups, schedulers, states of older versions."""
 
 from __future__ import annotations
 

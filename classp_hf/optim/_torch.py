@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FUSED_DEVICES = ("cpu", "cuda") if torch.__version__ >= (2, 13) else ()
+FUSED_DEVICES = ("cpu", "cuda") if torch.__version__ >= (2, 13) else ()  # type: ignore[operator]
 """Where `torch._fused_adagrad_` runs, with a tensor as learning rate too (CUDA: pytorch#153038)."""
 
 
@@ -57,8 +57,8 @@ def local(x: Tensor) -> Tensor:
 def over_shards(values: list[Tensor], tensors: list[Tensor], operation: str) -> list[Tensor]:
     """Combine what every rank computed from its part of a tensor, by `operation` ("sum" or "max").
 
-    Collective: every rank must call it with the same tensors in the same order, whatever is empty on it. One all-reduce
-    for all tensors that are sharded alike.
+    Collective: every rank must call it with the same tensors in the same order, whatever is empty on it. One
+    all-reduce for all tensors that are sharded alike.
 
     Args:
         values: of any shapes, which are the same on every rank.

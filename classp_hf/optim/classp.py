@@ -35,9 +35,9 @@ class CLASSP(Optimizer):
     followed here). With `power=2, threshold=0` this is `torch.optim.Adagrad(initial_accumulator_value=eps, eps=0)`,
     and PyTorch's fused Adagrad takes the step.
 
-    The math runs in float32 and is cast to the parameter's dtype once, at the end. State: one tensor of the parameter's
-    shape and `state_dtype`, `state[p]["accumulator"]`, of that dtype after `load_state_dict` too. It holds s + offset,
-    where the group's `offset` is eps with `power=2` in float32 and 0 otherwise; `accumulator(p)` is s.
+    The math runs in float32 and is cast to the parameter's dtype once, at the end. State: one tensor of the
+    parameter's shape and `state_dtype`, `state[p]["accumulator"]`, of that dtype after `load_state_dict` too. It holds
+    s + offset, where the group's `offset` is eps with `power=2` in float32 and 0 otherwise; `accumulator(p)` is s.
 
     Args:
         params: parameters, named parameters or parameter groups. Every hyperparameter may differ from group to group.
@@ -45,8 +45,8 @@ class CLASSP(Optimizer):
         threshold: gradients whose square does not exceed it are ignored. In squared-gradient units, so it depends on
             loss scale, batch size, clipping and accumulation; `density` does not.
         power: the p of Algorithm 1, > 0. The paper's experiments use 1 and 2; with an empty memory 1 underfits.
-        eps: added to the accumulator inside the root, > 0. In units of |g|^p: near the accumulator's mean it erases the
-            memory, far below it the first steps are sign steps on every weight.
+        eps: added to the accumulator inside the root, > 0. In units of |g|^p: near the accumulator's mean it erases
+            the memory, far below it the first steps are sign steps on every weight.
         apply_decay: if False, gradients are accumulated but the step is plain SGD ("learn and remember", before
             "suppress").
         weight_decay: decoupled (Loshchilov & Hutter 2019): `w <- w * (1 - lr * weight_decay)` for every coordinate of
@@ -63,9 +63,9 @@ class CLASSP(Optimizer):
             random so that small increments count on average (error bounds: `classp_hf/optim/state.py`).
 
     A gradient that is not finite, or so large that |g|^p could overflow the memory (|g|^p > 2e31), reaches neither
-    weights nor memory, where it would stay for ever. On CPUs `step` raises; it leaves the tensor as it is, or of one with
-    more than 2**19 weights the block with the bad gradient, and updates the others. On other devices, and when compiled,
-    it does not wait for the gradients: the whole step is skipped, and counted in `skipped_steps()`.
+    weights nor memory, where it would stay for ever. On CPUs `step` raises; it leaves the tensor as it is, or of one
+    with more than 2**19 weights the block with the bad gradient, and updates the others. On other devices, and when
+    compiled, it does not wait for the gradients: the whole step is skipped, and counted in `skipped_steps()`.
 
     Raises:
         ValueError: a hyperparameter out of its range, both `threshold` and `density`, both `foreach` and `fused`,
@@ -104,7 +104,9 @@ class CLASSP(Optimizer):
                 if p.is_complex():
                     raise ValueError(f"CLASSP does not support complex parameters, got one of dtype {p.dtype}")
                 if group["fused"] and (p.device.type not in FUSED_DEVICES or p.dtype == torch.float64):
-                    raise ValueError(f"fused=True is not possible for a {p.dtype} parameter on {p.device}. Leave it out.")
+                    raise ValueError(
+                        f"fused=True is not possible for a {p.dtype} parameter on {p.device}. Leave it out."
+                    )
         except ValueError:
             self.param_groups.pop()
             raise
@@ -121,8 +123,8 @@ class CLASSP(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, keeping the accumulators in their own dtype.
 
-        `torch.optim.Optimizer` casts state to the parameter's dtype, which would truncate the memory of a bf16 model at
-        every round trip (accelerate makes one when it wraps the optimizer).
+        `torch.optim.Optimizer` casts state to the parameter's dtype, which would truncate the memory of a bf16 model
+        at every round trip (accelerate makes one when it wraps the optimizer).
         """
         given: dict[str, Any] = {}  # after all hooks
         handle = self.register_load_state_dict_pre_hook(lambda _, final: given.update(final))
@@ -190,7 +192,7 @@ class CLASSP(Optimizer):
         return float(torch.stack([n.to(updated[0].device) for n in updated]).sum()) / total if updated else 0.0
 
     def skipped_steps(self) -> int:
-        """Steps that were skipped on a GPU, or when compiled, for a gradient that was not finite. Waits for the device."""
+        """How many steps were skipped, on a GPU or compiled, for bad gradients. Waits for the device."""
         return 0 if self._skipped.is_meta else int(self._skipped)
 
     @torch.no_grad()
@@ -223,7 +225,7 @@ class CLASSP(Optimizer):
                 work.setdefault((number, p.device), []).append(p)
         found = self._found_inf(
             [
-                (p.grad, self.param_groups[number]["power"])
+                (p.grad, self.param_groups[number]["power"])  # type: ignore[misc]
                 for (number, device), params in work.items()
                 if not reads_back(device)
                 for p in params
@@ -242,13 +244,13 @@ class CLASSP(Optimizer):
         if bad:
             raise RuntimeError(
                 f"CLASSP got NaN, infinite or overflowing gradients in {len(bad)} tensors (first shape: "
-                f"{tuple(next(iter(bad)).shape)}). They changed neither weights nor memory there. Lower the learning rate, "
-                "clip the gradients, or check the data and the loss."
+                f"{tuple(next(iter(bad)).shape)}). They changed neither weights nor memory there. Lower the learning "
+                "rate, clip the gradients, or check the data and the loss."
             )
         return loss
 
     def _found_inf(self, grads: list[tuple[Tensor, float]]) -> dict[torch.device, Tensor]:
-        """For every device: 1.0 if a gradient, given with its power, is not finite or too large, on any rank; else 0.0."""
+        """For every device: 1.0 if a gradient, given with its power, is bad on any rank; else 0.0."""
         if not grads:
             return {}
         alike: dict[Any, dict[int, Tensor]] = {}
@@ -267,6 +269,7 @@ class CLASSP(Optimizer):
             self._skipped = torch.zeros_like(self._skipped, device=found.device)
         self._skipped.add_(found.long())  # in place, for compiled and captured steps
         return {device: found.to(device) for device in dict.fromkeys(flag.device for flag in flags)}
+
 
 def _counter(params: list[Tensor]) -> Tensor:
     return torch.zeros((), dtype=torch.int64, device=params[0].device if params else None)

@@ -1,4 +1,4 @@
-"""The threshold that lets a stated share of a gradient's nonzero coordinates through, estimated from a sample of them."""
+"""The threshold that lets a stated share of a gradient's nonzero coordinates through, from a sample of them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def cut_for_threshold(threshold: float) -> float:
 def cuts_for_density(grads: list[Tensor], density: float) -> Tensor:
     """For each gradient a cut c such that the share `density` of its nonzero coordinates has |g| > c.
 
-    c is the (1 - density) quantile of |g| over the nonzero coordinates of a sample. Tensors of up to 4,096 coordinates are
-    their own sample: at most `density` of the nonzero ones pass. Larger ones are rows of their last dimension. At least
-    1,024 coordinates are looked at, evenly spread, of every row one or more, in another column from row to row. The
-    sample are 1,024 of the nonzero ones among them, evenly spread; where there are fewer, each with others of its row. If m
-    coordinates of the sample are not 0, the share that passes has a standard error of about sqrt(density (1 - density) / m),
-    at most 0.009 for density 0.1 where touched rows are dense. Where fewer than 1,024 were found, rows with more nonzeros
-    count for more. Where none was found c is infinite, and nothing passes.
+    c is the (1 - density) quantile of |g| over the nonzero coordinates of a sample. Tensors of up to 4,096 coordinates
+    are their own sample: at most `density` of the nonzero ones pass. Larger ones are rows of their last dimension. At
+    least 1,024 coordinates are looked at, evenly spread, of every row one or more, in another column from row to row.
+    The sample are 1,024 of the nonzero ones among them, evenly spread; where there are fewer, each with others of its
+    row. If m coordinates of the sample are not 0, the standard error of the share that passes is about
+    sqrt(density (1 - density) / m): 0.009 for density 0.1 where touched rows are dense. Where fewer than 1,024 were
+    found, rows with more nonzeros count for more. Where none was found c is infinite, and nothing passes.
 
     Args:
         grads: of one device. Sharded (DTensor) ones are gathered for it, one at a time: a collective call.
@@ -70,7 +70,7 @@ def _sample(g: Tensor) -> Tensor:
 
 
 def _spread(found: Tensor) -> tuple[Tensor, Tensor]:
-    """For each of the sample: which of the nonzero coordinates found it is beside, and how many are before it there."""
+    """For each of the sample: beside which of the nonzero coordinates found it lies, and how many lie there before."""
     middle = (2 * torch.arange(SAMPLE, device=found.device) + 1) * found
     return middle // (2 * SAMPLE), middle % (2 * SAMPLE) // (2 * found).clamp(min=1)
 

@@ -9,16 +9,13 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-__all__ = ["MoFO"]
-
 
 class MoFO(Optimizer):
     """Momentum-filtered optimizer (arXiv 2407.20999, Algorithm 1): Adam's moments for every weight, Adam's step only
     where |m| is among the `fraction` largest of its tensor. What it leaves alone stays where earlier tasks put it.
 
     Args:
-        params: parameters or parameter groups.
-        lr: learning rate.
+        params, lr: as of any optimizer.
         fraction: share of every tensor's weights that a step updates, in (0, 1]; 1 is Adam.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
@@ -35,14 +32,14 @@ class MoFO(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        if not lr >= 0:
-            raise ValueError(f"lr must be >= 0, got {lr}")
-        if not 0 < fraction <= 1:
-            raise ValueError(f"fraction must be in (0, 1], got {fraction}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1), got {betas}")
-        if not eps > 0:
-            raise ValueError(f"eps must be > 0, got {eps}")
+        for name, value, good, domain in (
+            ("lr", lr, lr >= 0, ">= 0"),
+            ("fraction", fraction, 0 < fraction <= 1, "in (0, 1]"),
+            ("betas", betas, all(0 <= beta < 1 for beta in betas), "in [0, 1)"),
+            ("eps", eps, eps > 0, "> 0"),
+        ):
+            if not good:
+                raise ValueError(f"{name} must be {domain}, got {value}")
         super().__init__(params, {"lr": lr, "fraction": fraction, "betas": betas, "eps": eps})
 
     @torch.no_grad()
@@ -59,9 +56,7 @@ class MoFO(Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    state["step"] = 0
-                    state["exp_avg"] = torch.zeros_like(p)
-                    state["exp_avg_sq"] = torch.zeros_like(p)
+                    state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
                 state["step"] += 1
                 m, v, t = state["exp_avg"], state["exp_avg_sq"], state["step"]
                 m.lerp_(p.grad, 1 - beta1)

@@ -1,17 +1,14 @@
 """Accumulators in two bytes or one byte a weight.
 
-An accumulator only grows and is used through a root, so a few leading bits of it are enough, provided that increments
-smaller than the last bit are not lost: every update is rounded up or down at random, right on average.
-
+A few leading bits are enough for what only grows and is used through a root, if increments below the last bit are not
+lost: every update is rounded up or down at random, right on average.
 - `bfloat16`: the leading 16 bits of the float32.
-- `uint8`: its exponent and 4 bits of its mantissa, counted from a base (int16) that every block of 256 weights has, so that
-  the block's largest accumulator has the code 255. Code 0 is zero, code c the float32 whose bits are `(base + c) << 19`.
-  255 codes are 16 octaves: what is smaller than 1/65536 of its block's largest becomes the smallest code or zero.
-
-Error: one rounding of a value v changes it by at most the gap h between codes, `v / 16` (`v / 128` in bfloat16) at most, and
-by nothing on average. Over any number of steps the errors' variance is at most the integral of h over the growth, so the
-relative standard deviation of an accumulator is at most `sqrt(1 / 32) = 0.18` (`0.063`), half of that in its square root.
-
+- `uint8`: exponent and 4 bits of mantissa, counted from a base (int16) of each block of 256 weights, whose largest has
+  the code 255. Code 0 is zero, code c the float32 with the bits `(base + c) << 19`. 255 codes are 16 octaves: what is
+  below 1/65536 of its block's largest becomes the smallest code or zero.
+Error: one rounding of a value v changes it by at most the gap h between codes, up to `v / 16` (`v / 128` in bfloat16),
+and by nothing on average. Over any number of steps the errors' variance is at most the integral of h over the growth,
+so an accumulator's relative standard deviation is at most `sqrt(1 / 32) = 0.18` (`0.063`), half of that in its root.
 The random bits are a hash of gradient, weight and index, not a generator's: the same run rounds alike, resumed or not.
 """
 
@@ -21,14 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["STATE_DTYPES", "compress", "expand", "random_bits"]
-
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
 _BLOCK, _SHIFT, _GOLDEN = 256, 19, 0x9E3779B1 - 2**32
 
 
 def random_bits(grad: Tensor, param: Tensor, start: int = 0) -> Tensor:
-    """32 bits a weight, int32, flat, from its gradient and value (any floating dtype) and its index, from `start` on."""
+    """32 bits a weight, int32, flat, from its gradient and value (any dtype) and its index, from `start` on."""
     x, w = (t.detach().float().reshape(-1).view(torch.int32) for t in (grad, param))
     index = torch.arange(x.numel(), dtype=torch.int32, device=x.device) + start % 2**31
     x = x ^ (w << 16 | w >> 16 & 0xFFFF) ^ index.mul_(_GOLDEN)
@@ -38,29 +33,28 @@ def random_bits(grad: Tensor, param: Tensor, start: int = 0) -> Tensor:
 
 
 def compress(values: Tensor, dtype: torch.dtype, random: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Accumulators `values` (float32, >= 0) in `dtype`, of the same shape, and the bases of uint8 (int16, one a block).
+    """Accumulators `values` (float32, >= 0) in `dtype`, of the same shape, and the blocks' bases of uint8.
 
     `random`: an integer with 32 random bits a weight. What `expand` gave comes out as it was, whatever they are.
     """
     if dtype == torch.float32:
         return values, None
     values, random = values.contiguous(), random.int()
-    bits = values.reshape(-1).view(torch.int32)
+    bits, shape = values.view(-1).view(torch.int32), values.shape
     if dtype == torch.bfloat16:
-        rounded = bits + (random >> 16 & 0xFFFF) & ~0xFFFF
-        return rounded.view(torch.float32).to(dtype).view(values.shape), None
+        return (bits + (random >> 16 & 0xFFFF) & ~0xFFFF).view(torch.float32).to(dtype).view(shape), None
     code = torch.where(bits == 0, 0, bits + (random >> 32 - _SHIFT & 2**_SHIFT - 1) >> _SHIFT)
     base = (F.pad(code, (0, -code.numel() % _BLOCK)).view(-1, _BLOCK).amax(1) - 255).clamp_(min=0)
     b = base[:, None].expand(-1, _BLOCK).reshape(-1)[: code.numel()]
     u = random * _GOLDEN >> 8 & 0xFFFFFF
     up = u.float() * 2.0**-24 * (b + 1 << _SHIFT).view(torch.float32) < values.reshape(-1)
-    return torch.where(code > b, code - b, up.int()).to(torch.uint8).view(values.shape), base.to(torch.int16)
+    return torch.where(code > b, code - b, up.int()).to(torch.uint8).view(shape), base.to(torch.int16)
 
 
 def expand(accumulator: Tensor, base: Tensor | None) -> Tensor:
     """The float32 values of an accumulator: itself if it is kept in float32."""
     if base is None:
         return accumulator.float()
+    b = base.int()[:, None].expand(-1, _BLOCK).reshape(-1)[: accumulator.numel()]
     code = accumulator.reshape(-1).int()
-    b = base.int()[:, None].expand(-1, _BLOCK).reshape(-1)[: code.numel()]
     return torch.where(code > 0, code + b << _SHIFT, 0).view(torch.float32).view(accumulator.shape)

@@ -15,7 +15,7 @@ from .state import compress, expand, random_bits
 
 __all__ = ["batches", "classp_", "cuts", "largest_gradient", "pieces", "reads_back", "store", "update"]
 
-# Weights in one call. On a CPU a gradient that was checked should still be in the cache; elsewhere it bounds temporaries.
+# Weights in one call. It bounds temporaries; on a CPU a gradient that was checked should still be in the cache.
 CPU_BLOCK, BLOCK = 2**19, 2**24
 
 
@@ -52,23 +52,23 @@ def classp_(
     """
     if power == 2:
         torch._foreach_addcmul_(accumulators, grads, grads)
-        steps = torch._foreach_add(accumulators, eps)
-        torch._foreach_sqrt_(steps)
     else:
-        steps = torch._foreach_abs(grads)
+        powers = torch._foreach_abs(grads)
         if power != 1:
-            torch._foreach_pow_(steps, power)
-        torch._foreach_add_(accumulators, steps)
-        torch._foreach_copy_(steps, accumulators)  # no second temporary
-        torch._foreach_add_(steps, eps)
-        if power != 1:
-            torch._foreach_pow_(steps, 1 / power)
+            torch._foreach_pow_(powers, power)
+        torch._foreach_add_(accumulators, powers)
+        del powers  # so that the roots take their place in memory
+    sign, steps = 1 if maximize else -1, grads
     if apply_decay:
-        torch._foreach_reciprocal_(steps)
-        torch._foreach_mul_(steps, grads)
-    else:
-        steps = grads
-    sign = 1 if maximize else -1
+        roots = torch._foreach_add(accumulators, eps)
+        if power == 2:
+            torch._foreach_sqrt_(roots)
+        elif power != 1:
+            torch._foreach_pow_(roots, 1 / power)
+        if not isinstance(lr, Tensor) and weights[0].dtype == grads[0].dtype:
+            torch._foreach_addcdiv_(weights, grads, roots, value=sign * lr)
+            return
+        steps = list(torch._foreach_div(grads, roots))
     if isinstance(lr, Tensor):
         torch._foreach_add_(weights, torch._foreach_mul(steps, lr.float()), alpha=sign)
     else:
@@ -90,11 +90,11 @@ def update(batch: list[Piece], group: dict[str, Any], found: Tensor | None) -> l
             bad = [piece.param for piece, ok in zip(batch, good) if not ok]
             return bad + (update(rest, group, found) if rest else [])
     weights, fused = [piece.weight for piece in batch], batch[0].fused
+    wide = weights if weights[0].dtype in (torch.float32, torch.float64) else [w.float() for w in weights]
     low_bit = batch[0].accumulator.dtype != torch.float32
     random = [random_bits(g, w, piece.start) for g, w, piece in zip(grads, weights, batch)] if low_bit else []
     grads = [_shrink(g, piece.cut, None if fused else found) for g, piece in zip(grads, batch)]
     accumulators = [expand(piece.accumulator, piece.base) for piece in batch]
-    wide = weights if weights[0].dtype in (torch.float32, torch.float64) else [w.float() for w in weights]
 
     lr = float(group["lr"]) if found is None else group["lr"]
     if isinstance(lr, Tensor):  # never read back: a Python float would synchronise, and recompile
@@ -127,8 +127,8 @@ def pieces(params: list[Tensor], states: dict[Tensor, Any], group: dict[str, Any
     may_fuse = _may_fuse(group, params[0].device)
     for p, cut in zip(params, cuts(params, group)):
         state = states[p]
-        weight, grad, accumulator, base = local(p), local(p.grad), local(state["accumulator"]), state.get("base")  # type: ignore[arg-type]
-        count = weight.numel()
+        weight, grad = local(p), local(p.grad)  # type: ignore[arg-type]
+        accumulator, base, count = local(state["accumulator"]), state.get("base"), weight.numel()
         if count == 0:
             continue
         if not (weight.is_contiguous() and grad.is_contiguous() and accumulator.is_contiguous()):
@@ -165,7 +165,7 @@ def batches(pieces: Iterable[Piece], block: int) -> Iterator[list[Piece]]:
 
 
 def cuts(params: list[Tensor], group: dict[str, Any]) -> list[Any]:
-    """What |g| has to exceed, for parameters of one device: a float, None if nothing; tensors where nothing is read back."""
+    """What |g| has to exceed, for parameters of one device: a float, or a tensor if not read back; None if nothing."""
     if group["density"] in (None, 1):
         return [cut_for_threshold(group["threshold"]) if group["threshold"] else None] * len(params)
     found = cuts_for_density([p.grad for p in params], group["density"])  # type: ignore[misc]
