@@ -74,6 +74,7 @@ def add_optimizer(name: str, factory: Callable[[Any], tuple[type, dict[str, Any]
         OptimizerNames._member_map_[name.upper()] = member
         OptimizerNames._member_names_.append(name.upper())
         OptimizerNames._value2member_map_[name] = member
+        Trainer._load_optimizer_and_scheduler = _explained(Trainer._load_optimizer_and_scheduler)  # type: ignore[method-assign]
         DEFAULT_CALLBACKS.append(callback)  # type: ignore[arg-type]
     except (ImportError, AttributeError, TypeError) as error:
         raise ImportError(
@@ -81,6 +82,23 @@ def add_optimizer(name: str, factory: Callable[[Any], tuple[type, dict[str, Any]
             f"so `--optim {name}` cannot be added. Install another version of transformers (docs/compatibility.md), or "
             "use classp_hf.ClasspTrainer, which does not need it."
         ) from error
+
+
+def _explained(load: Callable[..., None]) -> Callable[..., None]:
+    """Torch's optimizers end in a KeyError when they are given another optimizer's state (torch 2.13)."""
+
+    @functools.wraps(load)
+    def _load_optimizer_and_scheduler(self: Trainer, checkpoint: str | None) -> None:
+        try:
+            load(self, checkpoint)
+        except KeyError as error:
+            optimizer = type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__
+            raise ValueError(
+                f"The optimizer's state in {checkpoint} is not one of {optimizer}: it has no {error}. Resume with the same "
+                "--optim, or start a new run from the checkpoint's model."
+            ) from error
+
+    return _load_optimizer_and_scheduler
 
 
 def refuse_deepspeed(args: Any) -> None:
@@ -162,6 +180,8 @@ class PatchedTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             self._save(output_dir, self.accelerator.get_state_dict(self.model))  # transformers 5.23 saves none
+
+    _load_optimizer_and_scheduler = _explained(Trainer._load_optimizer_and_scheduler)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # The last file of every rank. `trainer_state.json`, which comes next and says that the checkpoint is complete (and

@@ -159,10 +159,9 @@ class ContinualCallback(TrainerCallback):
             return dict(self._pending)
         if not isinstance(self.optimizer, CLASSP):
             return dict(self._gathered)
-        if not self.optimizer.state:
-            return {}
-        named = trainable_parameters(self.model)
-        return {n: self.optimizer.accumulator(p) for n, p in named if n not in self.excluded}
+        state = self.optimizer.state
+        named = [(n, p) for n, p in trainable_parameters(self.model) if n not in self.excluded and state.get(p)]
+        return {n: self.optimizer.accumulator(p) for n, p in named}
 
     def load(self, memory: ContinualMemory, model: Any, args: Any, *, same_run: bool = False, where: str = "") -> None:
         """Go on from `memory`: the methods' state at once, accumulators when training begins.

@@ -35,6 +35,8 @@ class FakeHub:
         self.requests: list[str] = []
         self.messages: dict[str, list[str]] = {}
         """Commit messages by repository."""
+        self.commits: dict[str, list[set[str]]] = {}
+        """Names of the files of every commit that has any, by repository."""
         self.tokens: set[str | None] = set()
         """Authorization headers of what was written."""
         self.large: dict[str, bytes] = {}
@@ -49,6 +51,8 @@ class FakeHub:
         _, old = self.repos.get((repo, "main"), ("", {}))
         messages = self.messages.setdefault(repo, [])
         messages.append(message)
+        if files:
+            self.commits.setdefault(repo, []).append(set(files))
         commit = hashlib.sha1(f"{repo}@{len(messages)}".encode()).hexdigest()
         self.repos[repo, "main"] = self.repos[repo, commit] = (commit, old | files)
         return commit

@@ -1,0 +1,434 @@
+"""Ordinary combinations that went wrong once: two features together, a second run, another head, another optimizer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import VOCABULARY, weights
+from fake_hub import FakeHub
+from torch import nn
+from transformers import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+import classp_hf
+from classp_hf import EWC, ClasspTrainer, ContinualCallback, ContinualMemory, ContinualTrainer, EWCTrainer, LogitAdjustment
+from classp_hf.memory import MEMORY_NAME, OLD_NAME
+
+
+@pytest.fixture
+def plain(make_tasks, collator, tmp_path):
+    """Trains a model with a plain Trainer, as a script does."""
+    classp_hf.register()
+    data = make_tasks(2)
+
+    def train(model, output, callbacks=(), dataset=None, optimizers=(None, None), **changes):
+        keywords = {"learning_rate": 1e-2, "per_device_train_batch_size": 16, "num_train_epochs": 1, "use_cpu": True}
+        keywords |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no"}
+        args = TrainingArguments(str(tmp_path / output), **{"optim": "classp", **keywords, **changes})
+        dataset = data[0].train_dataset if dataset is None else dataset
+        trainer = Trainer(model, args, collator, dataset, callbacks=list(callbacks), optimizers=optimizers)
+        trainer.train()
+        trainer.save_model()
+        return trainer
+
+    return train
+
+
+def classifier(folder, **changes):
+    return BertForSequenceClassification.from_pretrained(folder, ignore_mismatched_sizes=True, **changes)
+
+
+# ---- The memory and its model ----
+
+
+def test_a_memory_of_another_power_is_refused_on_every_path(plain, make_model, make_args, tmp_path):
+    plain(make_model(), "a")
+    message = r"sums \|g\|\^2, and this run \|g\|\^1. Pass optim_args='power=2'"
+    with pytest.raises(ValueError, match=message):
+        ClasspTrainer(make_model(), make_args(optim_args="power=1"), memory=tmp_path / "a")
+    with pytest.raises(ValueError, match=message):
+        plain(classifier(tmp_path / "a"), "b", optim_args="power=1")
+    with pytest.raises(ValueError, match="Pass memory_power=2"):
+        args = make_args(optim="sgd", gather_memory=True, memory_power=1.0)
+        ContinualTrainer(make_model(), args, memory=tmp_path / "a")
+
+
+def test_a_changed_head_keeps_the_backbones_memory(plain, make_model, make_tasks, tmp_path, caplog):
+    plain(make_model(), "three")
+    two = make_tasks(1)[0].train_dataset.filter(lambda row: row["labels"] < 2)
+    old = ContinualMemory.load(tmp_path / "three").get("accumulator")
+    plain(classifier(tmp_path / "three", num_labels=2), "two", dataset=two, max_steps=1)
+    assert "used for 39 parameters; 2 parameters begin without a memory (classifier.bias, classifier.weight)" in caplog.text
+    new = ContinualMemory.load(tmp_path / "two").get("accumulator")
+    assert new["classifier.weight"].shape == (2, 32)
+    body = "bert.encoder.layer.0.output.dense.weight"
+    assert (new[body] >= old[body] * 0.999999).all() and old[body].sum() > 0
+    # a head of the same shape that was begun anew is told by its weights
+    caplog.clear()
+    model = classifier(tmp_path / "three")
+    model.classifier.weight.data.normal_()
+    plain(model, "reset", max_steps=1)
+    assert "1 parameters begin without a memory (classifier.weight)" in caplog.text
+
+
+def test_masked_language_model_then_classifier_then_a_larger_vocabulary(plain, make_model, make_tasks, tmp_path, caplog):
+    language_model = BertForMaskedLM(make_model().config)
+    texts = make_tasks(1)[0].train_dataset.map(lambda row: {"labels": [-100, 5], "input_ids": [1, 5]})
+
+    def pad(rows):
+        return {k: torch.tensor([row[k] for row in rows]) for k in ("input_ids", "labels")}
+
+    args = TrainingArguments(str(tmp_path / "mlm"), optim="classp", learning_rate=1e-2, max_steps=2, use_cpu=True,
+                             report_to="none", save_strategy="no", disable_tqdm=True)  # fmt: skip
+    trainer = Trainer(language_model, args, pad, texts)
+    trainer.train()
+    trainer.save_model()
+    plain(classifier(tmp_path / "mlm", num_labels=3), "a")
+    assert "tensors are kept for parameters that are frozen or not in this model" in caplog.text
+    memory = ContinualMemory.load(tmp_path / "a").get("accumulator")
+    assert "cls.predictions.transform.dense.weight" in memory and "classifier.weight" in memory
+    model = classifier(tmp_path / "a")
+    model.resize_token_embeddings(VOCABULARY + 2)
+    plain(model, "b", max_steps=1)
+    name = "bert.embeddings.word_embeddings.weight"
+    assert f"{name} keeps {VOCABULARY} rows of {VOCABULARY} and has {VOCABULARY + 2}" in caplog.text
+    grown = ContinualMemory.load(tmp_path / "b").get("accumulator")[name]
+    assert grown.shape[0] == VOCABULARY + 2 and (grown[:VOCABULARY] >= memory[name] * 0.999999).all()
+
+
+def test_a_memory_older_than_its_weights_says_so(plain, make_model, tmp_path, caplog):
+    plain(make_model(), "a")
+    plain(classifier(tmp_path / "a"), "a", optim="adamw_torch", max_steps=4)  # over it, and forgot --optim classp
+    assert "lies beside this model" in caplog.text and "is not used" in caplog.text
+    caplog.clear()
+    plain(classifier(tmp_path / "a"), "b")
+    assert "parameters were changed after it was written" in caplog.text
+
+
+def test_the_memory_goes_where_the_model_is_saved(plain, make_model, tmp_path, caplog):
+    trainer = plain(make_model(), "a")
+    assert f"is written to {tmp_path / 'a' / MEMORY_NAME}" in caplog.text
+    trainer.model.save_pretrained(tmp_path / "elsewhere" / "final")
+    assert ContinualMemory.load(tmp_path / "elsewhere" / "final").tasks == ["a"]
+    assert not list(tmp_path.rglob("continual_memory*.safetensors"))  # what loaders would take for weights
+    plain(trainer.model, "second")  # a second Trainer on the same model in one process
+    assert ContinualMemory.load(tmp_path / "second").tasks == ["a", "second"]
+    plain(classifier(tmp_path / "second"), "other/second")
+    assert ContinualMemory.load(tmp_path / "other" / "second").tasks == ["a", "second", "other/second"]
+
+
+def test_training_twice_goes_on_from_the_live_memory(plain, make_model, tmp_path):
+    plain(make_model(), "a")
+    trainer = plain(classifier(tmp_path / "a"), "b")
+    once = ContinualMemory.load(tmp_path / "b").get("accumulator")
+    trainer.train()
+    twice = ContinualMemory.load(tmp_path / "b").get("accumulator")
+    assert all((twice[n] >= s * 0.999999).all() for n, s in once.items())
+    assert any((twice[n] > s * 1.01).any() for n, s in once.items())
+
+
+def test_the_old_file_name_is_read(plain, make_model, tmp_path):
+    plain(make_model(), "a")
+    os.rename(tmp_path / "a" / MEMORY_NAME, tmp_path / "a" / OLD_NAME)
+    plain(classifier(tmp_path / "a"), "b")
+    assert ContinualMemory.load(tmp_path / "b").tasks == ["a", "b"]
+
+
+def test_best_weights_come_back_with_their_memory(make_model, make_args, make_tasks, collator, tmp_path):
+    class Worse(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_score"] = -float(state.global_step)
+
+    task = make_tasks(1)[0]
+    args = make_args(eval_strategy="steps", save_strategy="steps", eval_steps=2, save_steps=2, max_steps=6,
+                     load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True)  # fmt: skip
+    trainer = ClasspTrainer(make_model(), args, collator, task.train_dataset, task.eval_dataset, callbacks=[Worse()])
+    trainer.train()
+    trainer.save_model()
+    best = ContinualMemory.load(tmp_path / "run" / "checkpoint-2").get("accumulator")
+    kept = ContinualMemory.load(tmp_path / "run").get("accumulator")
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    for n, s in best.items():
+        torch.testing.assert_close(kept[n], s, rtol=1e-5, atol=1e-12)
+
+
+# ---- Gradients that are not finite, and steps that are skipped ----
+
+
+@pytest.mark.parametrize("poison", [float("inf"), float("nan"), 1e20])
+def test_a_skipped_or_overflowing_step_never_reaches_a_gathered_memory(poison, make_args):
+    model = nn.Linear(4, 3)
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), lr=1e-3), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    engine, args = ContinualCallback(gather=True, memory="none"), make_args(optim="adamw_torch")
+    engine.on_train_begin(args, TrainerState(), TrainerControl(), model=model, optimizer=optimizer)
+    x, expected = torch.randn(5, 4), torch.zeros(3, 4)
+    for step in range(3):
+        optimizer.zero_grad()
+        scaler.scale(model(x).square().mean()).backward()  # max_grad_norm=0: nobody unscales before the step
+        if step == 1:
+            model.weight.grad[0, 0] = poison * (scaler.get_scale() if poison == 1e20 else 1)
+        else:
+            expected += (model.weight.grad / scaler.get_scale()) ** 2
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(s.isfinite().all() for s in engine.accumulators().values())
+    torch.testing.assert_close(engine.accumulators()["weight"], expected)
+
+
+# ---- Losses, methods, named trainers ----
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_ragged_micro_batches_weigh_a_method_as_the_loss(smoothing, make_model, make_tasks, make_args, collator):
+    finals = []
+    for batch, accumulation in ((12, 1), (8, 2)):
+        args = make_args(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, optim="sgd",
+                         label_smoothing_factor=smoothing, max_steps=1, learning_rate=1.0)  # fmt: skip
+        data = make_tasks(1)[0].train_dataset.select(range(12))
+        adjustment = LogitAdjustment(prior_strength=1.0)
+        adjustment.frequencies = {"negative": torch.tensor(0.8), "neutral": torch.tensor(0.1), "positive": torch.tensor(0.1)}
+        trainer = ContinualTrainer(make_model(), args, collator, data, method=[adjustment, "lwf"])
+        trainer.engine.tasks.append("earlier")
+        trainer.train()
+        finals.append(weights(trainer.model))
+    for n, w in finals[0].items():
+        torch.testing.assert_close(finals[1][n], w, rtol=1e-5, atol=2e-6)
+
+
+def test_label_smoothing_applies_to_the_adjusted_logits(make_model, make_args):
+    trainer = ContinualTrainer(make_model(), make_args(label_smoothing_factor=0.2), method="logit_adjustment")
+    trainer.methods[0].correction = torch.tensor([0.0, -1.0, -2.0])
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    trainer.model.train()
+    expected = F.cross_entropy(logits + trainer.methods[0].correction, labels, label_smoothing=0.2)
+    torch.testing.assert_close(trainer.adjusted_loss({"logits": logits}, labels), expected)
+
+
+def test_a_named_trainer_adds_its_method_or_says_that_it_cannot(make_model, make_args, make_tasks, collator):
+    assert [m.name for m in EWCTrainer(make_model(), make_args(), method="replay").methods] == ["ewc", "replay"]
+    assert EWC().ewc_lambda == 0.1
+    nested = ContinualTrainer(make_model(), make_args(), method=[["l2sp"], "ewc"])
+    assert [m.name for m in nested.methods] == ["l2sp", "ewc"]
+    model = make_model()
+    with pytest.raises(ValueError, match="ClasspTrainer trains with CLASSP, got AdamW. Use ContinualTrainer"):
+        ClasspTrainer(model, make_args(), optimizers=(torch.optim.AdamW(model.parameters()), None))
+    trainer = EWCTrainer(make_model(), make_args(max_steps=2), collator, make_tasks(1)[0].train_dataset)
+    trainer.train()
+    assert trainer.methods[0].importance
+
+
+def test_order_and_being_shown_or_trained_do_not_matter(make_model, make_args, make_tasks, collator, tmp_path):
+    tasks, states = make_tasks(3), []
+    for name, method, learned in (("a", "replay+logit_adjustment", 0), ("b", "logit_adjustment+replay", 0),
+                                  ("c", "replay+logit_adjustment", 2)):  # fmt: skip
+        args = make_args(optim="sgd", output_dir=str(tmp_path / name), learned_tasks=learned)
+        trainer = ContinualTrainer(make_model(), args, collator, method=method)
+        trainer.train_sequence(tasks)
+        adjustment = next(m for m in trainer.methods if m.name == "logit_adjustment")
+        states.append({n: float(f) for n, f in adjustment.frequencies.items()})
+    assert states[0] == pytest.approx(states[1])
+    assert states[0] == pytest.approx(states[2])
+
+
+# ---- Arguments, resuming, cards, the Hub ----
+
+
+def test_arguments_of_other_classes(make_model, make_args, tmp_path, caplog, make_tasks, collator):
+    assert make_args().learning_rate == 1e-3 and classp_hf.ContinualTrainingArguments(str(tmp_path)).learning_rate == 5e-5
+    Trainer(make_model(), classp_hf.ContinualTrainingArguments(str(tmp_path), use_cpu=True)).create_optimizer()
+    args = Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, predict_with_generate=True, report_to="none", max_steps=1)
+    trainer = ClasspTrainer(make_model(), args, collator, make_tasks(1)[0].train_dataset)
+    assert trainer.args.predict_with_generate and trainer.args.heads == "shared" and not hasattr(args, "heads")
+    trainer.train()
+    assert "CLASSP trains with learning_rate=5e-05, which is far too small" in caplog.text
+
+
+def test_training_args_are_read_by_processes_that_know_nothing_of_classp(make_args, tmp_path):
+    classp_hf.register()
+    args = TrainingArguments(str(tmp_path), optim="classp", use_cpu=True)
+    torch.save(args, tmp_path / "training_args.bin")
+    code = "import sys, torch; a = torch.load(sys.argv[1], weights_only=False); assert str(a.optim) == 'classp', a.optim"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "training_args.bin")], check=True)
+    assert pickle.loads(pickle.dumps(args.optim)) == "classp"
+
+
+def test_resuming_refuses_other_weights_another_optimizer_and_stale_checkpoints(
+    plain, make_model, make_args, make_tasks, collator, tmp_path
+):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    def trainer(seed=0, callbacks=()):
+        model = make_model()
+        model.classifier.bias.data += 0.01 * seed  # as accurate, and another model
+        args = make_args(save_strategy="steps", save_steps=1)
+        return ContinualTrainer(model, args, collator, callbacks=list(callbacks))
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(callbacks=[Stop()]).train_sequence(make_tasks(2))
+    with pytest.raises(ValueError, match="began with other weights than this model's"):
+        trainer(seed=1).train_sequence(make_tasks(2), resume_from_checkpoint=True)
+    (tmp_path / "run" / "sequence_state.json").unlink()
+    with pytest.raises(ValueError, match="checkpoint-1 is of another run, whose sequence_state.json is gone"):
+        trainer().train_sequence(make_tasks(2), resume_from_checkpoint=True)
+    plain(make_model(), "a", save_strategy="steps", save_steps=2)
+    args = TrainingArguments(str(tmp_path / "a"), optim="adamw_torch", use_cpu=True, report_to="none")
+    resumed = Trainer(make_model(), args, collator, make_tasks(1)[0].train_dataset)
+    with pytest.raises(ValueError, match="is not one of AdamW: it has no 'step'. Resume with the same --optim"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+
+
+def test_callbacks_read_plain_keys_in_a_sequence(make_model, make_args, make_tasks, collator, tmp_path):
+    class Losses(TrainerCallback):
+        seen = 0
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.seen += "loss" in logs
+
+    watch = Losses()
+    args = make_args(logging_strategy="steps", logging_steps=4)
+    os.symlink(tmp_path / "nowhere", tmp_path / "link")
+    (tmp_path / "run").mkdir()
+    os.symlink(tmp_path / "nowhere", tmp_path / "run" / "dangling")  # nor does a dangling link lose the run
+    (tmp_path / "run" / ".mine.tmp").write_text("not ours")
+    trainer = ContinualTrainer(make_model(), args, collator, callbacks=[watch])
+    trainer.train_sequence(make_tasks(2))
+    assert watch.seen == 4 and (tmp_path / "run" / "results.json").is_file() and (tmp_path / "run" / ".mine.tmp").is_file()
+    trainer.create_model_card("en", "mit")
+    assert "license: mit" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_pushes_during_training_carry_the_memory_and_no_tasks_folder(make_model, make_tasks, tmp_path):
+    make_model().save_pretrained(tmp_path / "start")
+    for t, task in enumerate(make_tasks(2)):
+        task.train_dataset.save_to_disk(str(tmp_path / f"data{t}"))
+    code = """
+        import sys, torch
+        from datasets import Dataset
+        from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+        import classp_hf
+        classp_hf.register()
+        kind, out = sys.argv[1:]
+        data = [Dataset.load_from_disk(f"data{t}") for t in range(2)]
+        def pad(rows):
+            ids = [r["input_ids"] + [0] * (8 - len(r["input_ids"])) for r in rows]
+            return {"input_ids": torch.tensor(ids), "labels": torch.tensor([r["labels"] for r in rows])}
+        cls = classp_hf.ContinualTrainingArguments if kind == "sequence" else TrainingArguments
+        args = cls(out, optim="classp", learning_rate=1e-2, max_steps=2, save_strategy="steps", save_steps=2, use_cpu=True,
+                   push_to_hub=True, hub_model_id=f"me/{kind}", hub_token="hf_x", report_to="none")
+        model = AutoModelForSequenceClassification.from_pretrained("start")
+        if kind == "sequence":
+            tasks = [classp_hf.Task(f"t{t}", d, d) for t, d in enumerate(data)]
+            trainer = classp_hf.ContinualTrainer(model, args, pad)
+            trainer.train_sequence(tasks)
+            trainer.push_to_hub()
+        else:
+            Trainer(model, args, pad, data[0]).train()
+    """
+    with FakeHub({}) as hub:
+        for kind in ("plain", "sequence"):
+            command = [sys.executable, "-c", textwrap.dedent(code), kind, str(tmp_path / kind)]
+            env = hub.env(tmp_path / "cache") | {"PYTHONPATH": str(Path(classp_hf.__file__).parents[1]), "HF_HUB_OFFLINE": "0"}
+            run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
+            assert run.returncode == 0, run.stderr
+    commits = hub.commits
+    assert commits["me/plain"] and all(MEMORY_NAME in files for files in commits["me/plain"])
+    assert len(commits["me/sequence"]) == 1 and {MEMORY_NAME, "results.json"} <= commits["me/sequence"][0]
+    assert "training_args.bin" not in commits["me/sequence"][0]
+
+
+# ---- Scripts nobody edits ----
+
+
+def test_a_model_without_a_config(plain, make_tasks, tmp_path):
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.EmbeddingBag(VOCABULARY, 8), nn.Linear(8, 3)
+
+        def forward(self, input_ids, attention_mask=None, labels=None):
+            logits = self.head(self.embedding(input_ids))
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    plain(Bag(), "a", max_steps=2, save_strategy="steps", save_steps=1)
+    assert ContinualMemory.load(tmp_path / "a").get("accumulator").keys() == dict(Bag().named_parameters()).keys()
+    assert (tmp_path / "a" / "checkpoint-1" / MEMORY_NAME).is_file()
+
+
+def test_a_search_for_hyperparameters_writes_no_memory(make_args, tmp_path):
+    model = nn.Linear(4, 3)
+    optimizer = classp_hf.CLASSP(model.parameters())
+    engine, args = ContinualCallback(memory="none"), make_args(optim="classp")
+    state = TrainerState(is_hyper_param_search=True)
+    engine.on_train_begin(args, state, TrainerControl(), model=model, optimizer=optimizer)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    engine.on_save(args, state, TrainerControl())
+    engine.on_train_end(args, state, TrainerControl(), model=model)
+    assert not list(tmp_path.rglob("continual_memory*"))
+
+
+SCRIPT = """
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+data = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 8, "labels": [0, 1] * 4})
+args = TrainingArguments("out", max_steps=2, report_to="none", save_strategy="no", use_cpu=True)  # its own
+trainer = Trainer(AutoModelForSequenceClassification.from_pretrained("my start = x"), args, train_dataset=data)
+trainer.train()
+print("INSIDE", type(trainer.optimizer.optimizer).__name__, args.learning_rate)
+"""
+
+
+def test_the_launcher_overrides_scripts_that_build_their_own_arguments(make_model, tmp_path):
+    make_model(num_labels=2).save_pretrained(tmp_path / "my start = x")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "other.py").write_text("print('no Trainer here')")
+
+    def run(*options, script="script.py"):
+        command = [sys.executable, "-m", "classp_hf", *options, script]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+
+    first = run("--optim", "classp", "--learning_rate", "0.01")
+    assert "INSIDE CLASSP 0.01" in first.stdout, first.stderr
+    assert "From the command line of classp_hf: optim=classp, learning_rate=0.01" in first.stderr
+    os.rename(tmp_path / "out" / MEMORY_NAME, tmp_path / "my start = x" / MEMORY_NAME)  # a blank and = in its path
+    second = run("--method", "ewc", "--ewc_lambda", "0.3", "--memory", "my start = x")
+    assert "INSIDE AdamW" in second.stdout and "Going on from the continual memory of out" in second.stderr, second.stderr
+    memory = ContinualMemory.load(tmp_path / "out")
+    assert "ewc.importance" in memory.kinds() and memory.metadata["method"]["ewc_lambda"] == 0.3
+    nothing = run("--method", "ewc", script="other.py")
+    assert nothing.returncode != 0 and "--method had no effect: 'other.py' trained no transformers.Trainer" in nothing.stderr
+
+
+def test_small_learning_rates_are_warned_about(make_args, caplog):
+    for rate, warned in ((2e-5, True), (5e-5, True), (1e-3, False)):
+        caplog.clear()
+        model = nn.Linear(2, 2)
+        args = SimpleNamespace(learning_rate=rate, process_index=0, optim="classp", optim_args=None, output_dir="x",
+                               resume_from_checkpoint=None, logging_strategy="no", should_save=False)  # fmt: skip
+        with caplog.at_level(logging.WARNING):
+            ContinualCallback(memory="none").on_train_begin(
+                args, TrainerState(), TrainerControl(), model=model, optimizer=classp_hf.CLASSP(model.parameters(), lr=rate)
+            )
+        assert ("far too small for it" in caplog.text) == warned
