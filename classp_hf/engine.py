@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -54,8 +53,8 @@ BESIDE, NONE = "beside the model", "none"
 TOO_SMALL = 1e-4
 """Learning rates up to here are those of AdamW; Transformers' default is 5e-5, TRL's 2e-5. CLASSP learns nothing by them."""
 
-# Who trained a model last in this process: a second Trainer on it goes on from that engine's memory.
-_ENGINES: weakref.WeakKeyDictionary[Any, ContinualCallback] = weakref.WeakKeyDictionary()
+# Where a model keeps the engine that trained it last in this process: a second Trainer goes on from its memory.
+_ATTRIBUTE = "_continual_engine"
 
 
 class ContinualCallback(TrainerCallback):
@@ -132,12 +131,13 @@ class ContinualCallback(TrainerCallback):
         self._density: float | None = None
         self._written: set[tuple[str, int]] = set()
 
-        self._model: Any = lambda: None
+        self.model: Any = None
 
-    @property
-    def model(self) -> Any:
-        """The model that is or was trained; None before and where it is gone."""
-        return self._model()
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copied or pickled model has no engine."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
     # ---- The memory ----
 
@@ -250,7 +250,7 @@ class ContinualCallback(TrainerCallback):
 
     def follows(self, model: Any) -> bool:
         """Whether the memory is written wherever `model.save_pretrained` writes the model."""
-        return _ENGINES.get(bare_model(model)) is self and not reshard(model) and hasattr(model, "save_pretrained")
+        return engine_of(model) is self and not reshard(model) and hasattr(model, "save_pretrained")
 
     def write(self, folder: str | Path, args: Any = None) -> None:
         """Write the memory into `folder`, from the main process. If the model is sharded, call it on every rank."""
@@ -288,7 +288,7 @@ class ContinualCallback(TrainerCallback):
         self, args, state, control, model=None, optimizer=None, processing_class=None, train_dataloader=None, **kwargs
     ):
         optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-        previous = _ENGINES.get(bare_model(model))
+        previous = engine_of(model)
         if previous is not None and previous is not self and previous.training:
             if not previous.from_launcher and type(previous) is ContinualCallback and previous.methods:
                 return  # two on one Trainer: that with a method works
@@ -303,7 +303,7 @@ class ContinualCallback(TrainerCallback):
         _check_resumed_state(optimizer, resumed)
         same = optimizer is self.optimizer and self._loaded  # a second training of one Trainer
         self.optimizer, self.args = optimizer, args
-        self._model = weakref.ref(model)  # `_ENGINES` must not keep it alive
+        self.model = model
         if not (is_classp or self.methods or self.gather or self.accelerator is not None):
             self._note_unused_memory(model)
             return
@@ -319,7 +319,7 @@ class ContinualCallback(TrainerCallback):
             if self.heads is not None:
                 self.heads.forget_optimizer_state(optimizer)
         self.optimizer_file = None
-        _ENGINES[bare_model(model)] = self
+        vars(bare_model(model))[_ATTRIBUTE] = self
         for saved in {id(m): m for m in (model, bare_model(model))}.values():
             watch_saving(saved, write_beside)
         dataset = getattr(train_dataloader, "dataset", None)
@@ -540,6 +540,11 @@ class ContinualCallback(TrainerCallback):
 
 
 
+def engine_of(model: Any) -> ContinualCallback | None:
+    """The engine that trained `model` last in this process."""
+    return vars(bare_model(model)).get(_ATTRIBUTE)
+
+
 def describe_optimizer(optimizer: Any, args: Any) -> dict[str, Any]:
     """Name and hyperparameters of an optimizer, for JSON; empty for None."""
     if optimizer is None:
@@ -580,7 +585,7 @@ def _beside(start: str, revision: str | None) -> ContinualMemory | None:
 
 def write_beside(model: Any, folder: str | Path) -> None:
     """Called when `model` was saved into `folder`: its memory belongs there too."""
-    engine = _ENGINES.get(bare_model(model))
+    engine = engine_of(model)
     if engine is None or engine.model is None or reshard(engine.model):
         return  # of a sharded model the engine's events write it, on every rank
     if engine.args.should_save:

@@ -196,9 +196,9 @@ def match_accumulators(
     stored = {n: t for n, t in memory.get("accumulator").items() if n not in excluded}
     parameters = {canonical_name(n): p for n, p in model.named_parameters()}
     embeddings = {canonical_name(n) for n, p in _embeddings(model)}
-    changed = set() if same_run else _changed(memory.get("samples"), model)
+    changed = {} if same_run else _changed(memory.get("samples"), model)
     compared = sum(n in parameters for n in memory.get("samples"))
-    replaced = changed if 2 * len(changed) < compared else set()
+    replaced = {n for n, distance in changed.items() if distance > 0.5 and 2 * len(changed) < compared}
     fresh = set() if same_run else {n for n in stored if _is_adapter(n) and _is_fresh(n, parameters)}
     result, dropped = Match({}, {}, []), []
     for n, t in stored.items():
@@ -228,10 +228,10 @@ def match_accumulators(
         result.notes.append(f"{len(result.kept)} tensors are kept for parameters that are frozen or not in this model")
     if dropped:
         result.notes.append(f"that of {len(dropped)} adapter weights is dropped, for that adapter is merged or new")
-    if changed and not replaced:
+    if trained := changed.keys() - replaced:
         result.notes.append(
-            f"{len(changed)} of {compared} parameters were changed after it was written, by a training that it knows "
-            "nothing of"
+            f"{len(trained)} of {compared} parameters were changed after it was written, by a training or a merge "
+            "that it knows nothing of"
         )
     return result
 
@@ -267,14 +267,14 @@ def _embeddings(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
     return [(n, p) for n, p in model.named_parameters() if id(p) in rows]
 
 
-def _changed(written: Mapping[str, Tensor], model: nn.Module) -> set[str]:
-    """Canonical names of the parameters whose values are not those that were `written`, up to bfloat16's rounding."""
+def _changed(written: Mapping[str, Tensor], model: nn.Module) -> dict[str, float]:
+    """Parameters whose values are not those `written`, up to bfloat16's rounding -> their distance, 1 = as far as from 0."""
     now = samples(model) if written else {}
-    return {
-        n
-        for n, t in written.items()
-        if n in now and (t.shape != now[n].shape or not torch.allclose(t.float(), now[n], rtol=2**-7, atol=1e-6))
-    }
+    distances = {}
+    for n, t in written.items():
+        if n in now and t.shape == now[n].shape and not torch.allclose(t.float(), now[n], rtol=2**-7, atol=1e-6):
+            distances[n] = float((t.float() - now[n]).norm() / t.float().norm().clamp(min=1e-12))
+    return distances
 
 
 def _is_adapter(name: str) -> bool:

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 import classp_hf
 from classp_hf import ContinualTrainer, ContinualTrainingArguments, report
 from classp_hf.launch import shard_on_cpus
-from classp_hf.memory import full_tensor, trainable_parameters
+from classp_hf.names import full_tensor, trainable_parameters
 from classp_hf.optim import CLASSP
 from classp_hf.optim.classp import _density_threshold
 

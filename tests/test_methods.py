@@ -567,7 +567,7 @@ def test_memories_hold_every_methods_state_and_no_example(train, make_tasks, tmp
     trainer, results = train(make_tasks(2), [L2SP(), "logit_adjustment", Replay(replay_fraction=0.25)])
     assert len(trainer.train_dataset) == 64 + 16
     memory = classp_hf.ContinualMemory.load(tmp_path / "run")
-    assert memory.kinds() == ["l2sp.anchor", "logit_adjustment.frequencies"]
+    assert memory.kinds() == ["l2sp.anchor", "logit_adjustment.frequencies", "samples"]
     assert memory.metadata["method"]["name"] == results["method"]["name"] == "l2sp+logit_adjustment+replay"
     trainer, results = train(
         make_tasks(1), None, "ClasspTrainer", {"consolidation": "both"}, output_dir=str(tmp_path / "b")

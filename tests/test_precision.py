@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from classp_hf import ContinualTrainer
-from classp_hf.memory import trainable_parameters
+from classp_hf.names import trainable_parameters
 from classp_hf.optim import CLASSP
 
 SMALL = ("classifier.weight", "classifier.bias", "bert.encoder.layer.0.output.LayerNorm.weight")
