@@ -40,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--merge", type=float, metavar="WEIGHT", help="the method `merge` at this weight")
     result.add_argument("--optim", help="the optimizer, also of scripts that have no such flag: `classp`, or a name that "
                         "Transformers knows")  # fmt: skip
-    result.add_argument("--learning_rate", type=float, help="the learning rate, also of scripts that have no such flag")
+    result.add_argument(
+        "--learning_rate", type=float, help="the learning rate, also of scripts that have no such flag"
+    )
     result.add_argument("--optim_args", help="the optimizer's own options, key=value pairs separated by commas")
     known = HfArgumentParser([m for m in METHODS.values() if _works_here(m) and any(f.init for f in fields(m))])
     group = result.add_argument_group("options of the methods")
@@ -104,7 +106,9 @@ def _check_script_arguments(command: argparse.ArgumentParser, arguments: list[st
     """What is wrong with the script's `--optim_args` is known before it loads data and model."""
     from .optim_args import parse_optim_args
 
-    pairs = dict(zip(arguments, arguments[1:])) | dict(a.split("=", 1) for a in arguments if a.startswith("--") and "=" in a)
+    pairs = dict(zip(arguments, arguments[1:])) | dict(
+        a.split("=", 1) for a in arguments if a.startswith("--") and "=" in a
+    )
     if pairs.get("--optim") == "classp" and "--optim_args" in pairs:
         try:
             parse_optim_args(pairs["--optim_args"])
@@ -148,7 +152,9 @@ def main() -> None:
 
     unused = [f"--{k}" for k, v in given.items() if v is not None]
     if unused and not ContinualCallback.applied:
-        sys.exit(f"classp_hf: error: {', '.join(unused)} had no effect: {sys.argv[0]!r} trained no transformers.Trainer")
+        sys.exit(
+            f"classp_hf: error: {', '.join(unused)} had no effect: {sys.argv[0]!r} trained no transformers.Trainer"
+        )
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, set_seed
 
 from . import embedded, report
-from .engine import CLASSP_NAME
 from .launch import prepare_cpu_launch
+from .live import CLASSP_NAME
 from .memory import ContinualMemory, NoMemoryError
 from .methods import METHODS
 from .registration import register

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,44 +10,23 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import reduce
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .compat import watch_saving
-from .heads import TaskHeads
-from .memory import (
-    MEMORY_NAME,
-    ContinualMemory,
-    NoMemoryError,
-    find_memory,
-    match_accumulators,
-    match_rows,
-    shorten,
-)
-from .methods import Context, Elastic, Merge, Method, describe_methods, make_methods
-from .names import (
-    bare_model,
-    canonical_name,
-    full_tensor,
-    like_parameter,
-    local,
-    model_source,
-    reshard,
-    samples,
-    trainable_parameters,
-)
+from .live import CLASSP_LEARNING_RATE, CLASSP_NAME, LiveMemory
+from .memory import MEMORY_NAME, ContinualMemory, NoMemoryError, find_memory
+from .methods import Context, Elastic, Merge, Method, make_methods
+from .names import bare_model, canonical_name, model_source, reshard
 from .optim import CLASSP
 from .optim_args import parse_optim_args
-from .redaction import UNPRINTABLE, public_arguments
+from .redaction import UNPRINTABLE
 from .resume import load_optimizer_state
 
 logger = logging.get_logger(__name__)
 
-CLASSP_NAME = "classp"
-CLASSP_LEARNING_RATE: float = inspect.signature(CLASSP).parameters["lr"].default
 BESIDE, NONE = "beside the model", "none"
 TOO_SMALL = 1e-4
 """Learning rates up to here are those of AdamW; Transformers' default is 5e-5, TRL's 2e-5. CLASSP learns nothing by them."""
@@ -57,7 +35,7 @@ TOO_SMALL = 1e-4
 _ATTRIBUTE = "_continual_engine"
 
 
-class ContinualCallback(TrainerCallback):
+class ContinualCallback(LiveMemory, TrainerCallback):
     """Makes the trainings of any [`transformers.Trainer`] continual learning: each goes on from the memory of the last.
 
     When training begins, the memory is found and put into the optimizer; under other optimizers than CLASSP it is
@@ -97,17 +75,14 @@ class ContinualCallback(TrainerCallback):
     ) -> None:
         options = {} if method or memory or gather else type(self).launched
         self.from_launcher = bool(options)
-        self.methods = make_methods(copy.deepcopy(options.get("method", method)))
+        super().__init__(make_methods(copy.deepcopy(options.get("method", method))), gather, power)
         self.source = options.get("memory") or memory or BESIDE
         self.options = options
-        self.revision, self.gather, self.power = revision, gather, power
-        self.tasks: list[str] = []
-        """Names of the tasks seen so far."""
+        self.revision = revision
         self.task: str | None = None
         """Name of the next training's task. Default: after its output folder."""
         self.task_dataset: Any = None
         self.accelerator: Any = None
-        self.heads: TaskHeads | None = None
         self.start: dict[str, Tensor] | None = None
         """Weights that a resumed training began with. Default: read again from where the model came from."""
         self.checkpoint: Path | None = None
@@ -117,21 +92,14 @@ class ContinualCallback(TrainerCallback):
         self.writes_at_end = True
         self.seconds = 0.0
         """Spent on methods before and after tasks."""
-        self.optimizer: Any = None
         self.args: Any = None
-        self.context: Context | None = None
-        """While training."""
-        self.training = False
-        self._loaded = False
-        self._pending: dict[str, Tensor] | None = None
-        self._gathered: dict[str, Tensor] = {}
-        self._kept: dict[str, Tensor] = {}
-        self._description: dict[str, Any] = {}
         self._hooks: list[Any] = []
         self._density: float | None = None
         self._written: set[tuple[str, int]] = set()
 
-        self.model: Any = None
+    @property
+    def training(self) -> bool:
+        return self.context is not None
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copied or pickled model has no engine."""
@@ -141,148 +109,34 @@ class ContinualCallback(TrainerCallback):
 
     # ---- The memory ----
 
-    @property
-    def excluded(self) -> frozenset[str]:
-        return self.heads.names if self.heads is not None else frozenset()
-
-    def gathers(self, args: Any) -> bool:
-        """Whether a memory is gathered beside the optimizer."""
-        own = isinstance(self.optimizer, CLASSP) or (self.optimizer is None and args.optim == CLASSP_NAME)
-        return not own and (self.gather or any(m.uses_accumulators for m in self.methods))
-
-    def accumulators(self) -> dict[str, Tensor]:
-        """Canonical name -> `sum |g|^p` over all training so far, float32, sharded as the parameters are; empty before any.
-
-        Of other optimizers than CLASSP these are the tensors that change while training.
-        """
-        if self._pending is not None:
-            return dict(self._pending)
-        if not isinstance(self.optimizer, CLASSP):
-            return dict(self._gathered)
-        state = self.optimizer.state
-        named = [(n, p) for n, p in trainable_parameters(self.model) if n not in self.excluded and state.get(p)]
-        return {n: self.optimizer.accumulator(p) for n, p in named}
-
-    def load(self, memory: ContinualMemory, model: Any, args: Any, *, same_run: bool = False, where: str = "") -> None:
-        """Go on from `memory`: the methods' state at once, accumulators when training begins.
-
-        Args:
-            same_run: it is that of a checkpoint or a task boundary of this very run.
-            where: it comes from, for messages.
-
-        Raises:
-            ValueError: another power, another model, or a state that cannot be a method's.
-        """
-        at = f"\nThe memory was read from {where}; memory=none begins with an empty one." if where else ""
-        try:
-            self._check_power(memory, args)
-            match = match_accumulators(memory, model, self.excluded, same_run)
-            for method in self.methods:
-                prefix = f"{method.name}."
-                parts = {k.removeprefix(prefix): memory.get(k) for k in memory.kinds() if k.startswith(prefix)}
-                for part in method.per_parameter:
-                    parts |= {part: match_rows(parts[part], model, part == "importance")} if part in parts else {}
-                method.check_state(parts, model)
-                if parts or same_run:
-                    method.load_state_dict(parts)
-            if self.heads is not None:
-                heads = {k.removeprefix("head."): memory.get(k) for k in memory.kinds() if k.startswith("head.")}
-                self.heads.load_state_dict({task.replace("%2F", "/"): head for task, head in heads.items()})
-                self.heads.initial = memory.get("initial_head") or self.heads.initial
-        except ValueError as error:
-            raise ValueError(f"{error}{at}") from None
-        self._pending, self._kept = match.accumulators, match.kept
-        self._description = memory.metadata.get("optimizer", {})
-        unfinished = [] if same_run or memory.metadata.get("task") is None else [memory.metadata["task"]]
-        self.tasks = [*memory.tasks, *unfinished]
-        self._loaded = True
-        if where:
-            known = f"{len(match.accumulators)} parameters" if match.accumulators else "the method"
-            notes = "".join(f"; {note}" for note in match.notes)
-            logger.warning(
-                f"Going on from the continual memory of {', '.join(self.tasks) or 'an earlier run'} in {where}: it is used "
-                f"for {known}{notes}."
-            )
-            used = ("accumulator", "samples", "head.", "initial_head", *(f"{m.name}." for m in self.methods))
-            if others := [k for k in memory.kinds() if not k.startswith(used)]:
-                logger.warning(f"It also holds {shorten(others)}, which this run does not use.")
-
-    def forget_accumulators(self) -> None:
-        """Drop what was loaded and is not in an optimizer yet."""
-        self._pending = None
-
-    def _check_power(self, memory: ContinualMemory, args: Any) -> None:
-        stored = memory.metadata.get("optimizer", {}).get("power")
-        power: float | None = self.power if self.gathers(args) else None
-        if isinstance(self.optimizer, CLASSP):
-            power = self.optimizer.param_groups[0]["power"]
-        elif self.optimizer is None and args.optim == CLASSP_NAME:
-            power = parse_optim_args(args.optim_args)[0].get("power", 2.0)
-        if memory.get("accumulator") and None not in (stored, power) and stored != power:
-            remedy = f"memory_power={stored:g}" if self.gathers(args) else f"optim_args='power={stored:g}'"
-            raise ValueError(f"The continual memory sums |g|^{stored:g}, and this run |g|^{power:g}. Pass {remedy}.")
-
-    def memory(self, args: Any = None) -> ContinualMemory:
-        """The memory as it stands. If the model is sharded, call it on every rank."""
-        memory = ContinualMemory()
-        memory.put("accumulator", self._kept)
-        memory.put("accumulator", {n: full_tensor(t) for n, t in self.accumulators().items()})
-        for method in self.methods:
-            for part, tensors in method.state_dict().items():
-                memory.put(f"{method.name}.{part}", {n: full_tensor(t) for n, t in tensors.items()})
-        if self.heads is not None:
-            for task, head in self.heads.state_dict().items():
-                memory.put(f"head.{task.replace('/', '%2F')}", head)
-            memory.put("initial_head", self.heads.initial)
-        if memory.tensors and self.model is not None:
-            memory.put("samples", samples(self.model))
-        described = describe_optimizer(self.optimizer, args) or self._description
-        if self._gathered:
-            described["power"] = self.power
-        memory.metadata = {
-            "tasks": list(self.tasks),
-            "optimizer": described,
-            "method": public_arguments(describe_methods(self.methods)),
-        }
-        if self.training and self.context is not None:
-            memory.metadata["task"] = self.context.task
-        return memory
-
     def follows(self, model: Any) -> bool:
         """Whether the memory is written wherever `model.save_pretrained` writes the model."""
         return engine_of(model) is self and not reshard(model) and hasattr(model, "save_pretrained")
 
-    def write(self, folder: str | Path, args: Any = None) -> None:
-        """Write the memory into `folder`, from the main process. If the model is sharded, call it on every rank."""
-        memory = self.memory(args)
-        if (memory.tensors or self.tasks) and (args is None or args.should_save):
-            memory.save(folder)
-
     # ---- Events of Trainer ----
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        if self.options.get("optim"):
-            args.optim = self.options["optim"]
-        if self.options.get("learning_rate"):
-            args.learning_rate = self.options["learning_rate"]
-        applied = {k: v for k, v in self.options.items() if k in ("optim", "learning_rate", "optim_args") and v}
-        if self.options.get("optim_args"):
-            args.optim_args = self.options["optim_args"]
-        if applied and args.process_index == 0:
-            logger.warning(f"From the command line of classp_hf: {', '.join(f'{k}={v}' for k, v in applied.items())}.")
-        if args.optim == CLASSP_NAME:
-            uses = parse_optim_args(args.optim_args)[1]  # checks all of them, before any training time is lost
-            if uses:
-                logger.warning(
-                    f"{', '.join(uses)} in --optim_args are read for the last time in this version. Pass --memory, --anchor "
-                    "and --merge to `python -m classp_hf`, or memory= and method= to a trainer."
-                )
-            if self.source == BESIDE and "memory" in uses:
-                self.source = uses["memory"]
-            own = {m.name for m in self.methods}
-            for cls, key in ((Elastic, "anchor_strength"), (Merge, "merge_weight")):
-                if uses.get(key) and cls.name not in own:
-                    self.methods.append(cls(uses[key]))
+        given = {
+            k: self.options[k] for k in ("optim", "learning_rate", "optim_args") if self.options.get(k) is not None
+        }
+        for name, value in given.items():
+            setattr(args, name, value)
+        if given and args.process_index == 0:
+            logger.warning(f"From the command line of classp_hf: {', '.join(f'{k}={v}' for k, v in given.items())}.")
+        if args.optim != CLASSP_NAME:
+            return
+        uses = parse_optim_args(args.optim_args)[1]  # checks all of them, before any training time is lost
+        if uses:
+            logger.warning(
+                f"{', '.join(uses)} in --optim_args are read for the last time in this version. Pass --memory, --anchor and "
+                "--merge to `python -m classp_hf`, or memory= and method= to a trainer."
+            )
+        if self.source == BESIDE:
+            self.source = uses.get("memory", BESIDE)
+        own = {m.name for m in self.methods}
+        for cls, key in ((Elastic, "anchor_strength"), (Merge, "merge_weight")):
+            if uses.get(key) and cls.name not in own:
+                self.methods.append(cls(uses[key]))
 
     def on_train_begin(
         self, args, state, control, model=None, optimizer=None, processing_class=None, train_dataloader=None, **kwargs
@@ -301,7 +155,7 @@ class ContinualCallback(TrainerCallback):
                 f"({type(optimizer).__name__}). Leave --optim out, or the script's `optimizers`."
             )
         _check_resumed_state(optimizer, resumed)
-        same = optimizer is self.optimizer and self._loaded  # a second training of one Trainer
+        same = optimizer is self.optimizer and self.loaded  # a second training of one Trainer
         self.optimizer, self.args = optimizer, args
         self.model = model
         if not (is_classp or self.methods or self.gather or self.accelerator is not None):
@@ -313,7 +167,7 @@ class ContinualCallback(TrainerCallback):
                 f"--learning_rate; {CLASSP_LEARNING_RATE} is a good start."
             )
         self._find(model, args, state, same, previous, resumed)
-        self._put(resumed and is_classp)
+        self.put(resumed and is_classp)
         if self.optimizer_file is not None and not resumed:
             load_optimizer_state(optimizer, model, torch.load(self.optimizer_file, "cpu", weights_only=True))
             if self.heads is not None:
@@ -343,7 +197,6 @@ class ContinualCallback(TrainerCallback):
         for method in self.methods:
             method.before_task(self.context)
         self.seconds += time.monotonic() - started
-        self.training = True
         if not hasattr(optimizer, "register_step_pre_hook"):
             raise ValueError(f"{type(optimizer).__name__} is no torch.optim.Optimizer; use one, or --optim classp.")
         self.stop_hooks()
@@ -380,9 +233,11 @@ class ContinualCallback(TrainerCallback):
         if not self.training or self.context is None:
             return
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
-        if best is not None and (Path(best) / MEMORY_NAME).is_file():  # what belongs to the weights comes back with them
+        if (
+            best is not None and (Path(best) / MEMORY_NAME).is_file()
+        ):  # what belongs to the weights comes back with them
             self.load(ContinualMemory.load(best), model, args, same_run=True)
-            self._put(False)
+            self.put(False)
         started = time.monotonic()
         for method in self.methods:
             method.after_task(self.context)
@@ -403,7 +258,7 @@ class ContinualCallback(TrainerCallback):
 
     def stop(self) -> None:
         """Training has ended, or another engine takes over."""
-        self.training, self._density, self.start, self.checkpoint, self.context = False, None, None, None, None
+        self._density = self.start = self.checkpoint = self.context = None
         self.stop_hooks()
 
     def stop_hooks(self) -> None:
@@ -424,7 +279,7 @@ class ContinualCallback(TrainerCallback):
                         p.grad.div_(scale)
             self.optimizer.grad_scale = None
         if self.gathers(args):
-            self._gather(found)
+            self.gather_step(found)
         for method in self.methods:
             method.before_step(self.model)
         if isinstance(self.optimizer, CLASSP):
@@ -435,27 +290,6 @@ class ContinualCallback(TrainerCallback):
     def _after_step(self) -> None:
         for method in self.methods:
             method.after_step(self.model)
-
-    def _gather(self, found_inf: Tensor | None) -> None:
-        """`s <- s + |g|^p`, unless a gradient of this step is not finite or its power would not be."""
-        named = [(n, p) for n, p in trainable_parameters(self.model) if p.grad is not None and n not in self.excluded]
-        if not named:
-            return
-        limit = (torch.finfo(torch.float32).max * 2**-24) ** (1 / self.power)
-        flags = [(torch.linalg.vector_norm(local(p.grad).float(), torch.inf) <= limit) for _, p in named if local(p.grad).numel()]
-        bad = torch.stack([~f.to(named[0][1].device) for f in flags]).any().float() if flags else torch.zeros(())
-        if reshard(self.model):  # of all ranks
-            bad = reduce(bad.to(named[0][1].device), "sum")
-        bad = bad > 0 if found_inf is None else (bad > 0) | (found_inf.to(bad.device).sum() > 0)
-        for n, p in named:
-            s = self._gathered.get(n)
-            if s is None:
-                s = torch.zeros_like(p, dtype=torch.float32)
-            elif s.device != p.device or type(s) is not type(p.detach()):
-                s = like_parameter(s, p.detach(), torch.float32)
-            g = torch.where(bad.to(p.device), 0.0, local(p.grad).float())
-            local(s).add_(g.square() if self.power == 2 else g.abs().pow_(self.power))
-            self._gathered[n] = s
 
     # ---- Where the memory comes from, and where it goes ----
 
@@ -473,9 +307,9 @@ class ContinualCallback(TrainerCallback):
                     f"The resumed checkpoint's {MEMORY_NAME} is not in {step}, so the state of "
                     f"{', '.join(m.name for m in self.methods)} is not known. Pass the checkpoint as --resume_from_checkpoint."
                 )
-        if same or self._loaded:
+        if same or self.loaded:
             return
-        self._loaded = True
+        self.loaded = True
         if previous is not None and previous is not self and self.source == BESIDE:
             self.load(previous.memory(), model, args, where="this process (another Trainer trained the model)")
             return
@@ -489,27 +323,6 @@ class ContinualCallback(TrainerCallback):
             self.load(memory, model, args, where=repr(start if self.source == BESIDE else self.source))
         elif args.process_index == 0 and self.source == BESIDE:
             logger.warning(f"There is no continual memory beside {start or 'this model'!r}: this run begins one.")
-
-    def _put(self, in_optimizer: bool) -> None:
-        """Put what was loaded into the optimizer, or beside it, now that every wrapper (DDP, FSDP2, PEFT) is on.
-
-        Args:
-            in_optimizer: Trainer has loaded the optimizer's state already.
-        """
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        restored = {
-            n: like_parameter(pending[n], p.detach(), torch.float32)
-            for n, p in trainable_parameters(self.model)
-            if n in pending
-        }
-        if not isinstance(self.optimizer, CLASSP):
-            self._gathered = restored
-        elif not in_optimizer:
-            for n, p in trainable_parameters(self.model):
-                if n in restored:
-                    self.optimizer.set_accumulator(p, restored[n])
 
     def _starting_weights(self, model: Any) -> dict[str, Tensor]:
         if self.start is not None or not any(m.needs_start for m in self.methods):
@@ -539,19 +352,9 @@ class ContinualCallback(TrainerCallback):
         )
 
 
-
 def engine_of(model: Any) -> ContinualCallback | None:
     """The engine that trained `model` last in this process."""
     return vars(bare_model(model)).get(_ATTRIBUTE)
-
-
-def describe_optimizer(optimizer: Any, args: Any) -> dict[str, Any]:
-    """Name and hyperparameters of an optimizer, for JSON; empty for None."""
-    if optimizer is None:
-        return {}
-    kinds = (int, float, str, bool, tuple, type(None))
-    values = {k: v for k, v in optimizer.defaults.items() if isinstance(v, kinds)}
-    return {"name": type(optimizer).__name__, **values, **({"lr": args.learning_rate} if args is not None else {})}
 
 
 def _check_resumed_state(optimizer: Any, resumed: bool) -> None:

@@ -215,7 +215,9 @@ def match_accumulators(
             result.notes.append(f"{n} keeps {min(len(p), len(t))} rows of {len(t)} and has {len(p)}")
     own = {n for n, p in parameters.items() if p.requires_grad} - excluded
     fitting = sum(t.numel() for n, t in (result.accumulators | result.kept).items() if n in parameters)
-    needed = sum(t.numel() for n, t in stored.items() if n not in dropped and not (_is_adapter(n) and n in result.kept))
+    needed = sum(
+        t.numel() for n, t in stored.items() if n not in dropped and not (_is_adapter(n) and n in result.kept)
+    )
     if needed and fitting < 0.1 * needed:
         raise ValueError(
             f"The continual memory does not fit this model: of its {len(stored)} tensors ({shorten(sorted(stored), 2)}) "
@@ -307,8 +309,13 @@ def find_memory(path_or_repo: str | os.PathLike, revision: str | None = None) ->
     if looks_local or os.fspath(path_or_repo).startswith((".", "/", "~")) or len(path.parts) > 2:
         raise NoMemoryError(f"There is no continual memory at {path}. Pass the folder of a model saved with one.")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .compat import add_optimizer, refuse_deepspeed
-from .engine import CLASSP_NAME, ContinualCallback
+from .engine import ContinualCallback
+from .live import CLASSP_NAME
 from .optim import CLASSP
 from .optim_args import parse_optim_args
 

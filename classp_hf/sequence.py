@@ -17,9 +17,9 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .engine import CLASSP_NAME, describe_optimizer
 from .files import remove_temporaries, replacing, sync_folder, writing
 from .language import prepare_language_tasks
+from .live import CLASSP_NAME, describe_optimizer
 from .memory import MEMORY_NAME, ContinualMemory
 from .methods import describe_methods
 from .metrics import summarize
@@ -259,7 +259,9 @@ class SequenceRun:
             if self.args.optim == CLASSP_NAME and t > self.args.learned_tasks:
                 engine.forget_accumulators()  # of a resumed run: the last task's
         elif trainer.optimizer is not None:
-            for group in trainer.optimizer.param_groups:  # schedules other than LambdaLR would go on from the last value
+            for (
+                group
+            ) in trainer.optimizer.param_groups:  # schedules other than LambdaLR would go on from the last value
                 group["lr"] = group.get("initial_lr", self.args.learning_rate)
         trainer.activate_head(task)
         if trainer.task_heads is not None and trainer.optimizer is not None:
@@ -401,7 +403,9 @@ class SequenceRun:
             if self.args.should_save:
                 (folder / "results.json").unlink(missing_ok=True)  # of a finished run: it says that all else is there
             trainer.save_model(str(folder), _internal_call=True)
-        id2label = {} if trainer.writes_text else getattr(getattr(trainer.model, "config", None), "id2label", None) or {}
+        id2label = (
+            {} if trainer.writes_text else getattr(getattr(trainer.model, "config", None), "id2label", None) or {}
+        )
         folds = any(m.folds_adapters for m in self.engine.methods)
         results = {
             "tasks": self.names,

@@ -19,11 +19,12 @@ from transformers.utils import logging
 
 from .classification import accuracy, classification_loss, is_single_label_classifier
 from .compat import PatchedTrainer, refuse_deepspeed
-from .engine import CLASSP_LEARNING_RATE, CLASSP_NAME, NONE, ContinualCallback
+from .engine import NONE, ContinualCallback
 from .files import writing
 from .heads import TaskHeads
 from .hub import push_folder
 from .launch import shard_on_cpus
+from .live import CLASSP_LEARNING_RATE, CLASSP_NAME
 from .memory import ContinualMemory, find_memory
 from .methods import EWC, Context, Elastic, LogitAdjustment, Merge, Method, make_methods
 from .methods.adapters import folded_state_dict
@@ -289,7 +290,9 @@ class ContinualTrainer(PatchedTrainer):
         if isinstance(tasks, Task):
             raise ValueError(f"train_sequence takes a list of tasks, got the task {tasks.name!r} alone. Pass [task].")
         with self.preemption.listening():
-            self.sequence_results = SequenceRun(self, tasks, Path(str(self.args.output_dir))).run(resume_from_checkpoint)
+            self.sequence_results = SequenceRun(self, tasks, Path(str(self.args.output_dir))).run(
+                resume_from_checkpoint
+            )
         return self.sequence_results
 
     def activate_head(self, task: Task | None) -> None:
@@ -320,7 +323,9 @@ class ContinualTrainer(PatchedTrainer):
         self.engine.on_log(self.args, self.state, self.control, logs)
         super().log(logs, start_time)
 
-    def _log_to(self, on_log: Callable[..., Any], args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any):
+    def _log_to(
+        self, on_log: Callable[..., Any], args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
+    ):
         """What a logger gets: in a sequence every key begins with the task's name, and steps count on from task to task."""
         if self.logged_task is not None and logs is not None:
             state, task = copy.copy(state), self.logged_task
@@ -465,7 +470,9 @@ class ClasspTrainer(ContinualTrainer):
         given = kwargs.get("optimizers", (None, None))[0] or (kwargs.get("optimizer_cls_and_kwargs") or (None,))[0]
         if given is not None and not isinstance(given, CLASSP) and given is not CLASSP:
             name = getattr(given, "__name__", type(given).__name__)
-            raise ValueError(f"ClasspTrainer trains with CLASSP, got {name}. Use ContinualTrainer for other optimizers.")
+            raise ValueError(
+                f"ClasspTrainer trains with CLASSP, got {name}. Use ContinualTrainer for other optimizers."
+            )
         methods = make_methods(method)
         for use, cls, value in (("anchor", Elastic, anchor_strength), ("merge", Merge, merge_weight)):
             if consolidation in (use, "both"):

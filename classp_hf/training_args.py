@@ -10,7 +10,7 @@ from typing import Any, Literal
 from accelerate.utils import str_to_bool
 from transformers import TrainingArguments
 
-from .engine import CLASSP_LEARNING_RATE, CLASSP_NAME
+from .live import CLASSP_LEARNING_RATE, CLASSP_NAME
 from .redaction import public_arguments
 from .registration import register
 

@@ -252,7 +252,9 @@ def test_full_and_adapter_fine_tuning_alternate(plain, make_tasks, collator, tmp
     merged = model.merge_and_unload().requires_grad_(True)  # PEFT had frozen it
     of_d = train(merged, "d", optim_args=f"memory={tmp_path / 'c'}")
     assert of_d.keys() == of_a.keys()
-    assert all((of_d[n] >= of_a[n] * (1 - 1e-6) - 1e-12).all() for n in body) and any((of_d[n] > of_a[n]).any() for n in body)
+    assert all((of_d[n] >= of_a[n] * (1 - 1e-6) - 1e-12).all() for n in body) and any(
+        (of_d[n] > of_a[n]).any() for n in body
+    )
     assert f"that of {len(adapters)} adapter weights is dropped" in caplog.text
 
     caplog.clear()  # another adapter of the same name on the merged model: the old one's memory is not its own

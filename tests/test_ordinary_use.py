@@ -29,7 +29,15 @@ from transformers import (
 )
 
 import classp_hf
-from classp_hf import EWC, ClasspTrainer, ContinualCallback, ContinualMemory, ContinualTrainer, EWCTrainer, LogitAdjustment
+from classp_hf import (
+    EWC,
+    ClasspTrainer,
+    ContinualCallback,
+    ContinualMemory,
+    ContinualTrainer,
+    EWCTrainer,
+    LogitAdjustment,
+)
 from classp_hf.memory import MEMORY_NAME, OLD_NAME
 
 
@@ -76,7 +84,10 @@ def test_a_changed_head_keeps_the_backbones_memory(plain, make_model, make_tasks
     two = make_tasks(1)[0].train_dataset.filter(lambda row: row["labels"] < 2)
     old = ContinualMemory.load(tmp_path / "three").get("accumulator")
     plain(classifier(tmp_path / "three", num_labels=2), "two", dataset=two, max_steps=1)
-    assert "used for 39 parameters; 2 parameters begin without a memory (classifier.bias, classifier.weight)" in caplog.text
+    assert (
+        "used for 39 parameters; 2 parameters begin without a memory (classifier.bias, classifier.weight)"
+        in caplog.text
+    )
     new = ContinualMemory.load(tmp_path / "two").get("accumulator")
     assert new["classifier.weight"].shape == (2, 32)
     body = "bert.encoder.layer.0.output.dense.weight"
@@ -89,7 +100,9 @@ def test_a_changed_head_keeps_the_backbones_memory(plain, make_model, make_tasks
     assert "1 parameters begin without a memory (classifier.weight)" in caplog.text
 
 
-def test_masked_language_model_then_classifier_then_a_larger_vocabulary(plain, make_model, make_tasks, tmp_path, caplog):
+def test_masked_language_model_then_classifier_then_a_larger_vocabulary(
+    plain, make_model, make_tasks, tmp_path, caplog
+):
     language_model = BertForMaskedLM(make_model().config)
     texts = make_tasks(1)[0].train_dataset.map(lambda row: {"labels": [-100, 5], "input_ids": [1, 5]})
 
@@ -204,7 +217,11 @@ def test_ragged_micro_batches_weigh_a_method_as_the_loss(smoothing, make_model, 
                          label_smoothing_factor=smoothing, max_steps=1, learning_rate=1.0)  # fmt: skip
         data = make_tasks(1)[0].train_dataset.select(range(12))
         adjustment = LogitAdjustment(prior_strength=1.0)
-        adjustment.frequencies = {"negative": torch.tensor(0.8), "neutral": torch.tensor(0.1), "positive": torch.tensor(0.1)}
+        adjustment.frequencies = {
+            "negative": torch.tensor(0.8),
+            "neutral": torch.tensor(0.1),
+            "positive": torch.tensor(0.1),
+        }
         trainer = ContinualTrainer(make_model(), args, collator, data, method=[adjustment, "lwf"])
         trainer.engine.tasks.append("earlier")
         trainer.train()
@@ -252,9 +269,13 @@ def test_order_and_being_shown_or_trained_do_not_matter(make_model, make_args, m
 
 
 def test_arguments_of_other_classes(make_model, make_args, tmp_path, caplog, make_tasks, collator):
-    assert make_args().learning_rate == 1e-3 and classp_hf.ContinualTrainingArguments(str(tmp_path)).learning_rate == 5e-5
+    assert (
+        make_args().learning_rate == 1e-3 and classp_hf.ContinualTrainingArguments(str(tmp_path)).learning_rate == 5e-5
+    )
     Trainer(make_model(), classp_hf.ContinualTrainingArguments(str(tmp_path), use_cpu=True)).create_optimizer()
-    args = Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, predict_with_generate=True, report_to="none", max_steps=1)
+    args = Seq2SeqTrainingArguments(
+        str(tmp_path), use_cpu=True, predict_with_generate=True, report_to="none", max_steps=1
+    )
     trainer = ClasspTrainer(make_model(), args, collator, make_tasks(1)[0].train_dataset)
     assert trainer.args.predict_with_generate and trainer.args.heads == "shared" and not hasattr(args, "heads")
     trainer.train()
@@ -265,7 +286,9 @@ def test_training_args_are_read_by_processes_that_know_nothing_of_classp(make_ar
     classp_hf.register()
     args = TrainingArguments(str(tmp_path), optim="classp", use_cpu=True)
     torch.save(args, tmp_path / "training_args.bin")
-    code = "import sys, torch; a = torch.load(sys.argv[1], weights_only=False); assert str(a.optim) == 'classp', a.optim"
+    code = (
+        "import sys, torch; a = torch.load(sys.argv[1], weights_only=False); assert str(a.optim) == 'classp', a.optim"
+    )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "training_args.bin")], check=True)
     assert pickle.loads(pickle.dumps(args.optim)) == "classp"
 
@@ -313,7 +336,11 @@ def test_callbacks_read_plain_keys_in_a_sequence(make_model, make_args, make_tas
     (tmp_path / "run" / ".mine.tmp").write_text("not ours")
     trainer = ContinualTrainer(make_model(), args, collator, callbacks=[watch])
     trainer.train_sequence(make_tasks(2))
-    assert watch.seen == 4 and (tmp_path / "run" / "results.json").is_file() and (tmp_path / "run" / ".mine.tmp").is_file()
+    assert (
+        watch.seen == 4
+        and (tmp_path / "run" / "results.json").is_file()
+        and (tmp_path / "run" / ".mine.tmp").is_file()
+    )
     trainer.create_model_card("en", "mit")
     assert "license: mit" in (tmp_path / "run" / "README.md").read_text()
 
@@ -348,7 +375,10 @@ def test_pushes_during_training_carry_the_memory_and_no_tasks_folder(make_model,
     with FakeHub({}) as hub:
         for kind in ("plain", "sequence"):
             command = [sys.executable, "-c", textwrap.dedent(code), kind, str(tmp_path / kind)]
-            env = hub.env(tmp_path / "cache") | {"PYTHONPATH": str(Path(classp_hf.__file__).parents[1]), "HF_HUB_OFFLINE": "0"}
+            env = hub.env(tmp_path / "cache") | {
+                "PYTHONPATH": str(Path(classp_hf.__file__).parents[1]),
+                "HF_HUB_OFFLINE": "0",
+            }
             run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
             assert run.returncode == 0, run.stderr
     commits = hub.commits
@@ -414,11 +444,16 @@ def test_the_launcher_overrides_scripts_that_build_their_own_arguments(make_mode
     assert "From the command line of classp_hf: optim=classp, learning_rate=0.01" in first.stderr
     os.rename(tmp_path / "out" / MEMORY_NAME, tmp_path / "my start = x" / MEMORY_NAME)  # a blank and = in its path
     second = run("--method", "ewc", "--ewc_lambda", "0.3", "--memory", "my start = x")
-    assert "INSIDE AdamW" in second.stdout and "Going on from the continual memory of out" in second.stderr, second.stderr
+    assert "INSIDE AdamW" in second.stdout and "Going on from the continual memory of out" in second.stderr, (
+        second.stderr
+    )
     memory = ContinualMemory.load(tmp_path / "out")
     assert "ewc.importance" in memory.kinds() and memory.metadata["method"]["ewc_lambda"] == 0.3
     nothing = run("--method", "ewc", script="other.py")
-    assert nothing.returncode != 0 and "--method had no effect: 'other.py' trained no transformers.Trainer" in nothing.stderr
+    assert (
+        nothing.returncode != 0
+        and "--method had no effect: 'other.py' trained no transformers.Trainer" in nothing.stderr
+    )
 
 
 def test_small_learning_rates_are_warned_about(make_args, caplog):
@@ -429,6 +464,10 @@ def test_small_learning_rates_are_warned_about(make_args, caplog):
                                resume_from_checkpoint=None, logging_strategy="no", should_save=False)  # fmt: skip
         with caplog.at_level(logging.WARNING):
             ContinualCallback(memory="none").on_train_begin(
-                args, TrainerState(), TrainerControl(), model=model, optimizer=classp_hf.CLASSP(model.parameters(), lr=rate)
+                args,
+                TrainerState(),
+                TrainerControl(),
+                model=model,
+                optimizer=classp_hf.CLASSP(model.parameters(), lr=rate),
             )
         assert ("far too small for it" in caplog.text) == warned

@@ -82,9 +82,7 @@ def test_other_optimizers_and_modules_still_run(script, tmp_path):
 )
 def test_usage(arguments, code, message, tmp_path):
     (tmp_path / "x.py").touch()
-    run = subprocess.run(
-        [sys.executable, "-m", "classp_hf", *arguments], capture_output=True, text=True, cwd=tmp_path
-    )
+    run = subprocess.run([sys.executable, "-m", "classp_hf", *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == code
     assert message in run.stdout + run.stderr
 

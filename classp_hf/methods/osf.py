@@ -9,8 +9,6 @@ from typing import Any
 
 from packaging.version import Version
 
-from packaging.version import Version
-
 from .adapters import FoldedAdapters
 from .base import Context, Method
 

@@ -1,0 +1,221 @@
+"""The memory while training: read into the optimizer or gathered beside it, and written as it stands."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor
+from transformers.utils import logging
+
+from .heads import TaskHeads
+from .memory import ContinualMemory, match_accumulators, match_rows, shorten
+from .methods import Context, Method, describe_methods
+from .names import full_tensor, like_parameter, local, reshard, samples, trainable_parameters
+from .optim import CLASSP
+from .optim_args import parse_optim_args
+from .redaction import public_arguments
+
+logger = logging.get_logger(__name__)
+
+CLASSP_NAME = "classp"
+CLASSP_LEARNING_RATE: float = inspect.signature(CLASSP).parameters["lr"].default
+
+
+class LiveMemory:
+    """The accumulators of a model in training, with the state of its methods.
+
+    CLASSP keeps the accumulators itself; under other optimizers they are gathered beside it, if a method reads them.
+
+    Args:
+        methods: their state is part of the memory.
+        gather: gather under other optimizers even if no method reads the memory.
+        power: the p of the gathered `sum |g|^p`.
+    """
+
+    def __init__(self, methods: list[Method], gather: bool, power: float) -> None:
+        self.methods, self.gather, self.power = methods, gather, power
+        self.tasks: list[str] = []
+        """Names of the tasks seen so far."""
+        self.heads: TaskHeads | None = None
+        self.optimizer: Any = None
+        self.model: Any = None
+        self.context: Context | None = None
+        """While training."""
+        self.loaded = False
+        """Whether it is known what there is to go on from."""
+        self._pending: dict[str, Tensor] | None = None
+        self._gathered: dict[str, Tensor] = {}
+        self._kept: dict[str, Tensor] = {}
+        self._description: dict[str, Any] = {}
+
+    @property
+    def excluded(self) -> frozenset[str]:
+        return self.heads.names if self.heads is not None else frozenset()
+
+    def gathers(self, args: Any) -> bool:
+        """Whether a memory is gathered beside the optimizer."""
+        own = isinstance(self.optimizer, CLASSP) or (self.optimizer is None and args.optim == CLASSP_NAME)
+        return not own and (self.gather or any(m.uses_accumulators for m in self.methods))
+
+    def accumulators(self) -> dict[str, Tensor]:
+        """Canonical name -> `sum |g|^p` over all training so far, float32, sharded as the parameters are; empty before any.
+
+        Of other optimizers than CLASSP these are the tensors that change while training.
+        """
+        if self._pending is not None:
+            return dict(self._pending)
+        if not isinstance(self.optimizer, CLASSP):
+            return dict(self._gathered)
+        state = self.optimizer.state
+        named = [(n, p) for n, p in trainable_parameters(self.model) if n not in self.excluded and state.get(p)]
+        return {n: self.optimizer.accumulator(p) for n, p in named}
+
+    def load(self, memory: ContinualMemory, model: Any, args: Any, *, same_run: bool = False, where: str = "") -> None:
+        """Go on from `memory`: the methods' state at once, accumulators when training begins.
+
+        Args:
+            same_run: it is that of a checkpoint or a task boundary of this very run.
+            where: it comes from, for messages.
+
+        Raises:
+            ValueError: another power, another model, or a state that cannot be a method's.
+        """
+        at = f"\nThe memory was read from {where}; memory=none begins with an empty one." if where else ""
+        try:
+            self._check_power(memory, args)
+            match = match_accumulators(memory, model, self.excluded, same_run)
+            for method in self.methods:
+                prefix = f"{method.name}."
+                parts = {k.removeprefix(prefix): memory.get(k) for k in memory.kinds() if k.startswith(prefix)}
+                for part in method.per_parameter:
+                    parts |= {part: match_rows(parts[part], model, part == "importance")} if part in parts else {}
+                method.check_state(parts, model)
+                if parts or same_run:
+                    method.load_state_dict(parts)
+            if self.heads is not None:
+                heads = {k.removeprefix("head."): memory.get(k) for k in memory.kinds() if k.startswith("head.")}
+                self.heads.load_state_dict({task.replace("%2F", "/"): head for task, head in heads.items()})
+                self.heads.initial = memory.get("initial_head") or self.heads.initial
+        except ValueError as error:
+            raise ValueError(f"{error}{at}") from None
+        self._pending, self._kept = match.accumulators, match.kept
+        self._description = memory.metadata.get("optimizer", {})
+        unfinished = [] if same_run or memory.metadata.get("task") is None else [memory.metadata["task"]]
+        self.tasks = [*memory.tasks, *unfinished]
+        self.loaded = True
+        if where:
+            known = f"{len(match.accumulators)} parameters" if match.accumulators else "the method"
+            notes = "".join(f"; {note}" for note in match.notes)
+            logger.warning(
+                f"Going on from the continual memory of {', '.join(self.tasks) or 'an earlier run'} in {where}: it is used "
+                f"for {known}{notes}."
+            )
+            used = ("accumulator", "samples", "head.", "initial_head", *(f"{m.name}." for m in self.methods))
+            if others := [k for k in memory.kinds() if not k.startswith(used)]:
+                logger.warning(f"It also holds {shorten(others)}, which this run does not use.")
+
+    def forget_accumulators(self) -> None:
+        """Drop what was loaded and is not in an optimizer yet."""
+        self._pending = None
+
+    def _check_power(self, memory: ContinualMemory, args: Any) -> None:
+        stored = memory.metadata.get("optimizer", {}).get("power")
+        power: float | None = self.power if self.gathers(args) else None
+        if isinstance(self.optimizer, CLASSP):
+            power = self.optimizer.param_groups[0]["power"]
+        elif self.optimizer is None and args.optim == CLASSP_NAME:
+            power = parse_optim_args(args.optim_args)[0].get("power", 2.0)
+        if memory.get("accumulator") and None not in (stored, power) and stored != power:
+            remedy = f"memory_power={stored:g}" if self.gathers(args) else f"optim_args='power={stored:g}'"
+            raise ValueError(f"The continual memory sums |g|^{stored:g}, and this run |g|^{power:g}. Pass {remedy}.")
+
+    def memory(self, args: Any = None) -> ContinualMemory:
+        """The memory as it stands. If the model is sharded, call it on every rank."""
+        memory = ContinualMemory()
+        memory.put("accumulator", self._kept)
+        memory.put("accumulator", {n: full_tensor(t) for n, t in self.accumulators().items()})
+        for method in self.methods:
+            for part, tensors in method.state_dict().items():
+                memory.put(f"{method.name}.{part}", {n: full_tensor(t) for n, t in tensors.items()})
+        if self.heads is not None:
+            for task, head in self.heads.state_dict().items():
+                memory.put(f"head.{task.replace('/', '%2F')}", head)
+            memory.put("initial_head", self.heads.initial)
+        if memory.tensors and self.model is not None:
+            memory.put("samples", samples(self.model))
+        described = describe_optimizer(self.optimizer, args) or self._description
+        if self._gathered:
+            described["power"] = self.power
+        memory.metadata = {
+            "tasks": list(self.tasks),
+            "optimizer": described,
+            "method": public_arguments(describe_methods(self.methods)),
+        }
+        if self.context is not None:
+            memory.metadata["task"] = self.context.task
+        return memory
+
+    def write(self, folder: str | Path, args: Any = None) -> None:
+        """Write the memory into `folder`, from the main process. If the model is sharded, call it on every rank."""
+        memory = self.memory(args)
+        if (memory.tensors or self.tasks) and (args is None or args.should_save):
+            memory.save(folder)
+
+    def put(self, in_optimizer: bool) -> None:
+        """Put what was loaded into the optimizer, or beside it, now that every wrapper (DDP, FSDP2, PEFT) is on.
+
+        Args:
+            in_optimizer: Trainer has loaded the optimizer's state already.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        restored = {
+            n: like_parameter(pending[n], p.detach(), torch.float32)
+            for n, p in trainable_parameters(self.model)
+            if n in pending
+        }
+        if not isinstance(self.optimizer, CLASSP):
+            self._gathered = restored
+        elif not in_optimizer:
+            for n, p in trainable_parameters(self.model):
+                if n in restored:
+                    self.optimizer.set_accumulator(p, restored[n])
+
+    def gather_step(self, found_inf: Tensor | None) -> None:
+        """`s <- s + |g|^p`, unless a gradient of this step is not finite or its power would not be."""
+        named = [(n, p) for n, p in trainable_parameters(self.model) if p.grad is not None and n not in self.excluded]
+        if not named:
+            return
+        limit = (torch.finfo(torch.float32).max * 2**-24) ** (1 / self.power)
+        flags = [
+            (torch.linalg.vector_norm(local(p.grad).float(), torch.inf) <= limit)
+            for _, p in named
+            if local(p.grad).numel()
+        ]
+        bad = torch.stack([~f.to(named[0][1].device) for f in flags]).any().float() if flags else torch.zeros(())
+        if reshard(self.model):  # of all ranks
+            bad = reduce(bad.to(named[0][1].device), "sum")
+        bad = bad > 0 if found_inf is None else (bad > 0) | (found_inf.to(bad.device).sum() > 0)
+        for n, p in named:
+            s = self._gathered.get(n)
+            if s is None:
+                s = torch.zeros_like(p, dtype=torch.float32)
+            elif s.device != p.device or type(s) is not type(p.detach()):
+                s = like_parameter(s, p.detach(), torch.float32)
+            g = torch.where(bad.to(p.device), 0.0, local(p.grad).float())
+            local(s).add_(g.square() if self.power == 2 else g.abs().pow_(self.power))
+            self._gathered[n] = s
+
+
+def describe_optimizer(optimizer: Any, args: Any) -> dict[str, Any]:
+    """Name and hyperparameters of an optimizer, for JSON; empty for None."""
+    if optimizer is None:
+        return {}
+    kinds = (int, float, str, bool, tuple, type(None))
+    values = {k: v for k, v in optimizer.defaults.items() if isinstance(v, kinds)}
+    return {"name": type(optimizer).__name__, **values, **({"lr": args.learning_rate} if args is not None else {})}
