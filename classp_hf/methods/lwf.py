@@ -1,4 +1,5 @@
-"""Learning without Forgetting: the new model answers as the old one did, on the new task's inputs (Li & Hoiem 2016)."""
+"""Learning without Forgetting: the new model answers as the old one did, on the new task's inputs (Li & Hoiem
+2016)."""
 
 from __future__ import annotations
 
@@ -17,11 +18,12 @@ from .base import Context, Method, flag
 
 @dataclass
 class LwF(Method):
-    """Loss term `lambda * T^2 * KL(softmax(old / T) || softmax(new / T))` (arXiv 1606.09282, eq. 2-3), averaged as the loss.
+    """Loss term `lambda * T^2 * KL(softmax(old / T) || softmax(new / T))` (arXiv 1606.09282, eq. 2-3), averaged as the
+    loss.
 
     `old` are the logits of a frozen copy of the model as the task found it. No data of earlier tasks; the cost is one
-    more forward pass a step and one more copy of the weights. With logits a token, those count that predict a token with
-    a label.
+    more forward pass a step and one more copy of the weights. With logits a token, those count that predict a token
+    with a label.
     """
 
     name = "lwf"
