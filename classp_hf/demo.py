@@ -175,11 +175,11 @@ def main() -> None:
         print(f"Labels of the shared head: {', '.join(labels)}")
 
     arms = list(dict.fromkeys([recipe.trainer, *recipe.compare]))
-    there = [arm for arm in arms if (Path(args.output_dir) / arm / "sequence_state.json").exists()]
-    if there and not args.resume_from_checkpoint:
+    existing = [arm for arm in arms if (Path(args.output_dir) / arm / "sequence_state.json").exists()]
+    if existing and not args.resume_from_checkpoint:
         raise ValueError(
-            f"{args.output_dir} already holds runs of {', '.join(there)}. Pass --resume_from_checkpoint True to go on "
-            "from them, or choose another --output_dir."
+            f"{args.output_dir} already holds runs of {', '.join(existing)}. Pass --resume_from_checkpoint True to go "
+            "on from them, or choose another --output_dir."
         )
     results = {}
     for arm in arms:

@@ -91,7 +91,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         """What training is resumed from. Default: the checkpoint of the present step."""
         self.optimizer_file: Path | None = None
         """State of the optimizer at a task boundary, for the next training."""
-        self.writes_at_end = True
+        self.saves_at_end = True
         self.seconds = 0.0
         """Spent on methods before and after tasks."""
         self.args: Any = None
@@ -127,18 +127,18 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             logger.warning(f"From the command line of classp_hf: {', '.join(f'{k}={v}' for k, v in given.items())}.")
         if args.optim != CLASSP_NAME:
             return
-        uses = parse_optim_args(args.optim_args)[1]  # checks all of them, before any training time is lost
-        if uses:
+        old_keys = parse_optim_args(args.optim_args)[1]  # checks all of them, before any training time is lost
+        if old_keys:
             logger.warning(
-                f"{', '.join(uses)} in --optim_args are read for the last time in this version. Pass --memory, "
+                f"{', '.join(old_keys)} in --optim_args are read for the last time in this version. Pass --memory, "
                 "--anchor and --merge to `python -m classp_hf`, or memory= and method= to a trainer."
             )
         if self.source == BESIDE:
-            self.source = uses.get("memory", BESIDE)
+            self.source = old_keys.get("memory", BESIDE)
         own = {m.name for m in self.methods}
         for cls, key in ((Elastic, "anchor_strength"), (Merge, "merge_weight")):
-            if uses.get(key) and cls.name not in own:
-                self.methods.append(cls(uses[key]))
+            if old_keys.get(key) and cls.name not in own:
+                self.methods.append(cls(old_keys[key]))
 
     def on_train_begin(
         self, args, state, control, model=None, optimizer=None, processing_class=None, train_dataloader=None, **kwargs
@@ -246,7 +246,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         if self.context.task not in self.tasks:
             self.tasks.append(self.context.task)
         self.stop()
-        if self.writes_at_end and not state.is_hyper_param_search:
+        if self.saves_at_end and not state.is_hyper_param_search:
             self.write(self.folder(args), args)
             if args.process_index == 0:
                 logger.warning(

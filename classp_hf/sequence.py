@@ -77,7 +77,7 @@ class SequenceRun:
             self._restore_boundary(done - 1)
         state.setdefault("steps", [])
         state.setdefault("boundary_seconds", 0.0)
-        self.engine.writes_at_end = False  # `_save_boundary` writes it
+        self.engine.saves_at_end = False  # `_save_boundary` writes it
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(self.folder / "runs")  # one for all tasks, and for a resumed run
@@ -110,7 +110,7 @@ class SequenceRun:
         finally:
             trainer.run_folder = trainer.logged_task = None
             self.engine.task = self.engine.task_dataset = None
-            self.engine.writes_at_end = True
+            self.engine.saves_at_end = True
         return self._finish()
 
     # ---- What cannot work ----
@@ -139,7 +139,7 @@ class SequenceRun:
     def _prepare(self, tasks: list[Task]) -> list[Task]:
         config: Any = getattr(self.trainer.model, "config", None)
         processing_class = self.trainer.processing_class
-        if self.trainer.writes_text:
+        if self.trainer.generates:
             encoder_decoder = bool(config.is_encoder_decoder)
             return prepare_language_tasks(tasks, processing_class, encoder_decoder, self.args.max_length)
         label2id = dict(getattr(config, "label2id", None) or {})
@@ -404,9 +404,7 @@ class SequenceRun:
             if self.args.should_save:
                 (folder / "results.json").unlink(missing_ok=True)  # of a finished run: it says that all else is there
             trainer.save_model(str(folder), _internal_call=True)
-        id2label = (
-            {} if trainer.writes_text else getattr(getattr(trainer.model, "config", None), "id2label", None) or {}
-        )
+        id2label = {} if trainer.generates else getattr(getattr(trainer.model, "config", None), "id2label", None) or {}
         folds = any(m.folds_adapters for m in self.engine.methods)
         results = {
             "tasks": self.names,

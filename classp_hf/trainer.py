@@ -134,7 +134,7 @@ class ContinualTrainer(PatchedTrainer):
         if self.is_fsdp_enabled:
             self.check_fsdp()
         self.given_optimizers = kwargs.get("optimizers", (None, None))
-        self.classifies, self.writes_text = is_single_label_classifier(self.model), is_language_model(self.model)
+        self.classifies, self.generates = is_single_label_classifier(self.model), is_language_model(self.model)
         if self.classifies:
             self.compute_loss_func = self.compute_loss_func or self.adjusted_loss
             self.compute_metrics = self.compute_metrics or accuracy
@@ -160,7 +160,7 @@ class ContinualTrainer(PatchedTrainer):
     def _choose_metric(self) -> None:
         if self.args.sequence_metric is None:
             named = getattr(self.task_metric, "__name__", "metric") if self.task_metric is not None else None
-            no_accuracy = self.writes_text or self.compute_metrics is None
+            no_accuracy = self.generates or self.compute_metrics is None
             self.args.sequence_metric = named or ("loss" if no_accuracy else "accuracy")
         greater = self.args.sequence_metric_greater_is_better
         losses = ("loss", "perplexity")

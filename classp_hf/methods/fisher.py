@@ -100,11 +100,11 @@ def _log_likelihood(model: nn.Module, batch: Batch, seeds: Sequence[int] | None)
     """The sum over the examples of `batch` of log p(y|x)."""
     inputs = dict(batch)
     labels = inputs.pop("labels", torch.empty(0))
-    writes = is_language_model(model)
-    encoder_decoder = writes and bare_model(model).config.is_encoder_decoder
+    generates = is_language_model(model)
+    encoder_decoder = generates and bare_model(model).config.is_encoder_decoder
     given = {"labels": labels} if encoder_decoder else {}  # the decoder's inputs are made from them
     logits = _wide(model(**inputs, **given)["logits"])
-    tokens = writes and logits.ndim == 3
+    tokens = generates and logits.ndim == 3
     if tokens and not encoder_decoder:  # a causal model's logits are the next token's
         logits, labels = logits[:, :-1], labels[:, 1:]
     if logits.ndim != 2 + tokens or logits.shape[-1] < 2 or labels.is_floating_point():
@@ -120,8 +120,8 @@ def _log_likelihood(model: nn.Module, batch: Batch, seeds: Sequence[int] | None)
 
 
 def _gradients(likelihood: Tensor, inputs: Sequence[Any]) -> Sequence[Tensor | None]:
-    there = likelihood.requires_grad and len(inputs) > 0
-    return torch.autograd.grad(likelihood, inputs, allow_unused=True) if there else [None] * len(inputs)
+    reached = likelihood.requires_grad and len(inputs) > 0
+    return torch.autograd.grad(likelihood, inputs, allow_unused=True) if reached else [None] * len(inputs)
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -50,12 +50,12 @@ class LwF(Method):
         if self.teacher is None:
             return None
         new, labels = outputs["logits"], inputs["labels"]
-        writes = is_language_model(self.teacher)
-        made_from_labels = writes and self.teacher.config.is_encoder_decoder  # the decoder's inputs are
+        generates = is_language_model(self.teacher)
+        made_from_labels = generates and self.teacher.config.is_encoder_decoder  # the decoder's inputs are
         with torch.no_grad(), self.autocast():
             old = self.teacher(**{k: v for k, v in inputs.items() if k != "labels" or made_from_labels})["logits"]
         if new.ndim > 2:
-            if writes and not made_from_labels:  # a causal model's logits are the next token's
+            if generates and not made_from_labels:  # a causal model's logits are the next token's
                 new, old, labels = new[:, :-1], old[:, :-1], labels[:, 1:]
             new, old = (logits[labels != -100] for logits in (new, old))
         T = self.lwf_temperature

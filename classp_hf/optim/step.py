@@ -223,5 +223,5 @@ def _shrink(g: Tensor, cut: float | Tensor | None, found: Tensor | None) -> Tens
 def _may_fuse(group: dict[str, Any], device: torch.device) -> bool:
     """Whether PyTorch's fused Adagrad is this step."""
     possible = group["power"] == 2 and group["apply_decay"] and group["state_dtype"] == "float32"
-    wanted = group["fused"] is not False and not group["foreach"] and not torch.compiler.is_compiling()
-    return possible and wanted and device.type in FUSED_DEVICES
+    needed = group["fused"] is not False and not group["foreach"] and not torch.compiler.is_compiling()
+    return possible and needed and device.type in FUSED_DEVICES
