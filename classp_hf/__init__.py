@@ -10,7 +10,8 @@ __version__ = "0.1.0"
 # Loaded on first use (PEP 562): importing the package has no side effect and is cheap.
 _EXPORTS = {
     **dict.fromkeys(("CLASSP", "MoFO"), ".optim"),
-    **dict.fromkeys(("ClasspTrainer", "ContinualTrainer", "EWCTrainer"), ".trainer"),
+    **dict.fromkeys(("ClasspTrainer", "EWCTrainer"), ".named_trainers"),
+    "ContinualTrainer": ".trainer",
     **dict.fromkeys(("EMA", "EWC", "Elastic", "Interpolate", "L2SP", "LogitAdjustment", "LwF"), ".methods"),
     **dict.fromkeys(("METHODS", "Merge", "Method", "OLoRA", "OSF", "Replay"), ".methods"),
     **dict.fromkeys(("Task", "label_names", "load_task"), ".tasks"),
@@ -40,10 +41,11 @@ if TYPE_CHECKING:
         OLoRA,
         Replay,
     )
+    from .named_trainers import ClasspTrainer, EWCTrainer
     from .optim import CLASSP, MoFO
     from .registration import register
     from .tasks import Task, label_names, load_task
-    from .trainer import ClasspTrainer, ContinualTrainer, EWCTrainer
+    from .trainer import ContinualTrainer
     from .training_args import ContinualTrainingArguments
 
 

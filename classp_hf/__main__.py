@@ -6,7 +6,8 @@ python -m classp_hf --optim classp --learning_rate 1e-3 --anchor 0.1 train_sente
 accelerate launch -m classp_hf --memory previous/output -m trl.scripts.sft --optim classp ...
 python -m classp_hf demo
 
-The script's name ends the options. Those given here hold for every Trainer that the script builds, whatever it says itself.
+The script's name ends the options. Those given here hold for every Trainer that the script builds, whatever it says
+itself.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import runpy
 import sys
 from dataclasses import fields
+from itertools import pairwise
 from typing import Any
 
 from .methods import METHODS, Elastic, Merge, Method, make_methods
@@ -25,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     """The options before the script's name."""
     from transformers import HfArgumentParser
 
+    here = [m for m in METHODS.values() if m is not Method and not m.needs_trainer()]
     result = argparse.ArgumentParser(
         prog="python -m classp_hf",
         usage="python -m classp_hf [options] (SCRIPT | -m MODULE) [arguments of the script ...], or: demo [arguments]",
@@ -35,26 +38,21 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--memory", help="the continual memory to go on from: a file, a model's folder or a Hub id; "
                         "`none` begins an empty one. Default: the one beside the model")  # fmt: skip
     result.add_argument("--method", help="a method, or several joined by '+': "
-                        f"{', '.join(name for name, m in METHODS.items() if _works_here(m))}")  # fmt: skip
+                        f"{', '.join(m.name for m in here)}")  # fmt: skip
     result.add_argument("--anchor", type=float, metavar="STRENGTH", help="the method `elastic` at this strength")
     result.add_argument("--merge", type=float, metavar="WEIGHT", help="the method `merge` at this weight")
-    result.add_argument("--optim", help="the optimizer, also of scripts that have no such flag: `classp`, or a name that "
+    result.add_argument("--optim", help="the optimizer, also of scripts without such a flag: `classp`, or a name that "
                         "Transformers knows")  # fmt: skip
     result.add_argument(
         "--learning_rate", type=float, help="the learning rate, also of scripts that have no such flag"
     )
     result.add_argument("--optim_args", help="the optimizer's own options, key=value pairs separated by commas")
-    known = HfArgumentParser([m for m in METHODS.values() if _works_here(m) and any(f.init for f in fields(m))])
+    known: Any = HfArgumentParser([m for m in here if any(f.init for f in fields(m))])  # type: ignore[misc]
     group = result.add_argument_group("options of the methods")
     for action in known._actions:
         if action.dest != "help":
             group._add_action(action)
     return result
-
-
-def _works_here(method: type[Method]) -> bool:
-    needs = ("extend_train_dataset", "prepare_model", "adjust_logits", "loss_term")
-    return method is not Method and not any(getattr(method, h) is not getattr(Method, h) for h in needs)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -73,7 +71,7 @@ def _options(own: argparse.Namespace, command: argparse.ArgumentParser) -> dict[
     try:
         methods = make_methods(own.method)
         for method in methods:
-            if not _works_here(type(method)):
+            if method.needs_trainer():
                 raise ValueError(
                     f"the method {method.name!r} changes the data, the model or the loss: it needs "
                     "classp_hf.ContinualTrainer"
@@ -106,9 +104,7 @@ def _check_script_arguments(command: argparse.ArgumentParser, arguments: list[st
     """What is wrong with the script's `--optim_args` is known before it loads data and model."""
     from .optim_args import parse_optim_args
 
-    pairs = dict(zip(arguments, arguments[1:])) | dict(
-        a.split("=", 1) for a in arguments if a.startswith("--") and "=" in a
-    )
+    pairs = dict(pairwise(arguments)) | dict(a.split("=", 1) for a in arguments if a.startswith("--") and "=" in a)
     if pairs.get("--optim") == "classp" and "--optim_args" in pairs:
         try:
             parse_optim_args(pairs["--optim_args"])

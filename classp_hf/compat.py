@@ -78,9 +78,9 @@ def add_optimizer(name: str, factory: Callable[[Any], tuple[type, dict[str, Any]
         DEFAULT_CALLBACKS.append(callback)  # type: ignore[arg-type]
     except (ImportError, AttributeError, TypeError) as error:
         raise ImportError(
-            f"transformers {found} keeps its optimizer names or default callbacks elsewhere than classp_hf knows ({error}), "
-            f"so `--optim {name}` cannot be added. Install another version of transformers (docs/compatibility.md), or "
-            "use classp_hf.ClasspTrainer, which does not need it."
+            f"transformers {found} keeps its optimizer names or default callbacks elsewhere than classp_hf knows "
+            f"({error}), so `--optim {name}` cannot be added. Install another version of transformers "
+            "(docs/compatibility.md), or use classp_hf.ClasspTrainer, which does not need it."
         ) from error
 
 
@@ -94,8 +94,8 @@ def _explained(load: Callable[..., None]) -> Callable[..., None]:
         except KeyError as error:
             optimizer = type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__
             raise ValueError(
-                f"The optimizer's state in {checkpoint} is not one of {optimizer}: it has no {error}. Resume with the same "
-                "--optim, or start a new run from the checkpoint's model."
+                f"The optimizer's state in {checkpoint} is not one of {optimizer}: it has no {error}. Resume with the "
+                "same --optim, or start a new run from the checkpoint's model."
             ) from error
 
     return _load_optimizer_and_scheduler
@@ -104,13 +104,13 @@ def _explained(load: Callable[..., None]) -> Callable[..., None]:
 def refuse_deepspeed(args: Any) -> None:
     """Raise if DeepSpeed is asked for, by `--deepspeed` or by `accelerate launch`.
 
-    It holds weights, gradients and the optimizer's state in flat buffers of its own (and with optimizer offload may put
-    another optimizer in the place of the one asked for).
+    It holds weights, gradients and the optimizer's state in flat buffers of its own (and with optimizer offload may
+    put another optimizer in the place of the one asked for).
     """
     if args.deepspeed_plugin is not None:
         raise ValueError(
-            "DeepSpeed is not supported: its flat buffers hide gradients and accumulators by parameter, so the memory of "
-            "earlier tasks would silently be neither used nor saved. Use FSDP2, which shards as ZeRO-3 does "
+            "DeepSpeed is not supported: its flat buffers hide gradients and accumulators by parameter, so the memory "
+            "of earlier tasks would silently be neither used nor saved. Use FSDP2, which shards as ZeRO-3 does "
             "(`accelerate launch --config_file recipes/accelerate/fsdp2.yaml`), or DDP."
         )
 
@@ -123,7 +123,8 @@ class PatchedTrainer(Trainer):
     _sharded_groups: list[list[torch.nn.Parameter]] | None = None
 
     def check_fsdp(self) -> None:
-        """accelerate 1.15 shards the input embedding by itself and fails if a layer that holds it is sharded already."""
+        """accelerate 1.15 shards the input embedding by itself and fails if a layer that holds it is sharded
+        already."""
         plugin = self.accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise ValueError(
@@ -146,8 +147,8 @@ class PatchedTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any):
         # transformers 5.23: evaluating a model that was never trained marks it as prepared without wrapping it
-        # (`prepare_model` with evaluation_mode=True), so under DDP a later `train()` would not wrap it either and every
-        # rank would silently train alone. Wrap it first; `train()` takes over what it finds in `model_wrapped`.
+        # (`prepare_model` with evaluation_mode=True), so under DDP a later `train()` would not wrap it either and
+        # every rank would silently train alone. Wrap it first; `train()` takes over what it finds in `model_wrapped`.
         distributed = self.accelerator.use_distributed and not self.is_fsdp_enabled
         if distributed and self.model_wrapped is self.model:
             self.model_wrapped = self.accelerator.prepare_model(self.model)
@@ -155,8 +156,8 @@ class PatchedTrainer(Trainer):
         return super().evaluation_loop(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # transformers 5.23: resumed from the checkpoint of its last step, a training whose `max_steps` end within an epoch
-        # would do one step more, for Trainer looks at `max_steps` after a step only.
+        # transformers 5.23: resumed from the checkpoint of its last step, a training whose `max_steps` end within an
+        # epoch would do one step more, for Trainer looks at `max_steps` after a step only.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -169,8 +170,9 @@ class PatchedTrainer(Trainer):
         return optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        # accelerate 1.15: preparing again what is sharded already, it finds the optimizer's parameters by the addresses of
-        # their shards. Empty shards share one address, so it would put one parameter in the place of others.
+        # accelerate 1.15: preparing again what is sharded already, it finds the optimizer's parameters by the
+        # addresses of their shards. Empty shards share one address, so it would put one parameter in the place of
+        # others.
         if self._sharded_groups is not None:
             for group, parameters in zip(self.optimizer.param_groups, self._sharded_groups, strict=True):
                 group["params"] = parameters
@@ -184,8 +186,8 @@ class PatchedTrainer(Trainer):
     _load_optimizer_and_scheduler = _explained(Trainer._load_optimizer_and_scheduler)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        # The last file of every rank. `trainer_state.json`, which comes next and says that the checkpoint is complete (and
-        # lets Trainer delete older ones), waits for all of them to be on the disk.
+        # The last file of every rank. `trainer_state.json`, which comes next and says that the checkpoint is complete
+        # (and lets Trainer delete older ones), waits for all of them to be on the disk.
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -194,7 +196,7 @@ class PatchedTrainer(Trainer):
 
 def watch_saving(model: Any, then: Callable[[Any, str], None]) -> None:
     """Call `then(model, folder)` after every `save_pretrained` of models of this class."""
-    owner = next((cls for cls in type(model).__mro__ if "save_pretrained" in vars(cls)), None)
+    owner: Any = next((cls for cls in type(model).__mro__ if "save_pretrained" in vars(cls)), None)
     if owner is None or hasattr(owner.save_pretrained, "watched"):
         return
     original = owner.save_pretrained

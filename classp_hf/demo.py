@@ -16,6 +16,7 @@ import logging
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, set_seed
@@ -25,12 +26,14 @@ from .launch import prepare_cpu_launch
 from .live import CLASSP_NAME
 from .memory import ContinualMemory, NoMemoryError
 from .methods import METHODS
+from .named_trainers import ClasspTrainer
 from .registration import register
 from .tasks import label_names, load_task
-from .trainer import ClasspTrainer, ContinualTrainer
+from .trainer import ContinualTrainer
 from .training_args import ContinualTrainingArguments
 
-# What each arm is: trainer, method, and the flags it starts from. Learning rates: docs/log.md says how they were chosen.
+# What each arm is: trainer, method, and the flags it starts from. Learning rates: docs/log.md says how they were
+# chosen.
 ADAMW = ["--learning_rate", "1e-4", "--reset_optimizer"]
 ARMS: dict[str, tuple[type[ContinualTrainer], str, list[str]]] = {
     "classp": (ClasspTrainer, "logit_adjustment", ["--optim", "classp"]),
@@ -46,11 +49,10 @@ DEFAULTS = (
 ).split()
 
 
-def _flag(default: object, help: str):
-    metadata = {"help": help}
-    return field(default_factory=lambda: list(default), metadata=metadata) if isinstance(default, tuple) else field(
-        default=default, metadata=metadata
-    )  # fmt: skip
+def _flag(default: Any, help: str) -> Any:
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -68,8 +70,8 @@ class RecipeArguments:
     max_eval_samples: int | None = _flag(None, "Validation and test examples a task. Default: all.")
     dropout: float = _flag(
         0.0,
-        "Dropout while training; negative: as in the model's config. With 0, one process and several give the same result "
-        "if the global batch divides the number of training examples.",
+        "Dropout while training; negative: as in the model's config. With 0, one process and several give the same "
+        "result if the global batch divides the number of training examples.",
     )
     use_peft: bool = _flag(
         False, "Train LoRA adapters and the head instead of all weights. The arms olora and osf use adapters anyway."
@@ -118,7 +120,10 @@ def build_model(recipe: RecipeArguments, labels: list[str], method: str = "none"
     if recipe.use_peft or METHODS[method].folds_adapters:
         from peft import LoraConfig, OSFConfig, PeftConfig, TaskType, get_peft_model
 
-        common = {"task_type": TaskType.SEQ_CLS, "target_modules": recipe.lora_target_modules or "all-linear"}
+        common: dict[str, Any] = {
+            "task_type": TaskType.SEQ_CLS,
+            "target_modules": recipe.lora_target_modules or "all-linear",
+        }
         adapter: PeftConfig
         if method == "osf":
             adapter = OSFConfig(effective_rank=recipe.osf_effective_rank, **common)
@@ -129,7 +134,7 @@ def build_model(recipe: RecipeArguments, labels: list[str], method: str = "none"
     return model, tokenizer
 
 
-def memory_beside(recipe: RecipeArguments) -> str | None:
+def memory_beside(recipe: Any) -> str | None:
     """The model's own folder or repository, if a continual memory is there."""
     try:
         ContinualMemory.load(recipe.model_name_or_path, revision=recipe.model_revision)
@@ -143,7 +148,7 @@ def main() -> None:
     prepare_cpu_launch()
     register()
     methods = [m for m in METHODS.values() if any(f.init for f in fields(m))]
-    parser = HfArgumentParser((RecipeArguments, ContinualTrainingArguments, *methods), description=__doc__)
+    parser: Any = HfArgumentParser((RecipeArguments, ContinualTrainingArguments, *methods), description=__doc__)  # type: ignore[arg-type]
     given = sys.argv[1:]
     own = vars(parser.parse_args(DEFAULTS))
     parser.set_defaults(**{name: own[name] for name in (flag.removeprefix("--") for flag in DEFAULTS[::2])})
@@ -170,11 +175,11 @@ def main() -> None:
         print(f"Labels of the shared head: {', '.join(labels)}")
 
     arms = list(dict.fromkeys([recipe.trainer, *recipe.compare]))
-    there = [arm for arm in arms if (Path(args.output_dir) / arm / "sequence_state.json").exists()]
-    if there and not args.resume_from_checkpoint:
+    existing = [arm for arm in arms if (Path(args.output_dir) / arm / "sequence_state.json").exists()]
+    if existing and not args.resume_from_checkpoint:
         raise ValueError(
-            f"{args.output_dir} already holds runs of {', '.join(there)}. Pass --resume_from_checkpoint True to go on from "
-            "them, or choose another --output_dir."
+            f"{args.output_dir} already holds runs of {', '.join(existing)}. Pass --resume_from_checkpoint True to go "
+            "on from them, or choose another --output_dir."
         )
     results = {}
     for arm in arms:

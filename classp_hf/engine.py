@@ -29,14 +29,16 @@ logger = logging.get_logger(__name__)
 
 BESIDE, NONE = "beside the model", "none"
 TOO_SMALL = 1e-4
-"""Learning rates up to here are those of AdamW; Transformers' default is 5e-5, TRL's 2e-5. CLASSP learns nothing by them."""
+"""Learning rates up to here are those of AdamW; Transformers' default is 5e-5, TRL's 2e-5. CLASSP learns nothing by
+them."""
 
 # Where a model keeps the engine that trained it last in this process: a second Trainer goes on from its memory.
 _ATTRIBUTE = "_continual_engine"
 
 
 class ContinualCallback(LiveMemory, TrainerCallback):
-    """Makes the trainings of any [`transformers.Trainer`] continual learning: each goes on from the memory of the last.
+    """Makes the trainings of any [`transformers.Trainer`] continual learning: each goes on from the memory of the
+    last.
 
     When training begins, the memory is found and put into the optimizer; under other optimizers than CLASSP it is
     gathered beside them, if a method reads it. The method adds its gradients to every step that is really taken. The
@@ -46,17 +48,17 @@ class ContinualCallback(LiveMemory, TrainerCallback):
     `classp_hf.register` gives one to every Trainer of the process; `ContinualTrainer` has its own.
 
     Args:
-        method: a [`~classp_hf.methods.Method`], the name of one, or several (`"ewc+elastic"`, a list). Methods that change
-            the data or the loss need [`ContinualTrainer`].
-        memory: a file, the folder of a model saved with one, a Hub id, `"none"` for an empty one. Default: the memory beside
-            the model, wherever it was loaded from.
+        method: a [`~classp_hf.methods.Method`], the name of one, or several (`"ewc+elastic"`, a list). Methods that
+            change the data or the loss need [`ContinualTrainer`].
+        memory: a file, the folder of a model saved with one, a Hub id, `"none"` for an empty one. Default: the memory
+            beside the model, wherever it was loaded from.
         revision: branch, tag or commit of a Hub repository given as `memory`.
         gather: keep a memory under other optimizers than CLASSP too, even if no method reads it.
         power: the p of the gathered `sum |g|^p`; CLASSP has its own.
 
     Raises:
-        ValueError: an unknown method; when training begins, a memory of another power or another model, and a method that
-            cannot run in this set-up.
+        ValueError: an unknown method; when training begins, a memory of another power or another model, and a method
+            that cannot run in this set-up.
     """
 
     launched: ClassVar[dict[str, Any]] = {}
@@ -89,7 +91,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         """What training is resumed from. Default: the checkpoint of the present step."""
         self.optimizer_file: Path | None = None
         """State of the optimizer at a task boundary, for the next training."""
-        self.writes_at_end = True
+        self.saves_at_end = True
         self.seconds = 0.0
         """Spent on methods before and after tasks."""
         self.args: Any = None
@@ -125,18 +127,18 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             logger.warning(f"From the command line of classp_hf: {', '.join(f'{k}={v}' for k, v in given.items())}.")
         if args.optim != CLASSP_NAME:
             return
-        uses = parse_optim_args(args.optim_args)[1]  # checks all of them, before any training time is lost
-        if uses:
+        old_keys = parse_optim_args(args.optim_args)[1]  # checks all of them, before any training time is lost
+        if old_keys:
             logger.warning(
-                f"{', '.join(uses)} in --optim_args are read for the last time in this version. Pass --memory, --anchor and "
-                "--merge to `python -m classp_hf`, or memory= and method= to a trainer."
+                f"{', '.join(old_keys)} in --optim_args are read for the last time in this version. Pass --memory, "
+                "--anchor and --merge to `python -m classp_hf`, or memory= and method= to a trainer."
             )
         if self.source == BESIDE:
-            self.source = uses.get("memory", BESIDE)
+            self.source = old_keys.get("memory", BESIDE)
         own = {m.name for m in self.methods}
         for cls, key in ((Elastic, "anchor_strength"), (Merge, "merge_weight")):
-            if uses.get(key) and cls.name not in own:
-                self.methods.append(cls(uses[key]))
+            if old_keys.get(key) and cls.name not in own:
+                self.methods.append(cls(old_keys[key]))
 
     def on_train_begin(
         self, args, state, control, model=None, optimizer=None, processing_class=None, train_dataloader=None, **kwargs
@@ -163,8 +165,8 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             return
         if is_classp and optimizer.param_groups[0]["lr"] is not None and args.learning_rate <= TOO_SMALL:
             logger.warning(
-                f"CLASSP trains with learning_rate={args.learning_rate:g}, which is far too small for it (AdamW's are). Pass "
-                f"--learning_rate; {CLASSP_LEARNING_RATE} is a good start."
+                f"CLASSP trains with learning_rate={args.learning_rate:g}, which is far too small for it (AdamW's "
+                f"are). Pass --learning_rate; {CLASSP_LEARNING_RATE} is a good start."
             )
         self._find(model, args, state, same, previous, resumed)
         self.put(resumed and is_classp)
@@ -209,11 +211,10 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         """Raise a ValueError if a method cannot run in this set-up."""
         for method in self.methods:
             method.check(context, [m for m in self.methods if m is not method])
-            missing = [h for h in ("extend_train_dataset", "prepare_model", "adjust_logits", "loss_term")]
-            if context.accelerator is None and any(method.overrides(h) for h in missing):
+            if context.accelerator is None and method.needs_trainer():
                 raise ValueError(
-                    f"The method {method.name!r} changes the data, the model or the loss, which a callback cannot. Use it with "
-                    "classp_hf.ContinualTrainer."
+                    f"The method {method.name!r} changes the data, the model or the loss, which a callback cannot. "
+                    "Use it with classp_hf.ContinualTrainer."
                 )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -245,7 +246,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         if self.context.task not in self.tasks:
             self.tasks.append(self.context.task)
         self.stop()
-        if self.writes_at_end and not state.is_hyper_param_search:
+        if self.saves_at_end and not state.is_hyper_param_search:
             self.write(self.folder(args), args)
             if args.process_index == 0:
                 logger.warning(
@@ -270,7 +271,8 @@ class ContinualCallback(LiveMemory, TrainerCallback):
 
     @torch.no_grad()
     def _before_step(self, args: Any, state: Any) -> None:
-        """Before a step that is really taken: gradients are clipped, averaged over ranks and, from here on, unscaled."""
+        """Before a step that is really taken: gradients are clipped, averaged over ranks and, from here on,
+        unscaled."""
         scale, found = (getattr(self.optimizer, name, None) for name in ("grad_scale", "found_inf"))
         if scale is not None:  # torch's fused optimizers unscale by themselves
             for group in self.optimizer.param_groups:
@@ -305,7 +307,8 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             if self.methods:
                 raise ValueError(
                     f"The resumed checkpoint's {MEMORY_NAME} is not in {step}, so the state of "
-                    f"{', '.join(m.name for m in self.methods)} is not known. Pass the checkpoint as --resume_from_checkpoint."
+                    f"{', '.join(m.name for m in self.methods)} is not known. Pass the checkpoint as "
+                    "--resume_from_checkpoint."
                 )
         if same or self.loaded:
             return
@@ -362,8 +365,9 @@ def _check_resumed_state(optimizer: Any, resumed: bool) -> None:
     written_by_classp = any("accumulator" in state for state in states)
     if states and written_by_classp != isinstance(optimizer, CLASSP):
         raise ValueError(
-            f"The checkpoint was written under {'CLASSP' if written_by_classp else 'another optimizer'}, and this run's is "
-            f"{type(optimizer).__name__}. Resume with the same --optim, or start a new run from the checkpoint's model."
+            f"The checkpoint was written under {'CLASSP' if written_by_classp else 'another optimizer'}, and this "
+            f"run's is {type(optimizer).__name__}. Resume with the same --optim, or start a new run from the "
+            "checkpoint's model."
         )
 
 

@@ -78,7 +78,7 @@ class TaskHeads:
             stored = {n: tuple(t.shape) for n, t in head.items()}
             if stored != shapes:
                 raise ValueError(
-                    f"The head of {task} in the continual memory has the shapes {stored}, the model's {shapes}. Load the "
-                    "model it was saved with, or start without a memory."
+                    f"The head of {task} in the continual memory has the shapes {stored}, the model's {shapes}. Load "
+                    "the model it was saved with, or start without a memory."
                 )
         self.saved = saved

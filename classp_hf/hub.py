@@ -37,8 +37,8 @@ def push_folder(folder: str | Path, repo_id: str, **kwargs: Any) -> Any:
         status = getattr(getattr(error, "response", None), "status_code", None) or 500
         known = isinstance(error, ValueError) or status < 500
         remedy = _REMEDIES.get(status, "Correct what the message names" if known else "Check the network")
-        said = " ".join(str(error).split()) or "no message"
+        message = " ".join(str(error).split()) or "no message"
         raise RuntimeError(
-            f"Pushing {folder} to {repo_id!r} failed ({type(error).__name__}: {said}). "
+            f"Pushing {folder} to {repo_id!r} failed ({type(error).__name__}: {message}). "
             f"Nothing local is lost. {remedy} and try again: {shlex.join(words)}"
         ) from error

@@ -67,8 +67,8 @@ def _encoder(where: str, dataset: Dataset, tokenizer: Any, encoder_decoder: bool
     columns = set(dataset.column_names)
     pair = {"prompt", "completion"} <= columns
     if not pair and (encoder_decoder or not columns & {"messages", "text"}):
-        wanted = "'prompt' and 'completion'" + ("" if encoder_decoder else ", 'messages' (a chat), or 'text'")
-        raise ValueError(f"{where} needs the columns {wanted}; it has {sorted(columns)}. {PREPARE}")
+        needed = "'prompt' and 'completion'" + ("" if encoder_decoder else ", 'messages' (a chat), or 'text'")
+        raise ValueError(f"{where} needs the columns {needed}; it has {sorted(columns)}. {PREPARE}")
     chat = "messages" in columns or (pair and not isinstance(dataset[0]["prompt"], str))
     if chat and (encoder_decoder or tokenizer.chat_template is None):
         why = "an encoder-decoder is given texts" if encoder_decoder else "the tokenizer has no chat template"

@@ -62,7 +62,8 @@ class LiveMemory:
         return not own and (self.gather or any(m.uses_accumulators for m in self.methods))
 
     def accumulators(self) -> dict[str, Tensor]:
-        """Canonical name -> `sum |g|^p` over all training so far, float32, sharded as the parameters are; empty before any.
+        """Canonical name -> `sum |g|^p` over all training so far, float32, sharded as the parameters are; empty before
+        any.
 
         Of other optimizers than CLASSP these are the tensors that change while training.
         """
@@ -111,8 +112,8 @@ class LiveMemory:
             known = f"{len(match.accumulators)} parameters" if match.accumulators else "the method"
             notes = "".join(f"; {note}" for note in match.notes)
             logger.warning(
-                f"Going on from the continual memory of {', '.join(self.tasks) or 'an earlier run'} in {where}: it is used "
-                f"for {known}{notes}."
+                f"Going on from the continual memory of {', '.join(self.tasks) or 'an earlier run'} in {where}: it is "
+                f"used for {known}{notes}."
             )
             used = ("accumulator", "samples", "head.", "initial_head", *(f"{m.name}." for m in self.methods))
             if others := [k for k in memory.kinds() if not k.startswith(used)]:
@@ -188,26 +189,28 @@ class LiveMemory:
 
     def gather_step(self, found_inf: Tensor | None) -> None:
         """`s <- s + |g|^p`, unless a gradient of this step is not finite or its power would not be."""
-        named = [(n, p) for n, p in trainable_parameters(self.model) if p.grad is not None and n not in self.excluded]
+        named = [
+            (n, p, local(p.grad).float())
+            for n, p in trainable_parameters(self.model)
+            if p.grad is not None and n not in self.excluded
+        ]
         if not named:
             return
+        device = named[0][1].device
         limit = (torch.finfo(torch.float32).max * 2**-24) ** (1 / self.power)
-        flags = [
-            (torch.linalg.vector_norm(local(p.grad).float(), torch.inf) <= limit)
-            for _, p in named
-            if local(p.grad).numel()
-        ]
-        bad = torch.stack([~f.to(named[0][1].device) for f in flags]).any().float() if flags else torch.zeros(())
-        if reshard(self.model):  # of all ranks
-            bad = reduce(bad.to(named[0][1].device), "sum")
-        bad = bad > 0 if found_inf is None else (bad > 0) | (found_inf.to(bad.device).sum() > 0)
-        for n, p in named:
+        sizes = [torch.linalg.vector_norm(g, torch.inf).to(device) for *_, g in named if g.numel()]
+        bad = (~(torch.stack(sizes) <= limit)).any().float() if sizes else torch.zeros((), device=device)
+        if found_inf is not None:
+            bad = bad + found_inf.to(device).sum()
+        if reshard(self.model):  # one verdict on all ranks
+            bad = reduce(bad, "sum")
+        for n, p, g in named:
             s = self._gathered.get(n)
             if s is None:
                 s = torch.zeros_like(p, dtype=torch.float32)
             elif s.device != p.device or type(s) is not type(p.detach()):
                 s = like_parameter(s, p.detach(), torch.float32)
-            g = torch.where(bad.to(p.device), 0.0, local(p.grad).float())
+            g = torch.where(bad.to(p.device) > 0, 0.0, g)
             local(s).add_(g.square() if self.power == 2 else g.abs().pow_(self.power))
             self._gathered[n] = s
 

@@ -43,7 +43,8 @@ _quoted = _limited.repr  # of text from a file, which may be long
 
 MEMORY_NAME = "continual_memory.st"
 OLD_NAME = "continual_memory.safetensors"
-"""What versions before 0.2 wrote; read until 0.3. Loaders that take every `*.safetensors` file for weights read it too."""
+"""What versions before 0.2 wrote; read until 0.3. Loaders that take every `*.safetensors` file for weights read it
+too."""
 FORMAT = "classp_hf.continual_memory"
 FORMAT_VERSIONS = ("1", "2")
 """The first is written. The second, of version 0.1, has accumulators in uint8 with `accumulator_base/…`."""
@@ -112,9 +113,9 @@ class ContinualMemory:
 
         Raises:
             FileNotFoundError: no memory there ([`NoMemoryError`]), or it could not be found out.
-            ValueError: not a memory, a truncated or altered one, one of another format version, or one with content that
-                no run writes: other metadata, NaN, infinite or negative accumulators, a path as a name. The digest tells
-                damage, not intent: whoever alters a file can make it anew.
+            ValueError: not a memory, a truncated or altered one, one of another format version, or one with content
+                that no run writes: other metadata, NaN, infinite or negative accumulators, a path as a name. The
+                digest tells damage, not intent: whoever alters a file can make it anew.
         """
         path = find_memory(path_or_repo, revision)
         try:
@@ -154,8 +155,8 @@ class ContinualMemory:
             _check_tensors(tensors)
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{path} holds what no run of classp_hf writes: {error}. Use the memory that a run wrote, or start without "
-                "a memory."
+                f"{path} holds what no run of classp_hf writes: {error}. Use the memory that a run wrote, or start "
+                "without a memory."
             ) from error
         return cls(tensors, metadata)
 
@@ -181,10 +182,11 @@ def match_accumulators(
     """Match the accumulators of `memory` with the parameters of `model`, tensor by tensor.
 
     Used is what has a trained parameter of its name and shape; of an embedding that gained or lost rows the rows both
-    have. Everything else begins empty: new parameters (a new head), parameters of another shape, and those whose values
-    are not the ones the memory was written with while most others are (a head that was replaced). Parameters that are
-    frozen or gone keep their place in the file. An adapter's memory goes with its adapter: it says nothing of the weights
-    it was merged into, nor of the next adapter of that name (a LoRA whose B is zero has learned nothing yet).
+    have. Everything else begins empty: new parameters (a new head), parameters of another shape, and those whose
+    values are not the ones the memory was written with while most others are (a head that was replaced). Parameters
+    that are frozen or gone keep their place in the file. An adapter's memory goes with its adapter: it says nothing of
+    the weights it was merged into, nor of the next adapter of that name (a LoRA whose B is zero has learned nothing
+    yet).
 
     Args:
         excluded: parameters that have no memory (per-task heads).
@@ -220,9 +222,10 @@ def match_accumulators(
     )
     if needed and fitting < 0.1 * needed:
         raise ValueError(
-            f"The continual memory does not fit this model: of its {len(stored)} tensors ({shorten(sorted(stored), 2)}) "
-            f"{len(result.accumulators)} have the name and shape of a parameter that is trained "
-            f"({shorten(sorted(own), 2)}). It belongs to another model; start without a memory, or load that model."
+            f"The continual memory does not fit this model: of its {len(stored)} tensors "
+            f"({shorten(sorted(stored), 2)}) {len(result.accumulators)} have the name and shape of a parameter that "
+            f"is trained ({shorten(sorted(own), 2)}). It belongs to another model; start without a memory, or load "
+            "that model."
         )
     if empty := sorted(own - result.accumulators.keys()) if stored else []:
         result.notes.append(f"{len(empty)} parameters begin without a memory ({shorten(empty, 2)})")
@@ -239,8 +242,8 @@ def match_accumulators(
 
 
 def match_rows(stored: Mapping[str, Tensor], model: nn.Module, zeros: bool) -> dict[str, Tensor]:
-    """Of `stored` (canonical name -> tensor of the parameter's shape) what fits `model`; an embedding's new rows are 0 or,
-    unless `zeros`, the parameter's own."""
+    """Of `stored` (canonical name -> tensor of the parameter's shape) what fits `model`; an embedding's new rows are 0
+    or, unless `zeros`, the parameter's own."""
     parameters = {canonical_name(n): p for n, p in model.named_parameters()}
     embeddings = {canonical_name(n) for n, _ in _embeddings(model)}
     result = {}
@@ -270,7 +273,8 @@ def _embeddings(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
 
 
 def _changed(written: Mapping[str, Tensor], model: nn.Module) -> dict[str, float]:
-    """Parameters whose values are not those `written`, up to bfloat16's rounding -> their distance, 1 = as far as from 0."""
+    """Parameters whose values are not those `written`, up to bfloat16's rounding -> their distance, 1 = as far as from
+    0."""
     now = samples(model) if written else {}
     distances = {}
     for n, t in written.items():
@@ -384,8 +388,8 @@ def _expanded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, t in result.items():
         if key.startswith("accumulator/") and t.dtype in (torch.uint8, torch.bfloat16):
             base = tensors.get(key.replace("accumulator/", "accumulator_base/", 1))
-            blocks = (-(-t.numel() // 256),) if t.dtype == torch.uint8 else None
-            if blocks != (None if base is None else tuple(base.shape)) or (blocks and base.dtype != torch.int16):
+            shape = () if base is None else (*base.shape, base.dtype)
+            if shape != ((-(-t.numel() // 256), torch.int16) if t.dtype == torch.uint8 else ()):
                 raise ValueError(f"{_quoted(key)} has dtype {t.dtype} and not the base that belongs to it")
             result[key] = expand(t, base)
     return result

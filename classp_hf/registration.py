@@ -14,7 +14,8 @@ from .optim_args import parse_optim_args
 def register(**options: Any) -> None:
     """Add `classp` to the names `--optim` accepts, for this process, and give every Trainer a [`ContinualCallback`].
 
-    The callback does nothing under another optimizer and without a method. Calling this again changes the options alone.
+    The callback does nothing under another optimizer and without a method. Calling this again changes the options
+    alone.
 
     Args:
         options: of the callbacks, `method` and `memory`; and what is set in the training arguments of every Trainer,

@@ -1,4 +1,5 @@
-"""What a run leaves to be gone on from, and reads back: state file, checkpoints, weights and optimizer at a boundary."""
+"""What a run leaves to be gone on from, and reads back: state file, checkpoints, weights and optimizer at a
+boundary."""
 
 from __future__ import annotations
 

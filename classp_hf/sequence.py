@@ -77,7 +77,7 @@ class SequenceRun:
             self._restore_boundary(done - 1)
         state.setdefault("steps", [])
         state.setdefault("boundary_seconds", 0.0)
-        self.engine.writes_at_end = False  # `_save_boundary` writes it
+        self.engine.saves_at_end = False  # `_save_boundary` writes it
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(self.folder / "runs")  # one for all tasks, and for a resumed run
@@ -110,7 +110,7 @@ class SequenceRun:
         finally:
             trainer.run_folder = trainer.logged_task = None
             self.engine.task = self.engine.task_dataset = None
-            self.engine.writes_at_end = True
+            self.engine.saves_at_end = True
         return self._finish()
 
     # ---- What cannot work ----
@@ -137,8 +137,9 @@ class SequenceRun:
                 raise ValueError(f"train_sequence cannot be used with {problem}")
 
     def _prepare(self, tasks: list[Task]) -> list[Task]:
-        config, processing_class = getattr(self.trainer.model, "config", None), self.trainer.processing_class
-        if self.trainer.writes_text:
+        config: Any = getattr(self.trainer.model, "config", None)
+        processing_class = self.trainer.processing_class
+        if self.trainer.generates:
             encoder_decoder = bool(config.is_encoder_decoder)
             return prepare_language_tasks(tasks, processing_class, encoder_decoder, self.args.max_length)
         label2id = dict(getattr(config, "label2id", None) or {})
@@ -159,13 +160,13 @@ class SequenceRun:
         if learned and seen and (unseen or again):
             parts = [f"has not seen {unseen}"] * bool(unseen) + [f"has seen {again} already"] * bool(again)
             logger.warning(
-                f"learned_tasks={learned} says that {self.names[:learned]} are learned and the other tasks are not, but the "
-                f"memory, of {seen}, {' and '.join(parts)}."
+                f"learned_tasks={learned} says that {self.names[:learned]} are learned and the other tasks are not, "
+                f"but the memory, of {seen}, {' and '.join(parts)}."
             )
         if learned and self.args.optim == CLASSP_NAME and not self.engine.accumulators():
             logger.warning(
-                "learned_tasks without a memory: CLASSP knows nothing of what these tasks needed. Pass memory=, or a method "
-                "that is shown their data, such as 'ewc'."
+                "learned_tasks without a memory: CLASSP knows nothing of what these tasks needed. Pass memory=, or a "
+                "method that is shown their data, such as 'ewc'."
             )
 
     # ---- The state file ----
@@ -199,8 +200,8 @@ class SequenceRun:
             stale = [c for folder in self.folders for c in sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))]
             if stale:
                 raise ValueError(
-                    f"{stale[0]} is of another run, whose {STATE_NAME} is gone from {self.folder}: a later resume would take "
-                    "it for this run's. Delete it, or choose another output_dir."
+                    f"{stale[0]} is of another run, whose {STATE_NAME} is gone from {self.folder}: a later resume "
+                    "would take it for this run's. Delete it, or choose another output_dir."
                 )
             if resume:
                 logger.warning(f"Nothing to resume in {self.folder}: the sequence starts at its first task.")
@@ -327,8 +328,8 @@ class SequenceRun:
         folder, task = self.folders[t], self.tasks[t]
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"{folder}, the model after task {task.name!r}, is gone: the run cannot go on without it. Put it back, or "
-                "start again in another output_dir."
+                f"{folder}, the model after task {task.name!r}, is gone: the run cannot go on without it. Put it "
+                "back, or start again in another output_dir."
             )
         self.trainer.adapters_folded = any(m.folds_adapters for m in self.engine.methods)
         self.trainer.activate_head(None)
@@ -403,9 +404,7 @@ class SequenceRun:
             if self.args.should_save:
                 (folder / "results.json").unlink(missing_ok=True)  # of a finished run: it says that all else is there
             trainer.save_model(str(folder), _internal_call=True)
-        id2label = (
-            {} if trainer.writes_text else getattr(getattr(trainer.model, "config", None), "id2label", None) or {}
-        )
+        id2label = {} if trainer.generates else getattr(getattr(trainer.model, "config", None), "id2label", None) or {}
         folds = any(m.folds_adapters for m in self.engine.methods)
         results = {
             "tasks": self.names,

@@ -223,10 +223,10 @@ def _columns(dataset: Dataset) -> dict[str, str]:
 
 
 def _check_columns(task: Task) -> None:
-    wanted = [task.label_column, *([] if is_prepared(task) else [task.text_column, task.text_pair_column])]
+    needed = [task.label_column, *([] if is_prepared(task) else [task.text_column, task.text_pair_column])]
     for split, dataset in task.splits.items():
         columns = list(_columns(dataset))
-        if missing := [column for column in wanted if column is not None and column not in columns]:
+        if missing := [column for column in needed if column is not None and column not in columns]:
             raise ValueError(
                 f"Task {task.name!r}: {split} has no column {missing[0]!r}, only {columns}. For texts give text=COL, "
                 "text_pair=COL, label=COL in a spec or Task(text_column=..., label_column=...). " + PREPARE

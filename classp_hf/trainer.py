@@ -1,4 +1,5 @@
-"""The trainers: `ContinualTrainer` is Trainer with the engine; `ClasspTrainer` and `EWCTrainer` are named shells on it."""
+"""The trainers: `ContinualTrainer` is Trainer with the engine; `ClasspTrainer` and `EWCTrainer` are named shells on
+it."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -26,7 +27,7 @@ from .hub import push_folder
 from .launch import shard_on_cpus
 from .live import CLASSP_LEARNING_RATE, CLASSP_NAME
 from .memory import ContinualMemory, find_memory
-from .methods import EWC, Context, Elastic, LogitAdjustment, Merge, Method, make_methods
+from .methods import Context, Method, make_methods
 from .methods.adapters import folded_state_dict
 from .names import bare_model, is_language_model, model_source, trainable_parameters
 from .optim import CLASSP
@@ -44,20 +45,20 @@ logger = logging.get_logger(__name__)
 class ContinualTrainer(PatchedTrainer):
     """A [`transformers.Trainer`] that also fine-tunes over a sequence of tasks.
 
-    `train()` alone is Trainer's, with the memory and the method; `train_sequence(tasks)` trains on one task after another
-    and fills the accuracy matrix R. The optimizer (`args.optim`) and the continual-learning method are independent
-    choices.
+    `train()` alone is Trainer's, with the memory and the method; `train_sequence(tasks)` trains on one task after
+    another and fills the accuracy matrix R. The optimizer (`args.optim`) and the continual-learning method are
+    independent choices.
 
     Args:
         model: as in Trainer.
         args: [`ContinualTrainingArguments`], or any other `TrainingArguments`.
         method: a [`~classp_hf.methods.Method`], the name of one (`"ewc"`), several of either (`"replay+elastic"`, or a
             list), or None.
-        memory: go on from this continual memory: a file, the folder of a model saved with one, or a Hub id. The same as
-            `args.memory`.
-        task_metric: fills R instead of a metric from `compute_metrics`: `task_metric(model, processing_class, dataset)`
-            gives one number for the measured split of a task as it was given, with its own columns: for what has to be
-            generated, for instance. Called on every rank, with the whole split, in evaluation mode.
+        memory: go on from this continual memory: a file, the folder of a model saved with one, or a Hub id. The same
+            as `args.memory`.
+        task_metric: fills R instead of a metric from `compute_metrics`: `task_metric(model, processing_class,
+            dataset)` gives one number for the measured split of a task as it was given, with its own columns: for what
+            has to be generated, for instance. Called on every rank, with the whole split, in evaluation mode.
         kwargs: every other argument of Trainer. `compute_metrics` defaults to the accuracy, and the loss of
             single-label classifiers to the cross-entropy averaged over the whole accumulated batch (see
             `docs/architecture.md`).
@@ -74,7 +75,7 @@ class ContinualTrainer(PatchedTrainer):
     def __init__(
         self,
         model: nn.Module | None = None,
-        args: TrainingArguments | None = None,
+        args: TrainingArguments | Any = None,
         data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -133,7 +134,7 @@ class ContinualTrainer(PatchedTrainer):
         if self.is_fsdp_enabled:
             self.check_fsdp()
         self.given_optimizers = kwargs.get("optimizers", (None, None))
-        self.classifies, self.writes_text = is_single_label_classifier(self.model), is_language_model(self.model)
+        self.classifies, self.generates = is_single_label_classifier(self.model), is_language_model(self.model)
         if self.classifies:
             self.compute_loss_func = self.compute_loss_func or self.adjusted_loss
             self.compute_metrics = self.compute_metrics or accuracy
@@ -159,7 +160,7 @@ class ContinualTrainer(PatchedTrainer):
     def _choose_metric(self) -> None:
         if self.args.sequence_metric is None:
             named = getattr(self.task_metric, "__name__", "metric") if self.task_metric is not None else None
-            no_accuracy = self.writes_text or self.compute_metrics is None
+            no_accuracy = self.generates or self.compute_metrics is None
             self.args.sequence_metric = named or ("loss" if no_accuracy else "accuracy")
         greater = self.args.sequence_metric_greater_is_better
         losses = ("loss", "perplexity")
@@ -264,13 +265,14 @@ class ContinualTrainer(PatchedTrainer):
         """Train on `tasks`, one after another, and evaluate all of them before the first and after each.
 
         Texts are tokenised with `processing_class` and labels aligned by name with `model.config.label2id`; prepared
-        datasets are used as they are. Writes into `args.output_dir`: `sequence_state.json` (what is done), `00-<task>/`
-        and so on (Trainer's checkpoints, the model and the memory after the task; deleted when the next task is done,
-        unless `args.keep_task_models`), and at the end the final model with its memory, plots, a model card and, last of
-        all, `results.json`. Nothing is pushed to the Hub before [`push_to_hub`].
+        datasets are used as they are. Writes into `args.output_dir`: `sequence_state.json` (what is done),
+        `00-<task>/` and so on (Trainer's checkpoints, the model and the memory after the task; deleted when the next
+        task is done, unless `args.keep_task_models`), and at the end the final model with its memory, plots, a model
+        card and, last of all, `results.json`. Nothing is pushed to the Hub before [`push_to_hub`].
 
         With `args.learned_tasks` the first tasks are those the given model has learned already, in an earlier run or
-        anywhere else: they are evaluated and shown to the method, not trained on. Their rows of R repeat the row before.
+        anywhere else: they are evaluated and shown to the method, not trained on. Their rows of R repeat the row
+        before.
 
         Args:
             tasks: at least one, with distinct names.
@@ -278,9 +280,9 @@ class ContinualTrainer(PatchedTrainer):
                 the same R, weights and memory, bit for bit on CPUs. Default: `args.resume_from_checkpoint`.
 
         Returns:
-            The content of `results.json`: `tasks`, `accuracy_matrix` (T+1 rows x T columns, row 0 = before any training
-            here, values in the metric's own unit), `metrics`, `seconds`, `boundary_seconds` (the method's, before and after
-            tasks), and what describes the run.
+            The content of `results.json`: `tasks`, `accuracy_matrix` (T+1 rows x T columns, row 0 = before any
+            training here, values in the metric's own unit), `metrics`, `seconds`, `boundary_seconds` (the method's,
+            before and after tasks), and what describes the run.
 
         Raises:
             ValueError: bad tasks (see `prepare_tasks`), or an output directory that holds another run.
@@ -326,7 +328,8 @@ class ContinualTrainer(PatchedTrainer):
     def _log_to(
         self, on_log: Callable[..., Any], args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
     ):
-        """What a logger gets: in a sequence every key begins with the task's name, and steps count on from task to task."""
+        """What a logger gets: in a sequence every key begins with the task's name, and steps count on from task to
+        task."""
         if self.logged_task is not None and logs is not None:
             state, task = copy.copy(state), self.logged_task
             state.global_step += self.earlier_steps
@@ -389,7 +392,8 @@ class ContinualTrainer(PatchedTrainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As Trainer's; after `train_sequence` the final model, its memory, R and the card, and not the tasks' folders.
+        """As Trainer's; after `train_sequence` the final model, its memory, R and the card, and not the tasks'
+        folders.
 
         Raises:
             RuntimeError: the upload failed; says what to do. Nothing local is lost.
@@ -433,85 +437,3 @@ def _check_processes(args: Any) -> None:
             f"One process on {args.n_gpu} GPUs (DataParallel) would count gradients once a GPU. Start the script with "
             "`accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
         )
-
-
-class ClasspTrainer(ContinualTrainer):
-    """[`ContinualTrainer`] with the CLASSP optimizer (arXiv 2405.09637), whatever `args.optim` says.
-
-    Args:
-        consolidation: what else the memory is used for: `"anchor"` pulls weights back to the last boundary while training
-            ([`~classp_hf.Elastic`]), `"merge"` averages old and new weights when a task ends ([`~classp_hf.Merge`]),
-            `"both"`, or `"none"`, the paper's method.
-        anchor_strength: strength of the anchor. Default: Elastic's.
-        merge_weight: weight of the new task in the merge. Default: Merge's.
-        logit_adjustment: keep label frequencies off the model ([`~classp_hf.LogitAdjustment`]). Default: where it can be
-            used, which is single-label classification with one shared head.
-        method: further methods, run before these.
-        kwargs: as in [`ContinualTrainer`].
-
-    Raises:
-        ValueError: besides [`ContinualTrainer`]'s, another optimizer than CLASSP in `optimizers`.
-    """
-
-    default_optim = CLASSP_NAME
-
-    def __init__(
-        self,
-        *args: Any,
-        consolidation: Literal["none", "anchor", "merge", "both"] = "none",
-        anchor_strength: float | None = None,
-        merge_weight: float | None = None,
-        logit_adjustment: bool | None = None,
-        method: Method | str | Sequence[Method | str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if consolidation not in ("none", "anchor", "merge", "both"):
-            raise ValueError(f"consolidation must be 'none', 'anchor', 'merge' or 'both', got {consolidation!r}")
-        given = kwargs.get("optimizers", (None, None))[0] or (kwargs.get("optimizer_cls_and_kwargs") or (None,))[0]
-        if given is not None and not isinstance(given, CLASSP) and given is not CLASSP:
-            name = getattr(given, "__name__", type(given).__name__)
-            raise ValueError(
-                f"ClasspTrainer trains with CLASSP, got {name}. Use ContinualTrainer for other optimizers."
-            )
-        methods = make_methods(method)
-        for use, cls, value in (("anchor", Elastic, anchor_strength), ("merge", Merge, merge_weight)):
-            if consolidation in (use, "both"):
-                methods.append(cls() if value is None else cls(value))
-            elif value is not None:
-                raise ValueError(
-                    f"{cls.name} is not used with consolidation={consolidation!r}, but its strength was given."
-                )
-        self._logit_adjustment = logit_adjustment
-        super().__init__(*args, method=methods, **kwargs)
-
-    def _complete_methods(self) -> None:
-        adjust = self._logit_adjustment
-        if adjust is None:
-            adjust = self.classifies and self.task_heads is None and self.compute_loss_func == self.adjusted_loss
-        if adjust and not any(m.name == LogitAdjustment.name for m in self.methods):
-            self.methods.append(LogitAdjustment())
-
-
-class EWCTrainer(ContinualTrainer):
-    """[`ContinualTrainer`] with Elastic Weight Consolidation (arXiv 1612.00796) and the optimizer of `args.optim`.
-
-    Args:
-        ewc_lambda: strength of the penalty. Default: EWC's. Its other hyperparameters: `method=EWC(ewc_lambda=0.1, ...)`.
-        method: further methods; EWC is among them in any case.
-        kwargs: as in [`ContinualTrainer`].
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        ewc_lambda: float | None = None,
-        method: Method | str | Sequence[Method | str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        methods = make_methods(method)
-        given = any(m.name == EWC.name for m in methods)
-        if given and ewc_lambda is not None:
-            raise ValueError("Pass ewc_lambda or an EWC in method, not both: method=EWC(ewc_lambda=...).")
-        if not given:
-            methods.insert(0, EWC() if ewc_lambda is None else EWC(ewc_lambda=ewc_lambda))
-        super().__init__(*args, method=methods, **kwargs)

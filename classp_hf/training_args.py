@@ -32,8 +32,8 @@ class ContinualTrainingArguments(TrainingArguments):
     heads: Literal["shared", "per_task"] = field(
         default="shared",
         metadata={
-            "help": "One output head for all tasks (domain-incremental), or one a task, chosen by the task's name when "
-            "it is evaluated (task-incremental)."
+            "help": "One output head for all tasks (domain-incremental), or one a task, chosen by the task's name "
+            "when it is evaluated (task-incremental)."
         },
     )
     reset_optimizer: bool = field(
@@ -43,8 +43,8 @@ class ContinualTrainingArguments(TrainingArguments):
     sequence_metric: str | None = field(
         default=None,
         metadata={
-            "help": "Name of the metric, from `compute_metrics`, that fills the matrix R. Default: accuracy; of language "
-            "models the loss; of a trainer with a `task_metric` that function's name."
+            "help": "Name of the metric, from `compute_metrics`, that fills the matrix R. Default: accuracy; of "
+            "language models the loss; of a trainer with a `task_metric` that function's name."
         },
     )
     sequence_metric_greater_is_better: bool | None = field(
@@ -53,8 +53,9 @@ class ContinualTrainingArguments(TrainingArguments):
     learned_tasks: int = field(
         default=0,
         metadata={
-            "help": "So many tasks, the first of the sequence, are what the model has learned already: they are evaluated and "
-            "shown to the method (Fisher, anchor, label frequencies, examples to replay), not trained on."
+            "help": "So many tasks, the first of the sequence, are what the model has learned already: they are "
+            "evaluated and shown to the method (Fisher, anchor, label frequencies, examples to replay), not trained "
+            "on."
         },
     )
     max_length: int | None = field(
@@ -63,16 +64,16 @@ class ContinualTrainingArguments(TrainingArguments):
     keep_task_models: bool = field(
         default=False,
         metadata={
-            "help": "Keep the model, memory and checkpoints of every task in `output_dir`/00-<task>/ and so on. Default: "
-            "only the last task's, which is what a resumed run needs."
+            "help": "Keep the model, memory and checkpoints of every task in `output_dir`/00-<task>/ and so on. "
+            "Default: only the last task's, which is what a resumed run needs."
         },
     )
     enable_jit_checkpoint: bool = field(
         default=False,
         metadata={
-            "help": "On SIGTERM finish the present step, save a checkpoint and exit with 143; --resume_from_checkpoint True "
-            "goes on from it. Between two tasks: exit when the evaluation is done. Give the process the time of one step, "
-            "one evaluation and one checkpoint."
+            "help": "On SIGTERM finish the present step, save a checkpoint and exit with 143; "
+            "--resume_from_checkpoint True goes on from it. Between two tasks: exit when the evaluation is done. Give "
+            "the process the time of one step, one evaluation and one checkpoint."
         },
     )
     model_license: str | None = field(
@@ -91,8 +92,8 @@ class ContinualTrainingArguments(TrainingArguments):
     gather_memory: bool = field(
         default=False,
         metadata={
-            "help": "Gather the memory of gradients under other optimizers than CLASSP too, which keeps it anyway. Methods "
-            "that use it ask for it themselves."
+            "help": "Gather the memory of gradients under other optimizers than CLASSP too, which keeps it anyway. "
+            "Methods that use it ask for it themselves."
         },
     )
     memory_power: float = field(
@@ -138,7 +139,8 @@ class ContinualTrainingArguments(TrainingArguments):
 def with_continual_defaults(args: TrainingArguments | None) -> Any:
     """A copy of `args` that has every field of [`ContinualTrainingArguments`], at its default where it was not there.
 
-    Subclasses (`Seq2SeqTrainingArguments`, TRL's) keep their class and fields. The caller may share `args` between trainers.
+    Subclasses (`Seq2SeqTrainingArguments`, TRL's) keep their class and fields. The caller may share `args` between
+    trainers.
     """
     args = ContinualTrainingArguments(output_dir="tmp_trainer") if args is None else copy.copy(args)
     own = {f.name: f.default for f in fields(ContinualTrainingArguments)}

@@ -24,6 +24,7 @@ FLOORS = [
     {"report"},
     {"sequence"},
     {"trainer"},
+    {"named_trainers"},
     {"demo"},
     {"__main__"},
 ]

@@ -49,8 +49,8 @@ def path(request, monkeypatch):
 
     `unread`: as on a GPU, where the host does not look at gradients.
     """
-    monkeypatch.setattr(classp_module, "CPU_BLOCK", 256)
-    monkeypatch.setattr(classp_module, "BLOCK", 512)
+    monkeypatch.setattr(step_module, "CPU_BLOCK", 256)
+    monkeypatch.setattr(step_module, "BLOCK", 512)
     return take(request.param, monkeypatch)
 
 
@@ -391,16 +391,14 @@ def test_bad_gradients_reach_neither_weights_nor_memory(value, kwargs, path):
     before = [p.detach().clone() for p in (good, bad)] + [optimizer.accumulator(p).clone() for p in (good, bad)]
     bad.grad[1, 1] = value
     if classp_module.reads_back(good.device):
-        with pytest.raises(RuntimeError, match=r"overflowing gradients in 1 tensors \(first shape: \(30, 30\)\)"):
+        match = r"overflowing gradients in 1 of 2 tensors \(first shape: \(30, 30\)\). Nothing was updated"
+        with pytest.raises(RuntimeError, match=match):
             optimizer.step()
-        # the others are updated, and blocks of the bad one without a bad gradient
-        assert not torch.equal(good, before[0]) and not torch.equal(bad[10:], before[1][10:])
-        assert torch.equal(bad[1:2], before[1][1:2])
-        assert torch.equal(optimizer.accumulator(bad)[1:2], before[3][1:2])
     else:
         optimizer.step()
-        after = [good, bad, *map(optimizer.accumulator, (good, bad))]
-        assert all(map(torch.equal, after, before)) and optimizer.skipped_steps() == 1
+        assert optimizer.skipped_steps() == 1
+    after = [good, bad, *map(optimizer.accumulator, (good, bad))]
+    assert all(map(torch.equal, after, before))
     assert bad.isfinite().all() and optimizer.accumulator(bad).isfinite().all()
     good.grad, bad.grad = torch.ones(3), torch.ones(30, 30)
     optimizer.step()

@@ -24,8 +24,8 @@ def make_methods(method: Method | str | Sequence[Method | str | Sequence] | None
     """The methods that `method` stands for, in its order.
 
     Args:
-        method: a method, names joined by "+" (of `METHODS`, with their default hyperparameters), a list of any of these,
-            or None. "none" stands for no method.
+        method: a method, names joined by "+" (of `METHODS`, with their default hyperparameters), a list of any of
+            these, or None. "none" stands for no method.
 
     Raises:
         ValueError: an unknown name, or a method that occurs twice.

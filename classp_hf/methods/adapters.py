@@ -20,7 +20,8 @@ COMPANIONS = ("replay", "lwf", "logit_adjustment")  # methods that do not look a
 
 @dataclass
 class FoldedAdapters(Method):
-    """One set of adapters that every task uses afresh: added to the base weights after the task, renewed before the next.
+    """One set of adapters that every task uses afresh: added to the base weights after the task, renewed before the
+    next.
 
     What is saved between tasks and at the end is therefore a plain model without adapters.
     """
@@ -57,8 +58,8 @@ class FoldedAdapters(Method):
             "changes the base weights, which does not run sharded yet. Use DDP.": context.sharded,
             "begins every task with a new adapter, which an optimizer's memory of the old one does not fit. Pass "
             "--reset_optimizer.": not getattr(context.args, "reset_optimizer", False),
-            f"begins every task with a new adapter and cannot be combined with {', '.join(strangers)}, which hold on to "
-            f"the old one's weights; {', '.join(COMPANIONS)} can.": strangers,
+            f"begins every task with a new adapter and cannot be combined with {', '.join(strangers)}, which hold on "
+            f"to the old one's weights; {', '.join(COMPANIONS)} can.": strangers,
             "adds to the base weights, which are quantised here.": not all(d.is_floating_point for d in dtypes),
         }
         for problem, found_it in problems.items():
@@ -66,8 +67,8 @@ class FoldedAdapters(Method):
                 raise ValueError(f"The method {self.name!r} {problem}")
         if low := [d for d in dtypes if d.itemsize < 4]:
             logger.warning(
-                f"Adding adapters to base weights in {low[0]} rounds away much of what a task learned. Load the model in "
-                "float32."
+                f"Adding adapters to base weights in {low[0]} rounds away much of what a task learned. Load the model "
+                "in float32."
             )
 
     @torch.no_grad()
@@ -90,7 +91,8 @@ class FoldedAdapters(Method):
 
 
 def folded_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """State of the bare model inside a PEFT model whose adapters have no effect; heads that were trained in PEFT's copy."""
+    """State of the bare model inside a PEFT model whose adapters have no effect; heads that were trained in PEFT's
+    copy."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     bare = bare_model(model)

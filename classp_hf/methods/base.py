@@ -23,8 +23,8 @@ class Context:
         model: the model, with PEFT's and FSDP2's wrappers and without DDP's.
         args: of the training.
         seen_tasks: names of the tasks trained on before this one.
-        accumulators: gives canonical name -> `sum |g|^p` so far, float32; empty where none is kept. While training these
-            are the tensors that change (copies of low-bit ones), sharded as the parameters are.
+        accumulators: gives canonical name -> `sum |g|^p` so far, float32; empty where none is kept. While training
+            these are the tensors that change (copies of low-bit ones), sharded as the parameters are.
         optimizer: without accelerate's wrapper; None before training.
         task: name of the task that is trained on.
         train_dataset: what is trained on, other tasks' examples that a method mixed in among them.
@@ -33,8 +33,8 @@ class Context:
         processing_class: tokenizer, image processor or None.
         accelerator: None in scripts that build a Trainer of their own.
         per_task_heads: whether each task has a head of its own.
-        start: canonical name -> weights at the start of the task, on the CPU, where the model holds later ones; {} if no
-            method needs them. None unless the task is resumed.
+        start: canonical name -> weights at the start of the task, on the CPU, where the model holds later ones; {} if
+            no method needs them. None unless the task is resumed.
     """
 
     model: Any
@@ -91,8 +91,8 @@ class Method:
     Order of the hooks, for each task: `extend_train_dataset`, `prepare_model`, `before_task`; in every forward pass
     `adjust_logits` and `loss_term`; around every optimizer step that is taken `before_step` and `after_step`; and
     `after_task`. `state_dict()` goes into the continual memory and comes back through `load_state_dict`, before
-    `before_task`, when a run goes on from it. A method says by what it overrides what it needs: the first two hooks and
-    those of the forward pass need [`ContinualTrainer`], the others work in any script.
+    `before_task`, when a run goes on from it. A method says by what it overrides what it needs: the first two hooks
+    and those of the forward pass need [`ContinualTrainer`], the others work in any script.
     """
 
     name: ClassVar[str] = "none"
@@ -101,13 +101,15 @@ class Method:
     """Hyperparameter -> the values it takes, in words and as a test."""
 
     uses_accumulators: ClassVar[bool] = False
-    """Whether the method reads `context.accumulators()`, which are then gathered under optimizers other than CLASSP."""
+    """Whether the method reads `context.accumulators()`, which are then gathered under optimizers other than
+    CLASSP."""
 
     needs_start: ClassVar[bool] = False
     """Whether a resumed run needs the weights that its task began with."""
 
     folds_adapters: ClassVar[bool] = False
-    """Whether a task's PEFT adapter becomes part of the base weights when the task ends: saved then is a plain model."""
+    """Whether a task's PEFT adapter becomes part of the base weights when the task ends: saved then is a plain
+    model."""
 
     parts: ClassVar[tuple[str, ...]] = ()
     """Attributes that are the state: canonical name -> float32 tensor each."""
@@ -192,9 +194,11 @@ class Method:
         """Name and hyperparameters, for JSON."""
         return {"name": self.name, **self.hyperparameters()}
 
-    def overrides(self, hook: str) -> bool:
-        """Whether the method does anything at `hook`."""
-        return getattr(type(self), hook) is not getattr(Method, hook)
+    @classmethod
+    def needs_trainer(cls) -> bool:
+        """Whether it changes the data, the model or the loss, which takes a [`ContinualTrainer`]."""
+        hooks = ("extend_train_dataset", "prepare_model", "adjust_logits", "loss_term")
+        return any(getattr(cls, hook) is not getattr(Method, hook) for hook in hooks)
 
 
 def describe_methods(methods: Sequence[Method]) -> dict[str, Any]:
@@ -209,8 +213,8 @@ def check_positive(numbers: Mapping[str, Tensor], what: str) -> None:
     for name, t in numbers.items():
         if t.ndim or not 0 < float(t) < float("inf"):
             raise ValueError(
-                f"The continual memory's {what} of {name!r} is {t.tolist()!r:.80}, not a number > 0. Use the memory that "
-                "a run wrote, or start without a memory."
+                f"The continual memory's {what} of {name!r} is {t.tolist()!r:.80}, not a number > 0. Use the memory "
+                "that a run wrote, or start without a memory."
             )
 
 
@@ -226,8 +230,8 @@ def placed(tensors: dict[str, Tensor], name: str, p: Tensor) -> Tensor:
 class AnchoredMethod(Method):
     """A method that pulls every weight towards an anchor: gradient `strength * importance * (w - anchor)`.
 
-    State: float32 tensors by canonical name, on the parameter's device once training has begun. `importance` may lack a
-    name (then it counts as 1 there), `anchor` too (then there is no pull).
+    State: float32 tensors by canonical name, on the parameter's device once training has begun. `importance` may lack
+    a name (then it counts as 1 there), `anchor` too (then there is no pull).
     """
 
     parts = per_parameter = ("anchor", "importance")

@@ -19,11 +19,13 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Elastic(Method):
-    """EWC without a Fisher pass: a pull `strength * A_i * (w_i - a_i)`, A = s / mean(s) (Kirkpatrick et al. 2017, eq. 3).
+    """EWC without a Fisher pass: a pull `strength * A_i * (w_i - a_i)`, A = s / mean(s) (Kirkpatrick et al. 2017, eq.
+    3).
 
-    s is the accumulator (`sum |g|^p`); mean(s) its mean over all weights and a the weights at the boundary, both of which a
-    model and its memory hold. Under CLASSP the pull is divided by the root of the memory as a gradient is, but kept out of
-    the memory (it would feed on itself), and applied implicitly after the step, which is stable at any strength::
+    s is the accumulator (`sum |g|^p`); mean(s) its mean over all weights and a the weights at the boundary, both of
+    which a model and its memory hold. Under CLASSP the pull is divided by the root of the memory as a gradient is, but
+    kept out of the memory (it would feed on itself), and applied implicitly after the step, which is stable at any
+    strength::
 
         c_i = lr * strength * A_i / (eps + s_i)^(1/p)
         w_i <- w_i - c_i / (1 + c_i) * (w_i - a_i)

@@ -66,8 +66,8 @@ class EWC(AnchoredMethod):
     def before_task(self, context: Context) -> None:
         if not isinstance(context.task_dataset, Sized) or not len(context.task_dataset):
             raise ValueError(
-                "EWC chooses examples of the training dataset at random: it needs one of known length, with examples, got a "
-                f"{type(context.task_dataset).__name__}. Load it without streaming, or use --method l2sp."
+                "EWC chooses examples of the training dataset at random: it needs one of known length, with examples, "
+                f"got a {type(context.task_dataset).__name__}. Load it without streaming, or use --method l2sp."
             )
 
     @torch.no_grad()
@@ -94,7 +94,10 @@ class EWC(AnchoredMethod):
         generator = torch.Generator().manual_seed(args.seed)
         chosen = list(enumerate(torch.randperm(len(dataset), generator=generator)[: self.fisher_samples].tolist()))
         mine = chosen[args.process_index :: args.world_size]
-        if columns := getattr(dataset, "column_names", None):
+        computed = (
+            getattr(dataset, "format", {}).get("type") == "custom"
+        )  # `with_transform` makes its columns when read
+        if (columns := getattr(dataset, "column_names", None)) and not computed:
             taken = {*inspect.signature(bare_model(context.model).forward).parameters, "label", "label_ids"}
             dataset = dataset.select_columns([c for c in columns if c in taken])
         loaded = DataLoader(Subset(dataset, [i for _, i in mine]), batch_size=1, collate_fn=context.collate)

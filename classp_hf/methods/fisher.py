@@ -51,18 +51,19 @@ def sum_squared_gradients(
 ) -> dict[str, Tensor]:
     """Sum over examples of the squared gradient of log p(y|x), float32, by parameter name.
 
-    If every parameter is that of one linear, embedding or layer norm layer, called once and with the examples in the first
-    dimension, a batch takes one forward and one backward pass, in which no weight's gradient is computed: squares are made
-    in small pieces from the layers' inputs and their outputs' gradients. Otherwise (any other layer, tied weights, functions
-    of a weight) examples are taken one at a time. Both are exact; which it has to be shows in every batch.
+    If every parameter is that of one linear, embedding or layer norm layer, called once and with the examples in the
+    first dimension, a batch takes one forward and one backward pass, in which no weight's gradient is computed:
+    squares are made in small pieces from the layers' inputs and their outputs' gradients. Otherwise (any other layer,
+    tied weights, functions of a weight) examples are taken one at a time. Both are exact; which it has to be shows in
+    every batch.
 
     Args:
-        model: with `logits` of shape (examples, classes), or a language model's (examples, tokens, words): then log p(y|x) is
-            summed over tokens. It runs in evaluation mode; no example's logits may depend on the others'.
+        model: with `logits` of shape (examples, classes), or a language model's (examples, tokens, words): then log
+            p(y|x) is summed over tokens. It runs in evaluation mode; no example's logits may depend on the others'.
         batches: dicts of inputs, examples first, with integer `labels`, one an example or a token, -100: none.
         parameters: what to differentiate.
-        seeds: one an example: draw y from the model's p(y|x), of a language model every token given the example's tokens
-            before it, instead of taking the example's label.
+        seeds: one an example: draw y from the model's p(y|x), of a language model every token given the example's
+            tokens before it, instead of taking the example's label.
 
     Raises:
         ValueError: the model is no such model.
@@ -99,17 +100,17 @@ def _log_likelihood(model: nn.Module, batch: Batch, seeds: Sequence[int] | None)
     """The sum over the examples of `batch` of log p(y|x)."""
     inputs = dict(batch)
     labels = inputs.pop("labels", torch.empty(0))
-    writes = is_language_model(model)
-    encoder_decoder = writes and bare_model(model).config.is_encoder_decoder
+    generates = is_language_model(model)
+    encoder_decoder = generates and bare_model(model).config.is_encoder_decoder
     given = {"labels": labels} if encoder_decoder else {}  # the decoder's inputs are made from them
     logits = _wide(model(**inputs, **given)["logits"])
-    tokens = writes and logits.ndim == 3
+    tokens = generates and logits.ndim == 3
     if tokens and not encoder_decoder:  # a causal model's logits are the next token's
         logits, labels = logits[:, :-1], labels[:, 1:]
     if logits.ndim != 2 + tokens or logits.shape[-1] < 2 or labels.is_floating_point():
         raise ValueError(
-            f"EWC's Fisher needs a single-label classifier or a language model, got logits of shape {tuple(logits.shape)} "
-            f"and labels of dtype {labels.dtype}. Use --method l2sp or replay for other models."
+            f"EWC's Fisher needs a single-label classifier or a language model, got logits of shape "
+            f"{tuple(logits.shape)} and labels of dtype {labels.dtype}. Use --method l2sp or replay for other models."
         )
     if seeds is not None:  # one generator an example: the others change nothing
         p = [torch.atleast_2d(example.softmax(-1).cpu()) for example in logits.detach()]
@@ -119,8 +120,8 @@ def _log_likelihood(model: nn.Module, batch: Batch, seeds: Sequence[int] | None)
 
 
 def _gradients(likelihood: Tensor, inputs: Sequence[Any]) -> Sequence[Tensor | None]:
-    there = likelihood.requires_grad and len(inputs) > 0
-    return torch.autograd.grad(likelihood, inputs, allow_unused=True) if there else [None] * len(inputs)
+    reached = likelihood.requires_grad and len(inputs) > 0
+    return torch.autograd.grad(likelihood, inputs, allow_unused=True) if reached else [None] * len(inputs)
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -19,14 +19,14 @@ from .base import Context, Method, check_positive, flag
 class LogitAdjustment(Method):
     """Train with the logits `z + tau min(0, log p_new - log p_old)`, predict with z.
 
-    p_new are the label frequencies of what is trained on (one example added to every label), p_old the mean of the earlier
-    tasks' own; a label that they did not have counts as one example. A shared head begins a new task by unlearning the
-    labels that are rare in it, and drags the encoder along. The term lowers those labels' logits while training, so that
-    part of the drop need not be learned; labels that become more frequent are learned as ever.
+    p_new are the label frequencies of what is trained on (one example added to every label), p_old the mean of the
+    earlier tasks' own; a label that they did not have counts as one example. A shared head begins a new task by
+    unlearning the labels that are rare in it, and drags the encoder along. The term lowers those labels' logits while
+    training, so that part of the drop need not be learned; labels that become more frequent are learned as ever.
 
-    After Menon et al. 2021 (arXiv 2007.07314, eq. 10), who correct one long-tailed dataset towards uniform frequencies; the
-    minimum is this project's: correcting in both directions costs the new task (docs/log.md). It costs no time: the state
-    is one number a label. For single-label classifiers with a shared head.
+    After Menon et al. 2021 (arXiv 2007.07314, eq. 10), who correct one long-tailed dataset towards uniform
+    frequencies; the minimum is this project's: correcting in both directions costs the new task (docs/log.md). It
+    costs no time: the state is one number a label. For single-label classifiers with a shared head.
     """
 
     name = "logit_adjustment"
@@ -70,11 +70,11 @@ class LogitAdjustment(Method):
 def _frequencies(dataset: Any, model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
     """Label -> frequency in the dataset, one example added to every label, and the frequency of one example."""
     columns = getattr(dataset, "column_names", None) or ()
-    column = next((c for c in ("labels", "label") if c in columns), None)
+    column = next((c for c in ("labels", "label", "label_ids") if c in columns), None)
     if column is None or not isinstance(dataset, Sized):
         raise ValueError(
-            "The method 'logit_adjustment' counts labels: it needs a dataset of known length with a column 'labels' or "
-            f"'label', got a {type(dataset).__name__} with the columns {list(columns)}. Leave it out of --method."
+            "The method 'logit_adjustment' counts labels: it needs a dataset of known length with a column 'labels' "
+            f"or 'label', got a {type(dataset).__name__} with the columns {list(columns)}. Leave it out of --method."
         )
     id2label = bare_model(model).config.id2label
     counts = torch.bincount(torch.as_tensor(dataset[column][:]), minlength=len(id2label)).float() + 1  # type: ignore[index]

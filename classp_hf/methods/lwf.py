@@ -1,4 +1,5 @@
-"""Learning without Forgetting: the new model answers as the old one did, on the new task's inputs (Li & Hoiem 2016)."""
+"""Learning without Forgetting: the new model answers as the old one did, on the new task's inputs (Li & Hoiem
+2016)."""
 
 from __future__ import annotations
 
@@ -17,11 +18,12 @@ from .base import Context, Method, flag
 
 @dataclass
 class LwF(Method):
-    """Loss term `lambda * T^2 * KL(softmax(old / T) || softmax(new / T))` (arXiv 1606.09282, eq. 2-3), averaged as the loss.
+    """Loss term `lambda * T^2 * KL(softmax(old / T) || softmax(new / T))` (arXiv 1606.09282, eq. 2-3), averaged as the
+    loss.
 
     `old` are the logits of a frozen copy of the model as the task found it. No data of earlier tasks; the cost is one
-    more forward pass a step and one more copy of the weights. With logits a token, those count that predict a token with
-    a label.
+    more forward pass a step and one more copy of the weights. With logits a token, those count that predict a token
+    with a label.
     """
 
     name = "lwf"
@@ -48,12 +50,12 @@ class LwF(Method):
         if self.teacher is None:
             return None
         new, labels = outputs["logits"], inputs["labels"]
-        writes = is_language_model(self.teacher)
-        made_from_labels = writes and self.teacher.config.is_encoder_decoder  # the decoder's inputs are
+        generates = is_language_model(self.teacher)
+        made_from_labels = generates and self.teacher.config.is_encoder_decoder  # the decoder's inputs are
         with torch.no_grad(), self.autocast():
             old = self.teacher(**{k: v for k, v in inputs.items() if k != "labels" or made_from_labels})["logits"]
         if new.ndim > 2:
-            if writes and not made_from_labels:  # a causal model's logits are the next token's
+            if generates and not made_from_labels:  # a causal model's logits are the next token's
                 new, old, labels = new[:, :-1], old[:, :-1], labels[:, 1:]
             new, old = (logits[labels != -100] for logits in (new, old))
         T = self.lwf_temperature

@@ -15,10 +15,10 @@ from .base import Context, Method, flag
 class Merge(Method):
     """After a task, `w = (F_old w_old + a F_new w_new) / (F_old + a F_new)` for every weight; nothing changes before.
 
-    Mode-IMM (Lee et al. 2017, arXiv 1703.08475, eq. 10) or Fisher merging (Matena & Raffel 2022, arXiv 2111.09832) with
-    a Fisher that costs nothing: F is the growth of the accumulator `sum |g|^p` over the task, divided by its mean.
-    F_old is that of all earlier tasks, counted once a task, so that T tasks weigh alike at a = 1. A low-bit accumulator,
-    rounded at random, may come out smaller than it was: it did not grow.
+    Mode-IMM (Lee et al. 2017, arXiv 1703.08475, eq. 10) or Fisher merging (Matena & Raffel 2022, arXiv 2111.09832)
+    with a Fisher that costs nothing: F is the growth of the accumulator `sum |g|^p` over the task, divided by its
+    mean. F_old is that of all earlier tasks, counted once a task, so that T tasks weigh alike at a = 1. A low-bit
+    accumulator, rounded at random, may come out smaller than it was: it did not grow.
 
     The old weights and accumulators wait on the CPU while the task trains; checkpoints within it hold the latter.
     """

@@ -18,9 +18,9 @@ from .base import Context, Method, flag
 class OLoRA(FoldedAdapters):
     """Loss term `lambda * sum_{i<t} ||A_i A_t^T||_F^2` on the LoRA factors A (arXiv 2310.14152, eq. 9), every layer.
 
-    Earlier adapters stay in force: they are added to the base weights when their task ends. What is kept of them are their
-    A's, rank x in_features a layer and task. The authors' code sums absolute values instead of squares; this is the
-    paper's form. The model is one with LoRA adapters (`peft.LoraConfig`).
+    Earlier adapters stay in force: they are added to the base weights when their task ends. What is kept of them are
+    their A's, rank x in_features a layer and task. The authors' code sums absolute values instead of squares; this is
+    the paper's form. The model is one with LoRA adapters (`peft.LoraConfig`).
     """
 
     name = "olora"
@@ -38,8 +38,8 @@ class OLoRA(FoldedAdapters):
         for name, layer, adapter in self.layers(context.model):
             if adapter not in layer.lora_A or layer.lora_bias.get(adapter):
                 raise ValueError(
-                    f"The method 'olora' adapts linear layers without lora_bias, and {name!r} is an embedding or has one. "
-                    "Leave it out of target_modules."
+                    f"The method 'olora' adapts linear layers without lora_bias, and {name!r} is an embedding or has "
+                    "one. Leave it out of target_modules."
                 )
 
     @torch.no_grad()
@@ -69,6 +69,7 @@ class OLoRA(FoldedAdapters):
             width = layer.in_features if hasattr(layer, "get_base_layer") else None
             if old.ndim != 2 or old.shape[1] != width:
                 raise ValueError(
-                    f"The continual memory holds LoRA directions of shape {tuple(old.shape)} for {name!r}, where the model "
-                    f"has {'no adapter' if width is None else f'inputs of width {width}'}. Load the model it was saved with."
+                    f"The continual memory holds LoRA directions of shape {tuple(old.shape)} for {name!r}, where the "
+                    f"model has {'no adapter' if width is None else f'inputs of width {width}'}. Load the model it "
+                    "was saved with."
                 )

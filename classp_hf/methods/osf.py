@@ -19,8 +19,8 @@ class OSF(FoldedAdapters):
 
     Each adapted weight is split by its SVD; the large singular directions stay, the rest is trained with gradients
     orthogonal to them. Before the next task the weights as they then are are split anew, so what the last task learned
-    can become part of what stays. The rank that stays is `peft.OSFConfig`'s `effective_rank`, the same for all tasks (the
-    paper chooses it by layer and task). The model is one with OSF adapters.
+    can become part of what stays. The rank that stays is `peft.OSFConfig`'s `effective_rank`, the same for all tasks
+    (the paper chooses it by layer and task). The model is one with OSF adapters.
     """
 
     name = "osf"

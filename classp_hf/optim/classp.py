@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ._torch import FUSED_DEVICES, is_sharded, local, over_shards
 from .state import STATE_DTYPES, expand, random_bits
-from .step import BLOCK, CPU_BLOCK, batches, cuts, largest_gradient, pieces, reads_back, store, update
+from .step import bad_flags, batches, cuts, pieces, reads_back, refuse_bad, store, update
 
 __all__ = ["CLASSP"]
 
@@ -63,9 +63,9 @@ class CLASSP(Optimizer):
             random so that small increments count on average (error bounds: `classp_hf/optim/state.py`).
 
     A gradient that is not finite, or so large that |g|^p could overflow the memory (|g|^p > 2e31), reaches neither
-    weights nor memory, where it would stay for ever. On CPUs `step` raises; it leaves the tensor as it is, or of one
-    with more than 2**19 weights the block with the bad gradient, and updates the others. On other devices, and when
-    compiled, it does not wait for the gradients: the whole step is skipped, and counted in `skipped_steps()`.
+    weights nor memory, where it would stay for ever. On CPUs `step` raises before it updates anything. On other
+    devices, and when compiled, it does not wait for the gradients: the whole step, weight decay included, is skipped,
+    and counted in `skipped_steps()`.
 
     Raises:
         ValueError: a hyperparameter out of its range, both `threshold` and `density`, both `foreach` and `fused`,
@@ -223,47 +223,22 @@ class CLASSP(Optimizer):
                     # zero-gradient step and expect to find it.
                     self.state[p] = self._new_state(p, group)
                 work.setdefault((number, p.device), []).append(p)
-        found = self._found_inf(
-            [
-                (p.grad, self.param_groups[number]["power"])  # type: ignore[misc]
-                for (number, device), params in work.items()
-                if not reads_back(device)
-                for p in params
-            ]
-        )
-        bad: dict[Tensor, bool] = {}
+        grads = {device: [] for _, device in work}  # type: ignore[var-annotated]
         for (number, device), params in work.items():
-            group, block = self.param_groups[number], CPU_BLOCK if reads_back(device) else BLOCK
-            for batch in batches(pieces(params, self.state, group, block), 0 if group["foreach"] is False else block):
-                bad |= dict.fromkeys(update(batch, group, found.get(device)), True)
-        # every rank must come to the same verdict
-        checked = [p for (_, device), params in work.items() if reads_back(device) for p in params]
-        if sharded := [p for p in checked if is_sharded(p)]:
-            verdicts = over_shards([torch.tensor(float(p in bad)) for p in sharded], sharded, "max")
-            bad |= {p: True for p, verdict in zip(sharded, verdicts) if verdict}
-        if bad:
-            raise RuntimeError(
-                f"CLASSP got NaN, infinite or overflowing gradients in {len(bad)} tensors (first shape: "
-                f"{tuple(next(iter(bad)).shape)}). They changed neither weights nor memory there. Lower the learning "
-                "rate, clip the gradients, or check the data and the loss."
-            )
+            grads[device] += [(p.grad, self.param_groups[number]["power"]) for p in params]
+        refuse_bad([pair for device, pairs in grads.items() if reads_back(device) for pair in pairs])
+        found = self._found_inf([pair for device, pairs in grads.items() if not reads_back(device) for pair in pairs])
+        for (number, device), params in work.items():
+            group = self.param_groups[number]
+            for batch in batches(pieces(params, self.state, group), group):
+                update(batch, group, found.get(device))
         return loss
 
     def _found_inf(self, grads: list[tuple[Tensor, float]]) -> dict[torch.device, Tensor]:
         """For every device: 1.0 if a gradient, given with its power, is bad on any rank; else 0.0."""
         if not grads:
             return {}
-        alike: dict[Any, dict[int, Tensor]] = {}
-        for i, (grad, power) in enumerate(grads):
-            shard = local(grad)
-            if shard.numel():  # an empty one has no maximum
-                alike.setdefault((shard.device, shard.dtype, power), {})[i] = shard
-        flags = [torch.zeros((), device=g.device) for g, _ in grads]
-        for (_, _, power), shards in alike.items():
-            largest = torch.stack(torch._foreach_norm(list(shards.values()), math.inf)).float()
-            for i, flag in zip(shards, (~(largest <= largest_gradient(power))).float().unbind()):
-                flags[i] = flag
-        flags = over_shards(flags, [g for g, _ in grads], "max")
+        flags = bad_flags(grads)
         found = torch.stack([flag.to(flags[0].device) for flag in flags]).amax()
         if self._skipped.device != found.device:  # the model was moved
             self._skipped = torch.zeros_like(self._skipped, device=found.device)

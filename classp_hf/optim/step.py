@@ -9,13 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._torch import FUSED_DEVICES, fused_adagrad_, local
+from ._torch import FUSED_DEVICES, fused_adagrad_, is_sharded, local, over_shards
 from .density import cut_for_threshold, cuts_for_density
 from .state import compress, expand, random_bits
 
-__all__ = ["batches", "classp_", "cuts", "largest_gradient", "pieces", "reads_back", "store", "update"]
-
-# Weights in one call. It bounds temporaries; on a CPU a gradient that was checked should still be in the cache.
+# Weights in one call that needs temporaries of their size, which on a CPU should stay in the cache.
 CPU_BLOCK, BLOCK = 2**19, 2**24
 
 
@@ -75,20 +73,9 @@ def classp_(
         torch._foreach_add_(weights, steps, alpha=sign * lr)
 
 
-def update(batch: list[Piece], group: dict[str, Any], found: Tensor | None) -> list[Tensor]:
-    """Algorithm 1 on a batch in place, and nothing where `found` is 1.
-
-    Returns:
-        Without `found`: the parameters of pieces that were left alone because their gradients are bad.
-    """
+def update(batch: list[Piece], group: dict[str, Any], found: Tensor | None) -> None:
+    """Algorithm 1 on a batch in place, and nothing if `found` is 1."""
     grads = [piece.grad.float() for piece in batch]
-    if found is None:
-        limit = largest_gradient(group["power"])
-        good = [_is_good(g, limit) for g in grads]
-        if not all(good):
-            rest = [piece for piece, ok in zip(batch, good) if ok]
-            bad = [piece.param for piece, ok in zip(batch, good) if not ok]
-            return bad + (update(rest, group, found) if rest else [])
     weights, fused = [piece.weight for piece in batch], batch[0].fused
     wide = weights if weights[0].dtype in (torch.float32, torch.float64) else [w.float() for w in weights]
     low_bit = batch[0].accumulator.dtype != torch.float32
@@ -111,7 +98,6 @@ def update(batch: list[Piece], group: dict[str, Any], found: Tensor | None) -> l
         torch._foreach_copy_(weights, wide)
     for piece, values, bits in zip(batch, accumulators, random):
         store(piece.accumulator, piece.base, values, bits)
-    return []
 
 
 def store(accumulator: Tensor, base: Tensor | None, values: Tensor, random: Tensor) -> None:
@@ -122,9 +108,9 @@ def store(accumulator: Tensor, base: Tensor | None, values: Tensor, random: Tens
         base.copy_(new_base)  # type: ignore[arg-type]
 
 
-def pieces(params: list[Tensor], states: dict[Tensor, Any], group: dict[str, Any], block: int) -> Iterator[Piece]:
-    """The parameters, of one device, in pieces of at most `block` weights."""
-    may_fuse = _may_fuse(group, params[0].device)
+def pieces(params: list[Tensor], states: dict[Tensor, Any], group: dict[str, Any]) -> Iterator[Piece]:
+    """The parameters, of one device, in pieces of at most a block of weights where the step needs temporaries."""
+    may_fuse, block = _may_fuse(group, params[0].device), _block(params[0].device)
     for p, cut in zip(params, cuts(params, group)):
         state = states[p]
         weight, grad = local(p), local(p.grad)  # type: ignore[arg-type]
@@ -140,7 +126,7 @@ def pieces(params: list[Tensor], states: dict[Tensor, Any], group: dict[str, Any
                 continue
             grad = grad.contiguous()
         fused = may_fuse and weight.dtype != torch.float64
-        if count <= block:
+        if count <= block or (fused and cut is None and weight.dtype == grad.dtype == torch.float32):
             yield Piece(p, weight, grad, accumulator, base, 0, cut, fused)
             continue
         weight, grad, accumulator = weight.view(-1), grad.view(-1), accumulator.view(-1)
@@ -150,13 +136,15 @@ def pieces(params: list[Tensor], states: dict[Tensor, Any], group: dict[str, Any
             yield Piece(p, weight[here], grad[here], accumulator[here], bases, start, cut, fused)
 
 
-def batches(pieces: Iterable[Piece], block: int) -> Iterator[list[Piece]]:
-    """What goes into one call: pieces of one dtype and form of the step, of `block` weights in all."""
+def batches(pieces: Iterable[Piece], group: dict[str, Any]) -> Iterator[list[Piece]]:
+    """What goes into one call: pieces of one dtype and form of the step; a block of weights if with temporaries."""
     filling: dict[Any, tuple[list[Piece], int]] = {}
     for piece in pieces:
-        kind, count = (piece.weight.dtype, piece.grad.dtype, piece.fused), piece.weight.numel()
+        kind = piece.weight.dtype, piece.grad.dtype, piece.fused
+        in_place = piece.fused and piece.cut is None and kind[0] == kind[1] == torch.float32
+        count, block = 0 if in_place else piece.weight.numel(), _block(piece.weight.device)
         batch, filled = filling.get(kind, ([], 0))
-        if batch and filled + count > block:
+        if batch and (group["foreach"] is False or filled + count > block):
             yield batch
             batch, filled = [], 0
         batch.append(piece)
@@ -177,17 +165,49 @@ def reads_back(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def _block(device: torch.device) -> int:
+    return CPU_BLOCK if reads_back(device) else BLOCK
+
+
 def largest_gradient(power: float) -> float:
     """The largest |g| of which 2**24 additions of |g|^power stay finite in float32."""
     largest = torch.finfo(torch.float32).max
     return min((largest * 2.0**-24) ** (1 / power), largest)
 
 
-def _is_good(g: Tensor, limit: float) -> bool:
-    """Whether all of `g` (float32) is finite and at most `limit`. A dot product is the fastest look at a tensor."""
-    flat = g.reshape(-1)
-    enough = min(limit**2, torch.finfo(torch.float32).max)
-    return float(torch.dot(flat, flat)) <= enough or float(g.abs().max()) <= limit
+def refuse_bad(grads: list[tuple[Tensor, float]]) -> None:
+    """Raise RuntimeError if a gradient, given with its power, is not finite or too large, on any rank. Reads back."""
+    shards, limits = [local(g) for g, _ in grads], [largest_gradient(power) for _, power in grads]
+    # The norm bounds the largest and takes a twentieth of its time on a CPU. It may overflow for good gradients.
+    norms = [float(norm) for norm in torch._foreach_norm(shards)] if shards else []
+    bad = [
+        not norm <= limit and not float(shard.abs().max()) <= limit
+        for norm, shard, limit in zip(norms, shards, limits)
+    ]
+    if any(is_sharded(g) for g, _ in grads):  # every rank must come to the same verdict
+        flags = over_shards([torch.tensor(float(b)) for b in bad], [g for g, _ in grads], "max")
+        bad = [bool(flag) for flag in flags]
+    if any(bad):
+        shape = tuple(next(g.shape for (g, _), b in zip(grads, bad) if b))
+        raise RuntimeError(
+            f"CLASSP got NaN, infinite or overflowing gradients in {sum(bad)} of {len(bad)} tensors (first shape: "
+            f"{shape}). Nothing was updated. Lower the learning rate, clip the gradients, or check data and loss."
+        )
+
+
+def bad_flags(grads: list[tuple[Tensor, float]]) -> list[Tensor]:
+    """For every gradient, given with its power: 1.0 if it is not finite or too large, on any rank; else 0.0."""
+    alike: dict[Any, dict[int, Tensor]] = {}
+    for i, (grad, power) in enumerate(grads):
+        shard = local(grad)
+        if shard.numel():  # an empty one has no maximum
+            alike.setdefault((shard.device, shard.dtype, power), {})[i] = shard
+    flags = [torch.zeros((), device=g.device) for g, _ in grads]
+    for (_, _, power), shards in alike.items():
+        largest = torch.stack(torch._foreach_norm(list(shards.values()), math.inf)).float()
+        for i, flag in zip(shards, (~(largest <= largest_gradient(power))).float().unbind()):
+            flags[i] = flag
+    return over_shards(flags, [g for g, _ in grads], "max")
 
 
 def _shrink(g: Tensor, cut: float | Tensor | None, found: Tensor | None) -> Tensor:
@@ -203,5 +223,5 @@ def _shrink(g: Tensor, cut: float | Tensor | None, found: Tensor | None) -> Tens
 def _may_fuse(group: dict[str, Any], device: torch.device) -> bool:
     """Whether PyTorch's fused Adagrad is this step."""
     possible = group["power"] == 2 and group["apply_decay"] and group["state_dtype"] == "float32"
-    wanted = group["fused"] is not False and not group["foreach"] and not torch.compiler.is_compiling()
-    return possible and wanted and device.type in FUSED_DEVICES
+    needed = group["fused"] is not False and not group["foreach"] and not torch.compiler.is_compiling()
+    return possible and needed and device.type in FUSED_DEVICES

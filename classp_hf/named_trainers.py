@@ -1,0 +1,94 @@
+"""`ClasspTrainer` and `EWCTrainer`: named shells on `ContinualTrainer`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from .live import CLASSP_NAME
+from .methods import EWC, Elastic, LogitAdjustment, Merge, Method, make_methods
+from .optim import CLASSP
+from .trainer import ContinualTrainer
+
+
+class ClasspTrainer(ContinualTrainer):
+    """[`ContinualTrainer`] with the CLASSP optimizer (arXiv 2405.09637), whatever `args.optim` says.
+
+    Args:
+        consolidation: what else the memory is used for: `"anchor"` pulls weights back to the last boundary while
+            training ([`~classp_hf.Elastic`]), `"merge"` averages old and new weights when a task ends
+            ([`~classp_hf.Merge`]), `"both"`, or `"none"`, the paper's method.
+        anchor_strength: strength of the anchor. Default: Elastic's.
+        merge_weight: weight of the new task in the merge. Default: Merge's.
+        logit_adjustment: keep label frequencies off the model ([`~classp_hf.LogitAdjustment`]). Default: where it can
+            be used, which is single-label classification with one shared head.
+        method: further methods, run before these.
+        kwargs: as in [`ContinualTrainer`].
+
+    Raises:
+        ValueError: besides [`ContinualTrainer`]'s, another optimizer than CLASSP in `optimizers`.
+    """
+
+    default_optim = CLASSP_NAME
+
+    def __init__(
+        self,
+        *args: Any,
+        consolidation: Literal["none", "anchor", "merge", "both"] = "none",
+        anchor_strength: float | None = None,
+        merge_weight: float | None = None,
+        logit_adjustment: bool | None = None,
+        method: Method | str | Sequence[Method | str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if consolidation not in ("none", "anchor", "merge", "both"):
+            raise ValueError(f"consolidation must be 'none', 'anchor', 'merge' or 'both', got {consolidation!r}")
+        given = kwargs.get("optimizers", (None, None))[0] or (kwargs.get("optimizer_cls_and_kwargs") or (None,))[0]
+        if given is not None and not isinstance(given, CLASSP) and given is not CLASSP:
+            name = getattr(given, "__name__", type(given).__name__)
+            raise ValueError(
+                f"ClasspTrainer trains with CLASSP, got {name}. Use ContinualTrainer for other optimizers."
+            )
+        methods = make_methods(method)
+        for use, cls, value in (("anchor", Elastic, anchor_strength), ("merge", Merge, merge_weight)):
+            if consolidation in (use, "both"):
+                methods.append(cls() if value is None else cls(value))
+            elif value is not None:
+                raise ValueError(
+                    f"{cls.name} is not used with consolidation={consolidation!r}, but its strength was given."
+                )
+        self._logit_adjustment = logit_adjustment
+        super().__init__(*args, method=methods, **kwargs)
+
+    def _complete_methods(self) -> None:
+        adjust = self._logit_adjustment
+        if adjust is None:
+            adjust = self.classifies and self.task_heads is None and self.compute_loss_func == self.adjusted_loss
+        if adjust and not any(m.name == LogitAdjustment.name for m in self.methods):
+            self.methods.append(LogitAdjustment())
+
+
+class EWCTrainer(ContinualTrainer):
+    """[`ContinualTrainer`] with Elastic Weight Consolidation (arXiv 1612.00796) and the optimizer of `args.optim`.
+
+    Args:
+        ewc_lambda: strength of the penalty. Default: EWC's. Its other hyperparameters: `method=EWC(ewc_lambda=0.1,
+            ...)`.
+        method: further methods; EWC is among them in any case.
+        kwargs: as in [`ContinualTrainer`].
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        ewc_lambda: float | None = None,
+        method: Method | str | Sequence[Method | str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        methods = make_methods(method)
+        given = any(m.name == EWC.name for m in methods)
+        if given and ewc_lambda is not None:
+            raise ValueError("Pass ewc_lambda or an EWC in method, not both: method=EWC(ewc_lambda=...).")
+        if not given:
+            methods.insert(0, EWC() if ewc_lambda is None else EWC(ewc_lambda=ewc_lambda))
+        super().__init__(*args, method=methods, **kwargs)
