@@ -3,10 +3,10 @@
     python benchmarks/compare_methods.py tune     # every arm x setting on the tuning sequences, validation data
     python benchmarks/compare_methods.py report --seeds 0 1 2 --processes 2 --arms classp ewc   # the best, test data
 
-Every finished run is a line of `--output` and is never run again; stop and restart at will. `tune` and `report` share no
-training example (the protocol of Cha & Cho 2024, arXiv 2403.09066). A method does nothing before the second task, so
-those on one optimizer share the training of the first (`--first_tasks`, a folder that may be deleted). CPUs compute in
-float32, GPUs that have bf16 under its autocast. Tables and plots: `benchmarks/report_methods.py`.
+Every finished run is a line of `--output` and is never run again; stop and restart at will. `tune` and `report` share
+no training example (the protocol of Cha & Cho 2024, arXiv 2403.09066). A method does nothing before the second task,
+so those on one optimizer share the training of the first (`--first_tasks`, a folder that may be deleted). CPUs
+compute in float32, GPUs that have bf16 under its autocast. Tables and plots: `benchmarks/report_methods.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from peft import LoraConfig, OSFConfig, TaskType, get_peft_model
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from classp_hf import METHODS, ContinualTrainer, ContinualTrainingArguments, MoFO, embedded, load_task
+from classp_hf import METHODS, ContinualTrainer, ContinualTrainingArguments, MoFO, embedded, load_task, register
 from classp_hf.tasks import SENTIMENT, prepare_tasks
 
 LABELS = {name: i for i, name in enumerate(SENTIMENT)}
@@ -162,6 +162,7 @@ def prepared_task(domain: str, stage: str, seed: int):
 
 def parse(flags: str, seed: int, folder: str) -> tuple[Any, ...]:
     """The training arguments, a method of each kind, and a namespace with `mofo_fraction`."""
+    register()
     methods = [m for m in METHODS.values() if any(f.init for f in fields(m))]
     parser = transformers.HfArgumentParser((ContinualTrainingArguments, *methods))
     parser.add_argument("--mofo_fraction", type=float)
@@ -317,7 +318,6 @@ def main() -> None:
     add("--first_tasks", type=Path, help="default: a folder of OUTPUT's name with .first_tasks at its end")
     options = parser.parse_args()
     cache = options.first_tasks or options.output.with_suffix(".first_tasks")
-
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error")
     os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
     # glibc: keep freed memory instead of asking the system for it again at every step
