@@ -2,22 +2,23 @@
 
     python benchmarks/bench_fisher.py --threads 2
 
-`ordinary`: the gradient of each batch's loss, as training takes it, of which no squares can be had: what a pass costs at least.
-`vmap`: `torch.func.vmap(grad)` over groups of four examples of equal length, whose gradients it holds at once. The
-examples are texts of icwsm14/nyt, cut to 32 tokens. Peak memory: of all tensors alive at once beside the model, counted over
-16 examples apart from the timed runs.
+`ordinary`: the gradient of each batch's loss, as training takes it, of which no squares can be had: what a pass costs
+at least. `vmap`: `torch.func.vmap(grad)` over groups of four examples of equal length, whose gradients it holds at
+once. The examples are texts of icwsm14/nyt, cut to 32 tokens. Peak memory: of all tensors alive at once beside the
+model, counted over 16 examples apart from the timed runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 import weakref
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bench_step import seconds
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -97,18 +98,21 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/bench_fisher.json"))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     path = embedded.model_path()
     # eager: the fused attention has no rule for vmap
     model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=3, attn_implementation="eager").eval()
+    model.to(options.device)
     tokenizer = AutoTokenizer.from_pretrained(path)
     texts = [text for text, _ in embedded.icwsm14("nyt")[: options.examples]]
     examples = [
         {**tokenizer(text, truncation=True, max_length=32, return_tensors="pt"), "labels": torch.tensor([i % 3])}
         for i, text in enumerate(texts)
     ]
+    examples = [{k: t.to(options.device) for k, t in example.items()} for example in examples]
     ways = {
         "one backward an example": one_by_one,
         "one backward a batch": by_batches,
@@ -128,9 +132,8 @@ def main() -> None:
     times = {name: np.empty(options.rounds) for name in ways}
     for i in range(options.rounds):
         for name, way in ways.items():
-            began = time.perf_counter()
-            way(model, examples, options.batch_size)
-            times[name][i] = (time.perf_counter() - began) / len(examples)
+            took = seconds(partial(way, model, examples, options.batch_size), options.device)
+            times[name][i] = took / len(examples)
     baseline = times["one backward an example"]
     rows = {
         name: {
@@ -147,6 +150,8 @@ def main() -> None:
     command = (
         f"python benchmarks/bench_fisher.py --threads {options.threads} --rounds {options.rounds} "
         f"--examples {options.examples} --batch_size {options.batch_size}"
+        + f" --device {options.device}"
+        * (options.device != "cpu")
     )
     report.write_json(options.output, {"command": command, "rows": rows, **report.environment()})
 

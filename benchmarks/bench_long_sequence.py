@@ -1,9 +1,10 @@
-"""Fifty tasks with ClasspTrainer on all-MiniLM-L6-v2: time of a step, memory of the process and disk, early and late in one run.
+"""Fifty tasks with ClasspTrainer on all-MiniLM-L6-v2: time of a step, memory of the process and disk, early and late
+in one run.
 
     python benchmarks/bench_long_sequence.py --threads 2
 
-Each task: 6 steps of 16 texts of icwsm14, 32 tokens, bf16; after each, all tasks are evaluated on 16 texts. Early and late: the tasks 3
-to 14 and the last twelve, three of each domain.
+Each task: 6 steps of 16 texts of icwsm14, 32 tokens, float32; after each, all tasks are evaluated on 16 texts. Early
+and late: the tasks 3 to 14 and the last twelve, three of each domain.
 """
 
 from __future__ import annotations
@@ -70,7 +71,6 @@ def main() -> None:
             per_device_train_batch_size=16,
             per_device_eval_batch_size=16,
             max_length=32,
-            bf16=True,
             use_cpu=True,
             save_strategy="no",
             logging_strategy="no",

@@ -1,20 +1,24 @@
-"""Training speed of ContinualTrainer with CLASSP against Trainer with fused AdamW, and what evaluating costs, in one run.
+"""Training speed of ContinualTrainer with CLASSP against Trainer with fused AdamW, and what evaluating costs, in one
+run.
 
     python benchmarks/bench_sequence.py --threads 2
 
-Both train all-MiniLM-L6-v2 on the same examples of icwsm14/nyt (32 tokens, batch 16, bf16). Evaluated is the test split, as
-`prepare_tasks` sorts it by length and shuffled, after every training, by the same trainer.
+Both train all-MiniLM-L6-v2 on the same examples of icwsm14/nyt (32 tokens, batch 16), in float32 on CPUs, under bf16
+autocast on GPUs. Evaluated is the test split, as `prepare_tasks` sorts it by length and shuffled, after every
+training, by the same trainer.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from bench_step import seconds as seconds_of
+from compare_methods import PRECISION
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, logging
 
 from classp_hf import ContinualTrainer, ContinualTrainingArguments, embedded, load_task, report
@@ -29,7 +33,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="both train once a round")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/bench_sequence.json"))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
+    precision = PRECISION if options.device == "cuda" else "fp32"
     torch.set_num_threads(options.threads)
     logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(embedded.model_path())
@@ -55,8 +61,8 @@ def main() -> None:
                     max_steps=options.steps,
                     per_device_train_batch_size=BATCH,
                     per_device_eval_batch_size=64,
-                    bf16=True,
-                    use_cpu=True,
+                    bf16=precision == "bf16",
+                    use_cpu=options.device == "cpu",
                     save_strategy="no",
                     logging_strategy="no",
                     report_to="none",
@@ -65,13 +71,9 @@ def main() -> None:
                 )
                 collator = DataCollatorWithPadding(tokenizer)
                 trainer = cls(model=model, args=args, data_collator=collator, train_dataset=task.train_dataset)
-                began = time.perf_counter()
-                trainer.train()
-                speeds[name].append(options.steps * BATCH / (time.perf_counter() - began))
+                speeds[name].append(options.steps * BATCH / seconds_of(trainer.train, options.device))
                 for order, dataset in splits.items():
-                    began = time.perf_counter()
-                    trainer.evaluate(dataset)
-                    seconds[order].append(time.perf_counter() - began)
+                    seconds[order].append(seconds_of(partial(trainer.evaluate, dataset), options.device))
     ratios = np.array(speeds["ContinualTrainer, CLASSP"]) / np.array(speeds["Trainer, AdamW"])
     saved = np.array(seconds["sorted"]) / np.array(seconds["shuffled"])
     rows = {
@@ -87,9 +89,9 @@ def main() -> None:
         print(f"  {name}: {row}")
     command = (
         f"python benchmarks/bench_sequence.py --threads {options.threads} --rounds {options.rounds} "
-        f"--steps {options.steps}"
+        f"--steps {options.steps}" + f" --device {options.device}" * (options.device != "cpu")
     )
-    report.write_json(options.output, {"command": command, **rows, **report.environment()})
+    report.write_json(options.output, {"command": command, "precision": precision, **rows, **report.environment()})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables and plots of `recipes/compare_methods.py`: reads its JSON lines, writes docs/results.md and its figures.
+"""Tables and plots of `compare_methods.py`: reads its JSON lines, writes docs/results.md and its figures.
 
     python benchmarks/report_methods.py
 
@@ -8,28 +8,17 @@ No number in docs/results.md is written by hand.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from compare_methods import ARMS, EVAL_EXAMPLES, REPORTED, TRAIN_EXAMPLES, TUNING, frozen_setting, read_lines
+from report_performance import ROOT, wrapped
 from summarize_seeds import T95
 
 from classp_hf import report
 from classp_hf.metrics import gap_recovered, summarize
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
-from compare_methods import (  # noqa: E402
-    ARMS,
-    EVAL_EXAMPLES,
-    REPORTED,
-    TRAIN_EXAMPLES,
-    TUNING,
-    frozen_setting,
-    read_lines,
-)
 
 BASELINE, JOINT, OURS = "adamw", "joint", "classp_logit_adjustment"
 
@@ -90,7 +79,8 @@ def table(found: dict[str, dict[int, list[list[float]]]], tasks: list[str]) -> s
     for kind in ("replay-free", "stores data", "upper bound"):
         if rows[kind]:
             ordered = [cells for _, cells in sorted(rows[kind], key=lambda row: -row[0])]
-            text.append(f"{kind[0].upper()}{kind[1:]}:\n\n" + report._markdown([header, *ordered], "<" + ">" * (len(header) - 1)))  # fmt: skip
+            shown = report.markdown_table([header, *ordered], "<" + ">" * (len(header) - 1))
+            text.append(f"{kind[0].upper()}{kind[1:]}:\n\n{shown}")
     return "\n\n".join(text)
 
 
@@ -113,7 +103,7 @@ def traces(lines: list[dict[str, Any]], tasks: tuple[str, str]) -> dict[str, np.
 
 
 def equal_plasticity(found: dict[str, np.ndarray], slack: float = 0.02) -> str:
-    """Old-task accuracy where the new task is learned as well as AdamW learns it, less `slack`; and the stability gap."""
+    """Old-task accuracy where the new task is learned as well as by AdamW, less `slack`; and the stability gap."""
     if BASELINE not in found:
         return ""
     wanted = float(found[BASELINE][:, -1, 2].mean()) - slack
@@ -122,28 +112,30 @@ def equal_plasticity(found: dict[str, np.ndarray], slack: float = 0.02) -> str:
         mean = runs.mean(0)
         reached = [point for point in mean if point[2] >= wanted]
         best = f"{100 * max(p[1] for p in reached):.1f}" if reached else "not reached"
-        lowest = 100 * runs[:, :, 1].min(1).mean()
-        rows.append((float(best) if reached else -1.0, [f"`{arm}`", best, f"{lowest:.1f}", f"{100 * mean[-1][1]:.1f}", f"{100 * mean[-1][2]:.1f}"]))  # fmt: skip
-    header = ["method", f"old task where new >= {100 * wanted:.1f}", "old task at its lowest (min-ACC)", "old task at the end", "new task at the end"]  # fmt: skip
-    return report._markdown([header, *(cells for _, cells in sorted(rows, key=lambda r: -r[0]))], "<>>>>")
+        lowest = runs[:, :, 1].min(1).mean()
+        ends = [f"{100 * v:.1f}" for v in (lowest, *mean[-1][1:])]
+        rows.append((float(best) if reached else -1.0, [f"`{arm}`", best, *ends]))
+    header = ["method", f"old task where new >= {100 * wanted:.1f}", "old task at its lowest (min-ACC)"]
+    header += ["old task at the end", "new task at the end"]
+    return report.markdown_table([header, *(cells for _, cells in sorted(rows, key=lambda r: -r[0]))], "<>>>>")
 
 
 def plot_front(found: dict[str, np.ndarray], tasks: tuple[str, str], path: Path) -> None:
-    figure = report._figure(8, 5.2)
+    figure = report.new_figure(8, 5.2)
     axes = figure.subplots()
     shown = [(arm, found[arm]) for arm in README_ARMS if arm in found]  # more would hide each other
     for i, (arm, runs) in enumerate(shown):
         mean = 100 * runs.mean(0)
-        colour, line = report._PALETTE[i % 7], ("-", "--", ":")[i // 7 % 3]
+        colour, line = report.PALETTE[i % 7], ("-", "--", ":")[i // 7 % 3]
         axes.plot(mean[1:, 2], mean[1:, 1], color=colour, linestyle=line, linewidth=3 if arm == OURS else 1, alpha=0.7)
-        style = {"marker": report._MARKERS[i % 7], "linestyle": line, "markersize": 11 if arm == OURS else 7}
+        style = {"marker": report.MARKERS[i % 7], "linestyle": line, "markersize": 11 if arm == OURS else 7}
         axes.plot(mean[-1:, 2], mean[-1:, 1], color=colour, label=arm, **style)
     axes.set_xlabel(f"accuracy on the new task ({tasks[1]}), %")
     axes.set_ylabel(f"accuracy on the old task ({tasks[0]}), %")
     axes.set_title(f"{tasks[0]}, then {tasks[1]}: each line follows one training, the marker is its end", fontsize=10)
     axes.grid(color="0.92")
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    report._save(figure, path)
+    report.save_figure(figure, path)
 
 
 def costs(lines: list[dict[str, Any]]) -> str:
@@ -164,13 +156,9 @@ def costs(lines: list[dict[str, Any]]) -> str:
         boundary = np.median([line["seconds_a_boundary"] for line in runs])
         held = np.median([line["bytes_a_weight"] for line in runs])
         rows.append([f"`{arm}`", f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{boundary:.1f}", f"{held:.1f}"])
-    header = [
-        "method",
-        "time a step, AdamW = 1 (quartiles)",
-        "seconds a boundary",
-        "bytes a weight held while training",
-    ]
-    return report._markdown([header, *rows], "<>>>")
+    header = ["method", "time a step, AdamW = 1 (quartiles)", "seconds a boundary"]
+    header.append("bytes a weight held while training")
+    return report.markdown_table([header, *rows], "<>>>")
 
 
 def tuning(lines: list[dict[str, Any]]) -> str:
@@ -182,9 +170,9 @@ def tuning(lines: list[dict[str, Any]]) -> str:
     for arm in (a for a in ARMS if a in scores):
         mean = {s: 100 * float(np.mean(scores[arm][s])) for s in ARMS[arm].settings if scores[arm][s]}
         best = max(mean, key=mean.__getitem__)
-        tried = ", ".join(f"{'**' if s == best else ''}{s.replace('--', '')}: {v:.1f}{'**' if s == best else ''}" for s, v in mean.items())  # fmt: skip
-        rows.append([f"`{arm}`", tried])
-    return report._markdown([["method", "settings tried: validation ACC; chosen in bold"], *rows], "<<")
+        named = {s: f"{s.replace('--', '')}: {v:.1f}" for s, v in mean.items()}
+        rows.append([f"`{arm}`", ", ".join(f"**{text}**" if s == best else text for s, text in named.items())])
+    return report.markdown_table([["method", "settings tried: validation ACC; chosen in bold"], *rows], "<<")
 
 
 README_ARMS = {
@@ -215,7 +203,7 @@ def all_sequences() -> list[str]:
 
 
 def readme_table(lines: list[dict[str, Any]]) -> str:
-    """Old and new task and their mean on two tasks; ACC on four: the rows of `README_ARMS`, best first in their kind."""
+    """Old and new task and their mean on two tasks, ACC on four: the rows of `README_ARMS`, best first of a kind."""
     sequences = all_sequences()
     found = {sequence: collect(lines, sequence) for sequence in sequences}
     shown = [sequence for sequence in sequences if BASELINE in found[sequence]]
@@ -235,24 +223,57 @@ def readme_table(lines: list[dict[str, Any]]) -> str:
         if order:
             kind = ["replay-free", "stores data", "upper bound"].index(ARMS[arm].kind)
             rows.append((kind, -order[0], cells))
-    return report._markdown([header, *(cells for *_, cells in sorted(rows))], "<" + ">" * len(shown))
+    return report.markdown_table([header, *(cells for *_, cells in sorted(rows))], "<" + ">" * len(shown))
 
 
 def edges(frozen: dict[str, str]) -> str:
     tuned = [a for a in ARMS if a in frozen and ARMS[a].tuned_as is None]
     at_edge = [f"`{a}`" for a in tuned if frozen[a] in (ARMS[a].settings[0], ARMS[a].settings[-1])]
-    return (
-        f"A best setting at the edge of its grid may be bettered beyond it: {', '.join(at_edge)}. " if at_edge else ""
-    )
+    what = "A best setting at the edge of its grid may be bettered beyond it"
+    return f"{what}: {', '.join(at_edge)}. " if at_edge else ""
 
 
 def unreported(frozen: dict[str, str]) -> list[str]:
     missing = [f"`{a}`" for a in ARMS if a not in frozen]
-    return (
-        [f"Arms of the recipe without a reported run, about which nothing is claimed: {', '.join(missing)}."]
-        if missing
-        else []
-    )
+    what = "Arms of the comparison without a reported run, about which nothing is claimed"
+    return [f"{what}: {', '.join(missing)}."] if missing else []
+
+
+def precision(line: dict[str, Any]) -> str:
+    old = "bf16" if "--bf16 True" in line["flags"] else "fp32"  # lines that do not say it
+    return {"bf16": "bf16 autocast", "fp32": "float32"}[line.get("precision", old)]
+
+
+def hardware(line: dict[str, Any]) -> str:
+    found = line["hardware"]
+    cpu = " ".join([found["cpu"], *(f"({found[k]})" for k in ["cpu_capability"] if k in found)])
+    return f"{cpu}, {found['torch_threads']} thread a run, GPUs: {', '.join(found['gpus']) or 'none'}"
+
+
+def protocol(lines: list[dict[str, Any]], frozen: dict[str, str]) -> list[str]:
+    commits = ", ".join(sorted({line["commit"][:7] for line in lines}))
+    machines = "; ".join(sorted(set(map(hardware, lines))))
+    versions = ", ".join(sorted({line["torch"] for line in lines}))
+    return [
+        f"`python benchmarks/compare_methods.py all` ({len(lines)} runs; commits {commits}; {machines}; torch "
+        f"{versions}). all-MiniLM-L6-v2 (22.7M weights, all trained, one shared head, no dropout), "
+        f"{' and '.join(sorted(set(map(precision, lines))))}, {TRAIN_EXAMPLES} training examples a task, 32 tokens, "
+        "80 steps of 16 (two epochs) for every method on every task, clipping 1.0, linear decay. R is measured on "
+        f"{EVAL_EXAMPLES} test examples a task (one accuracy: binomial error 2.9 points); the training examples, "
+        "their order and the new head differ from seed to seed and are the same for all methods of a seed: "
+        "differences are paired. ± is the half width of the 95% interval of the mean over seeds.",
+        f"Settings were chosen on {', '.join(TUNING)} by validation accuracy (mean ACC, one seed), three settings a "
+        "method, on a half of the training data that no reported run sees, and then frozen (table at the end). "
+        "Methods on AdamW use the learning rate 1e-4 (on which `adamw` itself ties with the 2e-4 it chose), those "
+        "on CLASSP 1e-3. Which of CLASSP's additions to offer at all was searched before, also on tuning sequences "
+        "and validation data alone: that search ([log.md](log.md)) is a budget the other methods did not have. "
+        f"{edges(frozen)}`joint` trains on all tasks' data together, with as many steps as the sequence has; methods "
+        f"that store data take as many steps as the others. `{OURS}` is what `ClasspTrainer` does by itself.",
+        *unreported(frozen),
+        "ACC: mean accuracy at the end. LA: mean accuracy right after each task's training. BWT: change since, "
+        "negative = forgetting. G: share of the gap between `adamw` and `joint` that is recovered, of the means "
+        "over seeds ([metrics.md](metrics.md)). What the methods are: [methods/](methods/README.md).",
+    ]
 
 
 def main() -> None:
@@ -265,27 +286,14 @@ def main() -> None:
     frozen = {arm: frozen_setting(arm, lines) for arm in {line["arm"] for line in lines if line["stage"] == "report"}}
     lines = [line for line in lines if line["stage"] == "tune" or line["setting"] == frozen[line["arm"]]]
     reported = [line for line in lines if line["stage"] == "report"]
-    commits = sorted({line["commit"][:7] for line in lines})
-    hardware = sorted({f"{line['hardware']['cpu']}, {line['hardware']['torch_threads']} thread a run, GPUs: {', '.join(line['hardware']['gpus']) or 'none'}" for line in lines})  # fmt: skip
     parts = [
         "# What each method keeps, and what it costs",
-        "Generated by `python benchmarks/report_methods.py` from "
-        "[compare_methods.jsonl](../benchmarks/results/compare_methods.jsonl); nothing here is written by hand.",
+        wrapped(
+            "Generated by `python benchmarks/report_methods.py` from "
+            "[compare_methods.jsonl](../benchmarks/results/compare_methods.jsonl); nothing here is written by hand."
+        ),
         "## Protocol",
-        f"`python recipes/compare_methods.py all` ({len(lines)} runs; commits {', '.join(commits)}; {'; '.join(hardware)}; torch "
-        f"{', '.join(sorted({line['torch'] for line in lines}))}). all-MiniLM-L6-v2 (22.7M weights, all trained, one shared head, no dropout), "
-        f"bf16 autocast, {TRAIN_EXAMPLES} training examples a task, 32 tokens, 80 steps of 16 (two epochs) for every method on every task, "
-        "clipping 1.0, linear decay. R is measured on "
-        f"{EVAL_EXAMPLES} test examples a task (one accuracy: binomial error 2.9 points); the training examples, their order and the new head differ from seed "
-        "to seed and are the same for all methods of a seed: differences are paired. ± is the half width of the 95% interval of the mean over seeds.",
-        f"Settings were chosen on {', '.join(TUNING)} by validation accuracy (mean ACC, one seed), three settings a method, on a half of the training data that no reported run "
-        "sees, and then frozen (table at the end). Methods on AdamW use the learning rate 1e-4 (on which `adamw` itself ties with the 2e-4 it chose), those on CLASSP 1e-3. Which of CLASSP's additions to offer at all was searched before, "
-        f"also on tuning sequences and validation data alone: that search ([log.md](log.md)) is a budget the other methods did not have. {edges(frozen)}"
-        f"`joint` trains on all tasks' data together, with as many steps as the sequence has; methods that store data take as many steps as the others. `{OURS}` is what "
-        "`ClasspTrainer` does by itself.",
-        *unreported(frozen),
-        "ACC: mean accuracy at the end. LA: mean accuracy right after each task's training. BWT: change since, negative = forgetting. "
-        "G: share of the gap between `adamw` and `joint` that is recovered, of the means over seeds ([metrics.md](metrics.md)). What the methods are: [methods/](methods/README.md).",
+        *map(wrapped, protocol(lines, frozen)),
     ]
     sequences = all_sequences()
     for sequence in sequences:
@@ -305,8 +313,11 @@ def main() -> None:
     if reported:
         parts += [
             "## Cost",
-            "Time of a step (forward, backward, optimizer; runs side by side on the machine's cores, so ratios rather than seconds; of the runs at the commit "
-            "at which most methods ran), time of a method before and after a task, and what optimizer and method hold beside weights and gradients.",
+            wrapped(
+                "Time of a step (forward, backward, optimizer; runs side by side on the machine's cores, so ratios "
+                "rather than seconds; of the runs at the commit at which most methods ran), time of a method before "
+                "and after a task, and what optimizer and method hold beside weights and gradients."
+            ),
             costs(lines),
         ]
     parts += ["## Settings", tuning(lines)]

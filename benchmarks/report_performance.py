@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from classp_hf import report
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def wrapped(text: str) -> str:
+    """A paragraph of Markdown in lines of at most 100 characters."""
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def load(name: str, results: Path) -> dict[str, Any] | None:
@@ -21,8 +27,12 @@ def load(name: str, results: Path) -> dict[str, Any] | None:
 
 
 def source(found: dict[str, Any]) -> str:
-    hardware = found["hardware"]
-    return f"`{found['command']}`, commit {found['commit'][:7]}, torch {found['versions']['torch']}, {hardware['cpu']}, GPUs: {', '.join(hardware['gpus']) or 'none'}."
+    hardware, versions = found["hardware"], found["versions"]
+    cpu = " ".join([hardware["cpu"], *(f"({hardware[k]})" for k in ["cpu_capability"] if k in hardware)])
+    gpus = ", ".join(hardware["gpus"]) or "none"
+    return wrapped(
+        f"`{found['command']}`, commit {found['commit'][:7]}, torch {versions['torch']}, {cpu}, GPUs: {gpus}."
+    )
 
 
 def spread(quartiles: list[float], digits: int = 2, percent: bool = False) -> str:
@@ -40,58 +50,78 @@ def steps(found: dict[str, Any]) -> list[str]:
             table.append([name, spread(row["ratio"]), *figures, f"{row['extra_memory_percent']:.1f} %"])
         first = rows["AdamW, fused"]
         where = f"{found['threads']} thread{'s' * (found['threads'] > 1)}" if found["device"] == "cpu" else "GPU"
-        parts += [
-            f"**{where}, {found['dtype']}, gradients: {kind}** (AdamW {first['milliseconds']} ms, a copy {first['copy_gb_per_second']} GB/s)"
-        ]
-        parts += [report._markdown(table, "<" + ">" * (len(table[0]) - 1))]
+        took = f"AdamW {first['milliseconds']} ms, a copy {first['copy_gb_per_second']} GB/s"
+        parts += [f"**{where}, {found['dtype']}, gradients: {kind}** ({took})"]
+        parts += [report.markdown_table(table, "<" + ">" * (len(table[0]) - 1))]
     return [*parts, source(found)]
+
+
+STEP = (
+    "all-MiniLM-L6-v2's 22.7M weights. With p=2 CLASSP's step is PyTorch's fused Adagrad, which reads the gradient "
+    "and reads and writes weight and accumulator: 20 bytes a float32 weight against AdamW's 28, which is the "
+    "`bound` where memory is what takes the time; `bandwidth`, on a GPU: those bytes a second, against what copying "
+    "the weights reaches in the same run. Before it CLASSP looks at every gradient once, to keep what is not finite "
+    "out of the memory. Other powers, and memories of fewer bytes, take PyTorch's elementwise operations in blocks, "
+    "which pass over the weights several times. `batch`: the gradients of a real batch of 16 texts; `embedding`: "
+    "those of its word embedding alone, of which most rows have none. Extra memory: what a step allocates at its "
+    "peak, in percent of the parameters."
+)
+NO_GPU = (
+    "**GPU**: none was at hand, so there is no row. `bash benchmarks/gpu.sh` runs every benchmark that a GPU can, and "
+    "`python benchmarks/bench_step.py --device cuda --weights 1000000000` measures this one."
+)
 
 
 def page(results: Path) -> str:
     parts = [
         "# Performance",
-        "Written by `python benchmarks/report_performance.py` from the JSON under [benchmarks/results/](../benchmarks/results); every number comes from one run of the "
-        "program named below its table, as a ratio within that run.",
+        wrapped(
+            "Written by `python benchmarks/report_performance.py` from the JSON under "
+            "[benchmarks/results/](../benchmarks/results); every number comes from one run of the program named "
+            "below its table, as a ratio within that run."
+        ),
         "## A step of the optimizer",
-        "all-MiniLM-L6-v2's 22.7M float32 weights. A dense step of CLASSP reads the gradient and reads and writes weight and accumulator: 20 bytes a weight against AdamW's 28, which is the "
-        "`bound` where memory is what takes the time; `bandwidth`, on a GPU: those bytes a second, against what copying the weights reaches in the same run. `batch`: the gradients of a real batch of 16 texts; "
-        "`embedding`: those of its word embedding alone, of which most rows have none: a block of 256 weights in which no gradient passes costs reading its gradients. Extra memory: what a step "
-        "allocates at its peak, in percent of the parameters.",
+        wrapped(STEP),
     ]
-    if not list(results.glob("bench_step_*cuda*.json")):
-        parts += [
-            "**GPU**: none was at hand, so there is no row. `python benchmarks/bench_step.py --device cuda --weights 1000000000` measures one; what is known of that step without a GPU is in "
-            "[architecture.md](architecture.md#gpus)."
-        ]
-    for path in sorted(results.glob("bench_step_*.json")):
-        parts += steps(json.loads(path.read_text()))
+    paths = [*sorted(results.glob("bench_step_*.json")), *sorted(results.glob("gpu/bench_step*.json"))]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    if all(run["device"] == "cpu" for run in found):
+        parts += [wrapped(NO_GPU)]
+    for run in found:
+        parts += steps(run)
     if found := load("bench_sequence", results):
-        parts += [
-            "## A whole training",
-            f"`ContinualTrainer` with CLASSP trains {spread(found['classp_to_adamw'], 3)} times as many samples a second as Transformers' `Trainer` with fused AdamW (quartiles over rounds of one run). "
-            f"Evaluating takes {spread(found['evaluation_sorted_to_shuffled'], 3)} of the time once a split is sorted by length.",
-            source(found),
-        ]
+        speed, evaluation = spread(found["classp_to_adamw"], 3), spread(found["evaluation_sorted_to_shuffled"], 3)
+        text = (
+            f"`ContinualTrainer` with CLASSP trains {speed} times as many samples a second as Transformers' "
+            f"`Trainer` with fused AdamW (quartiles over rounds of one run, {found['precision']}). Evaluating takes "
+            f"{evaluation} of the time once a split is sorted by length."
+        )
+        parts += ["## A whole training", wrapped(text), source(found)]
     if found := load("bench_penalty", results):
         shares = found["shares_of_a_step"]
         table = [["share of a training step (quartiles)", *shares]]
         names = next(iter(shares.values()))
         table += [[name, *(spread(of[name], 1, percent=True) for of in shares.values())] for name in names]
-        what = "Of a step of the recipes: `sentiment_sequence` (batches of 32 texts of up to 64 tokens, float32), `compare_methods` (16 texts of 32 tokens, bf16 autocast)."
-        parts += ["## A penalty", what, report._markdown(table, "<>>"), source(found)]
+        text = (
+            "Of a step of `sentiment_sequence` (batches of 32 texts of up to 64 tokens) and of `compare_methods` "
+            f"(16 texts of 32 tokens), {found['precision']}."
+        )
+        parts += ["## A penalty", wrapped(text), report.markdown_table(table, "<>>"), source(found)]
     if found := load("bench_fisher", results):
         table = [["", "times faster (quartiles)", "ms an example", "peak MiB beside the model"]]
-        table += [[n, spread(r["speedup"]), f"{r['ms_an_example']:.1f}", f"{r['peak_mib']:.0f}"] for n, r in found["rows"].items()]  # fmt: skip
-        parts += ["## EWC's Fisher", report._markdown(table, "<>>>"), source(found)]
+        for name, row in found["rows"].items():
+            table.append([name, spread(row["speedup"]), f"{row['ms_an_example']:.1f}", f"{row['peak_mib']:.0f}"])
+        parts += ["## EWC's Fisher", report.markdown_table(table, "<>>>"), source(found)]
     if found := load("bench_long_sequence", results):
-        named = {
-            "ms_a_step": "ms a training step",
-            "resident_mib": "memory of the process, MiB",
-            "disk_mib": "disk, MiB",
-        }
         table = [["", "tasks 3 to 14", "the last twelve", "ratio"]]
-        table += [[label, *(f"{x:.1f}" for x in found["early_late"][n]), f"{found['early_late'][n][1] / found['early_late'][n][0]:.3f}"] for n, label in named.items()]  # fmt: skip
-        parts += ["## Fifty tasks", report._markdown(table, "<>>>"), source(found)]
+        for name, label in (
+            ("ms_a_step", "ms a training step"),
+            ("resident_mib", "memory of the process, MiB"),
+            ("disk_mib", "disk, MiB"),
+        ):
+            early, late = found["early_late"][name]
+            table.append([label, f"{early:.1f}", f"{late:.1f}", f"{late / early:.3f}"])
+        parts += ["## Fifty tasks", report.markdown_table(table, "<>>>"), source(found)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,177 +1,122 @@
-"""The comparison recipe and its report, on the real model and data, with few steps."""
+"""The comparison of methods and its report, with few steps of a small model on the real data."""
 
-from __future__ import annotations
-
+import functools
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+from classp_hf import METHODS, embedded
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare_methods  # noqa: E402
 import report_methods  # noqa: E402
 import report_performance  # noqa: E402
-from compare_methods import ARMS, FirstTask, Job, frozen_setting, job_of, read_lines  # noqa: E402
-
-from classp_hf import METHODS  # noqa: E402
+from compare_methods import ARMS, Job, first_task, folder_of, frozen_setting, job_of, read_lines  # noqa: E402
 
 
 @pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setattr(compare_methods, "BASE", compare_methods.BASE.replace("--max_steps 80", "--max_steps 2"))
-    monkeypatch.setattr(compare_methods, "TRAIN_EXAMPLES", 32)
-    monkeypatch.setattr(compare_methods, "EVAL_EXAMPLES", 24)
-    monkeypatch.setattr(compare_methods, "TRACE_EXAMPLES", 12)
-    compare_methods.prepared_task.cache_clear()
-    yield
-    compare_methods.prepared_task.cache_clear()
+def small(monkeypatch, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(embedded.model_path())
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **sizes)).save_pretrained(folder)
+    monkeypatch.setattr(embedded, "model_path", lambda: str(folder))
+    steps = compare_methods.BASE.replace("--max_steps 80", "--max_steps 2").replace("batch_size 16", "batch_size 4")
+    for name, value in {"BASE": steps, "TRAIN_EXAMPLES": 32, "EVAL_EXAMPLES": 24, "TRACE_EXAMPLES": 12}.items():
+        monkeypatch.setattr(compare_methods, name, value)
+    monkeypatch.setattr(compare_methods, "prepared_task", functools.cache(compare_methods.prepared_task.__wrapped__))
 
 
 def test_tuned_and_reported_runs_share_no_example(small, monkeypatch):
     monkeypatch.setattr(compare_methods, "TRAIN_EXAMPLES", 1200)
-    tuned, reported = (compare_methods.prepared_task("amazon", stage, 0) for stage in ("tune", "report"))
+    prepared = compare_methods.prepared_task
+    tuned, reported, other = (prepared("amazon", *how) for how in [("tune", 0), ("report", 0), ("report", 1)])
 
     def texts(dataset):
         return {tuple(ids) for ids in dataset["input_ids"]}
 
-    # beyond those that are the same once cut to 32 tokens
+    # but those that are the same once cut to 32 tokens
     assert len(texts(tuned.train_dataset) & texts(reported.train_dataset)) <= 2
     assert not texts(tuned.test_dataset) & texts(reported.test_dataset)
-    other = compare_methods.prepared_task("amazon", "report", 1)
     assert texts(other.test_dataset) == texts(reported.test_dataset)
     assert texts(other.train_dataset) != texts(reported.train_dataset)
 
 
 def run(job, cache):
-    first = FirstTask.of(job)
-    if first is not None and not first.folder(cache).is_dir():
+    if (first := first_task(job)) and not folder_of(first, cache).is_dir():
         compare_methods.train_first_task(first, cache)
-    return compare_methods.run(job, cache)
+    return json.loads(json.dumps(compare_methods.run(job, cache)))
 
 
 def test_a_shared_first_task_changes_no_result(small, monkeypatch, tmp_path):
+    jobs = {arm: Job("tune", arm, ARMS[arm].settings[0], "nyt>movie", 0) for arm in ARMS}
+    firsts = {arm: first_task(job) for arm, job in jobs.items()}
+    assert firsts["ewc"] == firsts["lwf"] != firsts["adamw"] and firsts["mofo"] is None
+    assert firsts["ewc"].setting.endswith("--learning_rate 1e-4 --reset_optimizer --gather_memory")
     for arm in ("adamw", "merge", "classp_logit_adjustment"):
-        job = Job("tune", arm, ARMS[arm].settings[0], "nyt>movie", 0)
-        shared = run(job, tmp_path)
+        shared = run(jobs[arm], tmp_path)
         monkeypatch.setattr(ARMS[arm], "alone", True)
-        assert FirstTask.of(job) is None
-        whole = run(job, tmp_path)
+        whole = run(jobs[arm], tmp_path)
         assert shared["R"][1:] == whole["R"][1:] and shared["bytes_a_weight"] == whole["bytes_a_weight"]
-    of = {arm: FirstTask.of(Job("tune", arm, ARMS[arm].settings[0], "nyt>movie", 0)) for arm in ("ewc", "lwf", "mofo")}
-    assert of["ewc"] == of["lwf"] and of["mofo"] is None
-    assert of["ewc"].flags == "--optim adamw_torch_fused --learning_rate 1e-4 --reset_optimizer --gather_memory"
-    assert sorted(p.name.split("_")[1] for p in tmp_path.iterdir()) == [
-        "nyt",
-        "nyt",
-        "nyt",
-    ]  # and nothing half-written
+    assert [p.name[:9] for p in tmp_path.iterdir()] == ["tune_nyt_"] * 3  # nothing half-written
 
 
 def test_runs_and_their_report(small, tmp_path):
-    lines = []
-    for arm, sequence in (
-        ("adamw", "nyt>movie"),
-        ("classp_logit_adjustment_lwf", "nyt>movie"),
-        ("mofo", "nyt>movie"),
-        ("lora", "nyt>movie"),
-        ("olora", "nyt>movie"),
-        ("osf", "nyt>movie"),
-        ("joint", "movie>nyt"),
-    ):
-        job = Job("report", arm, ARMS[arm].settings[0], sequence, 0)
-        line = json.loads(json.dumps(run(job, tmp_path)))
-        assert job_of(line) == job
-        lines.append(line)
+    sequences = dict.fromkeys(("adamw", "classp_logit_adjustment_lwf", "mofo", "lora", "olora", "osf"), "nyt>movie")
+    jobs = [Job("report", arm, ARMS[arm].settings[0], s, 0) for arm, s in {**sequences, "joint": "movie>nyt"}.items()]
+    lines = [run(job, tmp_path) for job in jobs]
+    assert [job_of(line) for line in lines] == jobs
     plain, ours, mofo, lora, olora, osf, joint = lines
+    assert plain["precision"] == compare_methods.PRECISION and plain["hardware"]["cpu_capability"]
     assert [len(row) for row in plain["R"]] == [2, 2, 2] and len(joint["R"]) == 1
     assert [point[0] for point in plain["trace"]] == [2]
     # optimizer state a weight: two moments, an accumulator and a teacher, adapters
-    assert plain["bytes_a_weight"] == pytest.approx(8, abs=0.1)
-    assert ours["bytes_a_weight"] == pytest.approx(8, abs=0.1)
-    assert mofo["bytes_a_weight"] == pytest.approx(8, abs=0.1) and lora["bytes_a_weight"] < 1
+    assert [x["bytes_a_weight"] for x in (plain, ours, mofo)] == pytest.approx([8, 8, 8], abs=0.1)
     assert lora["bytes_a_weight"] < olora["bytes_a_weight"] < 1 and osf["method"]["name"] == "osf"
     assert ours["method"]["prior_strength"] == 0.25 and ours["optimizer"]["name"] == "CLASSP"
 
-    found = report_methods.collect(lines, "movie>nyt")
-    assert list(found) == ["joint"] and found["joint"][0] == [joint["R"][0]]
-    found = report_methods.collect(lines, "nyt>movie")
+    found, seen = report_methods.collect(lines, "nyt>movie"), report_methods.traces(lines, ("nyt", "movie"))
     assert found["joint"][0] == [joint["R"][0][::-1]]
-    text = report_methods.table(found, ["nyt", "movie"])
-    assert all(f"`{arm}`" in text for arm in found)
-    seen = report_methods.traces(lines, ("nyt", "movie"))
+    table = report_methods.table(found, ["nyt", "movie"])
+    assert len(found) == 7 and all(f"`{arm}`" in table for arm in found)
     report_methods.plot_front(seen, ("nyt", "movie"), tmp_path / "front.png")
     assert (tmp_path / "front.png").stat().st_size > 1000
     assert "`mofo`" in report_methods.equal_plasticity(seen) and "`lora`" in report_methods.costs(lines)
 
 
-def fake_line(arm, setting, sequence, seed, final):
-    return {
-        "stage": "tune",
-        "arm": arm,
-        "setting": setting,
-        "sequence": sequence,
-        "seed": seed,
-        "R": [[0, 0], [0, 0], final],
-    }
-
-
 def test_the_setting_with_the_best_validation_accuracy_is_frozen():
     settings = ARMS["ewc"].settings
-    lines = [
-        fake_line("ewc", setting, sequence, 0, [0.5, 0.5 + 0.1 * (i == 1)])
-        for i, setting in enumerate(settings)
-        for sequence in compare_methods.TUNING
-    ]
+    runs = [Job("tune", "ewc", setting, sequence, 0) for setting in settings for sequence in compare_methods.TUNING]
+    lines = [{**vars(job), "R": [[0.5, 0.5 + 0.1 * (job.setting == settings[1])]]} for job in runs]
     assert frozen_setting("ewc", lines) == frozen_setting("ewc_summed", lines) == settings[1]
-    for unequal in (lines[:-1], []):
-        with pytest.raises(
-            ValueError, match="settings of 'ewc' were not all tuned alike. Run: compare_methods.py tune"
-        ):
-            frozen_setting("ewc", unequal)
+    with pytest.raises(ValueError, match="'ewc': not all settings were tuned alike. Run: compare_methods.py tune"):
+        frozen_setting("ewc", lines[:-1])
 
 
 def test_a_killed_runs_last_line_is_no_result(tmp_path):
     path = tmp_path / "runs.jsonl"
-    assert read_lines(path) == []
-    path.write_text(json.dumps({"a": 1}) + "\n" + '{"a": 2, "R": [[0.1')
+    assert read_lines(path) == [] and path.write_text('{"a": 1}\n{"a": 2, "R": [[0.1')
     assert read_lines(path) == [{"a": 1}]
 
 
 def test_every_method_has_an_arm_and_every_arm_three_settings():
-    used = {name for arm in ARMS.values() for name in arm.method.split("+")}
-    assert used == set(METHODS)
+    assert {name for arm in ARMS.values() for name in arm.method.split("+")} == set(METHODS)
     assert all(len(arm.settings) == 3 for arm in ARMS.values())
 
 
-def test_the_committed_results_give_the_committed_tables(tmp_path, monkeypatch):
-    """docs/results.md and README's table are what the script makes of the raw runs."""
-    results = ROOT / "benchmarks/results/compare_methods.jsonl"
+def test_the_committed_results_give_the_committed_pages(tmp_path, monkeypatch):
+    """docs/results.md, docs/performance.md and README's table are what the programs make of the raw results."""
     readme = tmp_path / "README.md"
     readme.write_text((ROOT / "README.md").read_text())
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "report_methods.py",
-            "--input",
-            str(results),
-            "--output",
-            str(tmp_path / "results.md"),
-            "--readme",
-            str(readme),
-        ],
-    )
+    argv = ["report_methods.py", "--output", str(tmp_path / "results.md"), "--readme", str(readme)]
+    monkeypatch.setattr(sys, "argv", argv)
     report_methods.main()
     assert readme.read_text() == (ROOT / "README.md").read_text()
     assert (tmp_path / "results.md").read_text() == (ROOT / "docs/results.md").read_text()
-
-
-def test_the_committed_benchmarks_give_the_committed_page():
-    page = report_performance.page(ROOT / "benchmarks/results")
-    assert page == (ROOT / "docs/performance.md").read_text(encoding="utf-8")
-    assert all(
-        heading in page for heading in ("A step of the optimizer", "A whole training", "A penalty", "EWC's Fisher")
-    )
+    assert report_performance.page(ROOT / "benchmarks/results") == (ROOT / "docs/performance.md").read_text()

@@ -1,0 +1,350 @@
+"""Compare continual-learning methods over sequences of real tasks: settings are chosen on other ones than reported.
+
+    python benchmarks/compare_methods.py tune     # every arm x setting on the tuning sequences, validation data
+    python benchmarks/compare_methods.py report --seeds 0 1 2 --processes 2 --arms classp ewc   # the best, test data
+
+Every finished run is a line of `--output` and is never run again; stop and restart at will. `tune` and `report` share
+no training example (the protocol of Cha & Cho 2024, arXiv 2403.09066). A method does nothing before the second task,
+so those on one optimizer share the training of the first (`--first_tasks`, a folder that may be deleted). CPUs
+compute in float32, GPUs that have bf16 under its autocast. Tables and plots: `benchmarks/report_methods.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import concatenate_datasets
+from peft import LoraConfig, OSFConfig, TaskType, get_peft_model
+from torch.utils._pytree import tree_leaves
+from tqdm.auto import tqdm
+
+from classp_hf import METHODS, ContinualTrainer, ContinualTrainingArguments, MoFO, embedded, load_task, register
+from classp_hf.tasks import SENTIMENT, prepare_tasks
+
+LABELS = {name: i for i, name in enumerate(SENTIMENT)}
+TUNING = ("nyt>amazon", "tweets>amazon")
+REPORTED = ("nyt>movie>tweets>amazon", "movie>nyt>amazon>tweets", "amazon>tweets")
+"""The long ones begin with nyt>movie and movie>nyt; the last reverses a tuning sequence with little forgetting."""
+
+BASE = (
+    "--max_steps 80 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --max_length 32 "
+    "--save_strategy no --logging_strategy no --report_to none --disable_tqdm True "
+    "--dataloader_pin_memory False --log_level error"
+)
+TRAIN_EXAMPLES, EVAL_EXAMPLES, TRACE_EXAMPLES = 640, 300, 150
+TRACE_STEPS = (2, 6, 15, 30, 60)
+GPU = torch.cuda.is_available()
+PRECISION = "bf16" if GPU and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+@dataclass
+class Arm:
+    """What is run: flags that never change, and the settings to choose from, three an arm: the same budget for all."""
+
+    flags: str
+    settings: list[str]
+    method: str = "none"
+    tuned_as: str | None = None  # take over the setting chosen for this arm instead of tuning again
+    kind: str = "replay-free"  # or "stores data", "upper bound"
+    peft: str | None = None  # or "lora", "osf"
+    alone: bool = False  # differs from its plain optimizer in the first task already
+
+
+def grid(flag: str, *values: Any) -> list[str]:
+    return [f"--{flag} {value}" for value in values]
+
+
+ADAMW, CLASSP = "--optim adamw_torch_fused --reset_optimizer", "--optim classp"
+ADAMW_LR, CLASSP_LR = grid("learning_rate", 5e-5, 1e-4, 2e-4), grid("learning_rate", 5e-4, 1e-3, 2e-3)
+AT = f"{ADAMW} --learning_rate 1e-4"  # of the methods on AdamW; `adamw` itself chooses its own
+KEPT = f"{CLASSP} --learning_rate 1e-3"
+OURS = f"{KEPT} --prior_strength 0.25"  # with logit adjustment this is what ClasspTrainer does by itself
+LAMBDA, WEIGHT = (0.03, 0.1, 0.3), (0.3, 1, 3)
+SHARE, PRIOR = "interpolation_weight", grid("prior_strength", 0.25, 0.5, 1)
+
+ARMS: dict[str, Arm] = {
+    # one optimizer after another, no method
+    "adamw": Arm(ADAMW, ADAMW_LR),
+    "sgd": Arm("--optim sgd --optim_args momentum=0.9 --reset_optimizer", grid("learning_rate", 1e-2, 3e-2, 0.1)),
+    "adagrad": Arm("--optim adagrad --reset_optimizer", grid("learning_rate", 2e-4, 5e-4, 1e-3)),
+    "mofo": Arm("--reset_optimizer", grid("learning_rate 1e-4 --mofo_fraction", 0.05, 0.15, 0.4), alone=True),
+    "lora": Arm(ADAMW, CLASSP_LR, peft="lora", alone=True),
+    "olora": Arm(AT.replace("1e-4", "1e-3"), grid("olora_lambda", 0.05, 0.5, 5), "olora", peft="lora", alone=True),
+    "osf": Arm(ADAMW, grid("learning_rate", 1e-4, 3e-4, 1e-3), "osf", peft="osf", alone=True),
+    # methods from papers, on AdamW
+    "ewc": Arm(AT, grid("ewc_lambda", *LAMBDA), "ewc"),
+    "ewc_summed": Arm(f"{AT} --ewc_mode summed", grid("ewc_lambda", *LAMBDA), "ewc", tuned_as="ewc"),
+    "l2sp": Arm(AT, grid("l2sp_alpha", *LAMBDA), "l2sp"),
+    "interpolate": Arm(AT, grid(SHARE, 0.3, 0.5, 0.7), "interpolate"),
+    "ema": Arm(AT, grid("ema_decay", 0.9, 0.95, 0.98), "ema"),
+    "lwf": Arm(AT, grid("lwf_lambda", 0.5, 1, 2), "lwf"),
+    "logit_adjustment": Arm(AT, PRIOR, "logit_adjustment"),
+    "merge": Arm(AT, grid("merge_weight", *WEIGHT), "merge"),
+    # CLASSP and the uses of its memory
+    "classp": Arm(CLASSP, CLASSP_LR),
+    "classp_elastic": Arm(KEPT, grid("anchor_strength", *LAMBDA), "elastic"),
+    "classp_merge": Arm(KEPT, grid("merge_weight", *WEIGHT), "merge"),
+    "classp_logit_adjustment": Arm(KEPT, PRIOR, "logit_adjustment"),
+    "classp_elastic_logit_adjustment": Arm(OURS, grid("anchor_strength", *LAMBDA), "elastic+logit_adjustment"),
+    "classp_merge_logit_adjustment": Arm(OURS, grid("merge_weight", 1, 3, 10), "merge+logit_adjustment"),
+    "classp_interpolate_logit_adjustment": Arm(OURS, grid(SHARE, 0.5, 0.7, 0.85), "interpolate+logit_adjustment"),
+    "classp_lwf": Arm(KEPT, grid("lwf_lambda", 0.5, 1, 2), "lwf"),
+    "classp_logit_adjustment_lwf": Arm(OURS, grid("lwf_lambda", 0.25, 0.5, 1), "logit_adjustment+lwf"),
+}
+for dtype in ("bfloat16", "uint8"):  # its memory in two bytes and one byte a weight
+    flags = f"{CLASSP} --optim_args state_dtype={dtype} --learning_rate 1e-3"
+    ARMS[f"classp_{dtype}"] = Arm(flags, PRIOR, "logit_adjustment", tuned_as="classp_logit_adjustment")
+for percent in (1, 5, 10):
+    flags = f"{ADAMW} --replay_fraction {percent / 100}"
+    ARMS[f"replay_{percent}"] = Arm(flags, ADAMW_LR, "replay", "replay_5", "stores data")
+for percent in (1, 5, 10):
+    given = (PRIOR, "replay+logit_adjustment", "classp_logit_adjustment", "stores data")
+    ARMS[f"classp_replay_{percent}"] = Arm(f"{KEPT} --replay_fraction {percent / 100}", *given)
+ARMS["joint"] = Arm(ADAMW, ADAMW_LR, kind="upper bound", tuned_as="adamw", alone=True)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. Its JSON is its identity."""
+
+    stage: str  # "tune" or "report"
+    arm: str
+    setting: str
+    sequence: str
+    seed: int
+
+
+def first_task(job: Job) -> Job | None:
+    """The training of the first task by the plain optimizer, which all methods that run on it share."""
+    if ARMS[job.arm].alone:
+        return None
+    words = f"{ARMS[job.arm].flags} {job.setting}".split()
+    kept = [w for i, w in enumerate(words) if {w, words[i - 1]} & {"--optim", "--optim_args", "--learning_rate"}]
+    if "--reset_optimizer" in words:
+        kept += ["--reset_optimizer", "--gather_memory"]  # for the methods that use the memory without CLASSP
+    return Job(job.stage, "first task", " ".join(kept), job.sequence.split(">")[0], job.seed)
+
+
+def folder_of(first: Job, cache: Path) -> Path:
+    digest = hashlib.sha256(f"{BASE} {PRECISION} {first.setting} {TRAIN_EXAMPLES}".encode()).hexdigest()[:12]
+    return cache / f"{first.stage}_{first.sequence}_{first.seed}_{digest}"
+
+
+@functools.cache
+def prepared_task(domain: str, stage: str, seed: int):
+    """The tokenised task: `tune` and `report` see halves of the training split that share no example."""
+    task = load_task(f"icwsm14/{domain}", max_eval_samples=EVAL_EXAMPLES)
+    halves = task.train_dataset.train_test_split(test_size=0.5, seed=0)
+    half = halves["train" if stage == "tune" else "test"].shuffle(seed=seed)
+    measured = task.eval_dataset if stage == "tune" else task.test_dataset
+    traced = measured.shuffle(seed=0).select(range(TRACE_EXAMPLES))  # while training
+    task = replace(task, train_dataset=half.select(range(TRAIN_EXAMPLES)), eval_dataset=traced, test_dataset=measured)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.model_path())
+    return prepare_tasks([task], tokenizer, LABELS, max_length=32)[0]
+
+
+def parse(flags: str, seed: int, folder: str) -> tuple[Any, ...]:
+    """The training arguments, a method of each kind, and a namespace with `mofo_fraction`."""
+    register()
+    methods = [m for m in METHODS.values() if any(f.init for f in fields(m))]
+    parser = transformers.HfArgumentParser((ContinualTrainingArguments, *methods))
+    parser.add_argument("--mofo_fraction", type=float)
+    words = f"{BASE} --bf16 {PRECISION == 'bf16'} --use_cpu {not GPU} {flags} --seed {seed}"
+    return parser.parse_args_into_dataclasses([*words.split(), "--output_dir", folder])
+
+
+def build_trainer(args: Any, peft: str | None = None, learned: Path | None = None, **kwargs: Any) -> ContinualTrainer:
+    """A trainer of all-MiniLM-L6-v2, bare or with adapters, or of the model in the folder `learned`."""
+    transformers.set_seed(args.seed)
+    new: dict[str, Any] = {"num_labels": len(LABELS), "label2id": LABELS, "id2label": dict(enumerate(LABELS))}
+    new |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    source, changes = (embedded.model_path(), new) if learned is None else (learned, {})
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(source, **changes)
+    if peft is not None:
+        common = {"task_type": TaskType.SEQ_CLS, "target_modules": "all-linear"}
+        lora, osf = LoraConfig(r=16, lora_alpha=32, **common), OSFConfig(effective_rank=0.5, **common)
+        model = get_peft_model(model, {"lora": lora, "osf": osf}[peft])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.model_path())
+    trainer = ContinualTrainer(model=model, args=args, processing_class=tokenizer, **kwargs)
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def train_first_task(first: Job, cache: Path) -> None:
+    """Train it and keep model and memory in its folder, which appears when it is complete."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        whole = Path(folder, "run")
+        trainer = build_trainer(parse(first.setting, first.seed, str(whole))[0])
+        trainer.train_sequence([prepared_task(first.sequence, first.stage, first.seed)])
+        shutil.rmtree(next(whole.glob("00-*")))  # the same model once more
+        with suppress(OSError):  # another process was faster
+            whole.rename(folder_of(first, cache))
+
+
+class Watch(transformers.TrainerCallback):
+    """Accuracy on the first two tasks while the second trains; what a step costs, the trace left out."""
+
+    def __init__(self, trainer: ContinualTrainer, traced: list[Any]) -> None:
+        self.trainer, self.traced = trainer, traced
+        self.seconds, self.trace, self.bytes_a_weight = [], [], 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        self.seconds.append(time.perf_counter() - self.began)
+        if len(self.trainer.seen_tasks) != 1:
+            return
+        if self.traced and state.global_step in TRACE_STEPS:
+            found = [self.trainer.evaluate(task.eval_dataset)["eval_accuracy"] for task in self.traced]
+            self.trace.append([state.global_step, *(round(v, 4) for v in found)])
+        if state.global_step == args.max_steps:
+            gathered = {} if args.optim == "classp" else self.trainer.accumulators()  # CLASSP's are its state
+            held = tree_leaves([dict(optimizer.state), [vars(m) for m in self.trainer.methods], gathered])
+            held = [t for x in held for t in (x.parameters() if isinstance(x, torch.nn.Module) else [x])]
+            storages = {t.untyped_storage() for t in held if isinstance(t, torch.Tensor)}
+            total = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+            self.bytes_a_weight = total / sum(p.numel() for p in self.trainer.model.parameters())
+
+
+def run(job: Job, cache: Path) -> dict[str, Any]:
+    """Train one arm over one sequence; returns the line to keep."""
+    arm, flags = ARMS[job.arm], f"{ARMS[job.arm].flags} {job.setting}"
+    first, names = first_task(job), arm.method.split("+")
+    learned = first and folder_of(first, cache)
+    tasks = sequence = [prepared_task(domain, job.stage, job.seed) for domain in job.sequence.split(">")]
+    with tempfile.TemporaryDirectory(prefix="compare_methods_") as folder:
+        args, *configured, mofo = parse(flags, job.seed, folder)
+        if learned is not None:
+            args.learned_tasks = 1
+            if args.optim == "classp" or any(METHODS[name].uses_accumulators for name in names):
+                args.memory = str(learned)
+        if job.arm == "joint":  # as many steps as the sequence has in all
+            args.max_steps *= len(sequence)
+            together = concatenate_datasets([task.train_dataset for task in sequence])
+            tasks = [replace(sequence[0], name="joint", train_dataset=together)]
+        kwargs: dict[str, Any] = {"method": [next((m for m in configured if m.name == name), name) for name in names]}
+        if job.arm == "mofo":
+            kwargs["optimizer_cls_and_kwargs"] = (MoFO, {"lr": args.learning_rate, "fraction": mofo.mofo_fraction})
+        trainer, started = build_trainer(args, arm.peft, learned, **kwargs), time.perf_counter()
+        watch = Watch(trainer, sequence[:2] if job.stage == "report" else [])
+        trainer.add_callback(watch)
+        results = trainer.train_sequence(tasks)
+        R = results["accuracy_matrix"]
+        if job.arm == "joint":
+            R = [[trainer.evaluate(task.test_dataset)["eval_accuracy"] for task in sequence]]
+        return {
+            **asdict(job),
+            "R": [[round(v, 4) for v in row] for row in R],
+            "trace": watch.trace,
+            "seconds": round(time.perf_counter() - started, 1),
+            "seconds_a_step": round(sum(watch.seconds) / len(watch.seconds), 4),
+            "seconds_a_boundary": round(results["boundary_seconds"] / len(tasks), 2),
+            "bytes_a_weight": round(watch.bytes_a_weight, 2),
+            **{k: results[k] for k in ("optimizer", "method", "commit")},
+            "flags": f"{BASE} {flags}",
+            "precision": PRECISION,
+            "hardware": {k: results["hardware"][k] for k in ("cpu", "cpu_capability", "torch_threads", "gpus")},
+            "torch": results["versions"]["torch"],
+        }
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The finished runs; a last line that a killed process left unfinished is not one."""
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def job_of(line: dict[str, Any]) -> Job:
+    return Job(**{f.name: line[f.name] for f in fields(Job)})
+
+
+def frozen_setting(arm: str, lines: list[dict[str, Any]]) -> str:
+    """The setting with the best validation ACC, mean over tuning sequences and seeds; the first of equals."""
+    arm = ARMS[arm].tuned_as or arm
+    scores: dict[str, dict[Any, float]] = {setting: {} for setting in ARMS[arm].settings}
+    for line in lines:
+        if line["stage"] == "tune" and line["arm"] == arm and line["setting"] in scores:
+            scores[line["setting"]][line["sequence"], line["seed"]] = sum(line["R"][-1]) / len(line["R"][-1])
+    if len({frozenset(found) for found in scores.values()}) > 1 or not all(scores.values()):
+        raise ValueError(f"{arm!r}: not all settings were tuned alike. Run: compare_methods.py tune --arms {arm}")
+    return max(scores, key=lambda setting: sum(scores[setting].values()))
+
+
+def jobs(options: argparse.Namespace, stage: str, lines: list[dict[str, Any]]) -> Iterator[Job]:
+    if stage == "tune":
+        for arm, sequence, seed in itertools.product(options.arms, TUNING, options.tuning_seeds):
+            yield from (Job(stage, ARMS[arm].tuned_as or arm, s, sequence, seed) for s in ARMS[arm].settings)
+        return
+    settings = {arm: frozen_setting(arm, lines) for arm in options.arms}
+    for seed, sequence, arm in itertools.product(options.seeds, options.sequences, options.arms):
+        tasks = sequence.split(">")
+        # of `joint` the first two tasks alone too, and the order says nothing
+        parts = [">".join(sorted(tasks[:2])), ">".join(sorted(tasks))] if arm == "joint" else [sequence]
+        yield from (Job(stage, arm, settings[arm], part, seed) for part in parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("stage", choices=["tune", "report", "all"])
+    add("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of `report`")
+    add("--tuning_seeds", nargs="+", type=int, default=[0], help="of `tune`")
+    add("--sequences", nargs="+", default=list(REPORTED), help="domains joined by '>'")
+    add("--processes", type=int, default=os.cpu_count(), help="runs at the same time")
+    add("--output", type=Path, default=Path("benchmarks/results/compare_methods.jsonl"))
+    add("--first_tasks", type=Path, help="default: a folder of OUTPUT's name with .first_tasks at its end")
+    options = parser.parse_args()
+    cache = options.first_tasks or options.output.with_suffix(".first_tasks")
+    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error")
+    os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    # glibc: keep freed memory instead of asking the system for it again at every step
+    os.environ.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**35), MALLOC_TOP_PAD_=str(2**28))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    if options.output.is_file() and not options.output.read_text().endswith("\n"):
+        with options.output.open("a") as file:  # a killed process left a line unfinished: begin a new one
+            file.write("\n")
+
+    for stage in ["tune", "report"] if options.stage == "all" else [options.stage]:
+        lines = read_lines(options.output)
+        finished = {job_of(line) for line in lines}
+        todo = [job for job in dict.fromkeys(jobs(options, stage, lines)) if job not in finished]
+        first = [task for task in dict.fromkeys(map(first_task, todo)) if task and not folder_of(task, cache).is_dir()]
+        print(f"{stage}: {len(first)} first tasks, {len(todo)} runs to do, {len(finished)} there already", flush=True)
+        pool = ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"))
+        try:
+            for function, items in ((train_first_task, first), (run, todo)):
+                futures = [pool.submit(function, item, cache) for item in items]
+                done = (future.result() for future in tqdm(as_completed(futures), total=len(items)))
+                for line in filter(None, done):  # a first task has none
+                    with options.output.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+                    tqdm.write(f"{line['arm']} {line['sequence']} {[round(100 * v, 1) for v in line['R'][-1]]}")
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+if __name__ == "__main__":
+    main()
