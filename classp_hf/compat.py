@@ -122,10 +122,9 @@ class PatchedTrainer(Trainer):
     optimizer: Any
     _sharded_groups: list[list[torch.nn.Parameter]] | None = None
 
-    def check_fsdp(self) -> None:
+    def check_fsdp(self, plugin: Any) -> None:
         """accelerate 1.15 shards the input embedding by itself and fails if a layer that holds it is sharded
         already."""
-        plugin = self.accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise ValueError(
                 f"FSDP version {plugin.fsdp_version} flattens parameters, and the memory is kept by parameter. Set "

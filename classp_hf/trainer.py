@@ -132,7 +132,7 @@ class ContinualTrainer(PatchedTrainer):
         for callback in [c for c in self.callback_handler.callbacks if type(c) is ContinualCallback]:
             self.remove_callback(callback)  # of `register`; the trainer has its own
         if self.is_fsdp_enabled:
-            self.check_fsdp()
+            self.check_fsdp(self.accelerator.state.fsdp_plugin)
         self.given_optimizers = kwargs.get("optimizers", (None, None))
         self.classifies, self.generates = is_single_label_classifier(self.model), is_language_model(self.model)
         if self.classifies:
@@ -360,7 +360,7 @@ class ContinualTrainer(PatchedTrainer):
             self.model = adapted
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with writing(f"the checkpoint of step {self.state.global_step}", str(self.args.output_dir)):
+        with writing(f"the checkpoint of step {self.state.global_step}", self._get_output_dir(None)):
             super()._save_checkpoint(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

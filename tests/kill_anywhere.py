@@ -320,7 +320,7 @@ def differences(a: Path, b: Path) -> list[str]:
     # which of the last task's checkpoints are left depends on where it was interrupted
     files = [{f for f in names if "checkpoint-" not in f} for names in files]
     found += [f"only one has {f}" for f in sorted(files[0] ^ files[1])]
-    compared = {f for f in files[0] & files[1] if f.endswith((".safetensors", "optimizer.pt", "config.json"))}
+    compared = {f for f in files[0] & files[1] if f.endswith((".safetensors", ".st", "optimizer.pt", "config.json"))}
     assert {"model.safetensors", MEMORY_NAME} <= compared
     return found + [f for f in sorted(compared) if content(a / f) != content(b / f)]
 

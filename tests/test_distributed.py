@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from classp_hf import ContinualMemory
-from classp_hf.optim.classp import _sample_of_shard
 
 ACCELERATE = Path(__file__).parents[1] / "recipes" / "accelerate"
 FILES = ("model.safetensors", "continual_memory.st")
@@ -156,28 +155,13 @@ def test_sharded_tensors_are_treated_as_whole_ones(four):
     assert {k: v for k, v in tensors.items() if not all(v.values())} == {}
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("shape", [(3,), (1, 5), (2, 32), (5, 7, 3), (41,), (10, 1)])
-def test_the_shards_samples_add_up_to_the_whole_ones(shape, ranks):
-    whole = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    for stride in (1, 2, 3, 7, 50):
-        begin, total = 0, 0.0
-        for rank in range(ranks):
-            chunks = whole.chunk(ranks)
-            shard = chunks[rank] if rank < len(chunks) else whole[:0]
-            total = total + _sample_of_shard(shard, begin, whole.numel(), stride)
-            begin += shard.numel()
-        assert torch.equal(total, whole.reshape(-1)[::stride])
-
-
 def test_a_nan_in_one_shard_stops_every_rank(four):
     for rank in found(four, "tensors"):
-        assert "CLASSP got NaN or infinite gradients in 1 coordinate. Nothing there was updated" in rank["nan"]
+        assert "CLASSP got NaN or infinite gradients" in rank["nan"] and "Nothing was updated" in rank["nan"]
         assert rank["nan_untouched"]
 
 
 def test_what_is_refused(four):
-    assert "got placements (Shard(dim=1),). Use threshold." in found(four, "tensors")[0]["columns"]
     for rank in found(four, "refused"):
         assert "per-example Fisher does not run under FSDP" in rank
 
@@ -185,10 +169,10 @@ def test_what_is_refused(four):
 def test_what_is_made_of_an_fsdp_configuration(tmp_path):
     made = worker.trainer(tmp_path, "classp")
     with pytest.raises(ValueError, match=r"FSDP version 1 flattens parameters.* Set fsdp_version: 2"):
-        made._check_fsdp(SimpleNamespace(fsdp_version=1))
+        made.check_fsdp(SimpleNamespace(fsdp_version=1))
     for given, layers in ((None, ["BertLayer"]), (["BertEncoder"], ["BertEncoder"])):
         plugin = SimpleNamespace(fsdp_version=2, transformer_cls_names_to_wrap=given)
-        made._check_fsdp(plugin)
+        made.check_fsdp(plugin)
         assert plugin.transformer_cls_names_to_wrap == layers
 
 

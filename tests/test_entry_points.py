@@ -77,7 +77,7 @@ def test_trls_sft_script(peft, launch, make_causal, tokenizer, tmp_path):  # noq
         before, after = (ContinualMemory.load(tmp_path / run).get("accumulator") for run in "ab")
         assert all(torch.equal(after[n], s) for n, s in before.items())
         assert any("lora_A" in n and s.any() for n, s in after.items())
-        assert "weights that are frozen now is kept" in log
+        assert "are kept for parameters that are frozen" in log
 
 
 SEQ2SEQ = """

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from classp_hf import ClasspTrainer, ContinualMemory, ContinualTrainer
 from classp_hf.memory import MEMORY_NAME
 from classp_hf.resume import read_state
-from classp_hf.trainer import STATE_NAME
+from classp_hf.sequence import STATE_NAME
 
 FUZZ = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
