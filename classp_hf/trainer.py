@@ -143,7 +143,7 @@ class ContinualTrainer(PatchedTrainer):
         if self.preprocess_logits_for_metrics is None:
             self.preprocess_logits_for_metrics = self._mask_other_tasks_labels
         self.task_heads = TaskHeads(self.model) if args.heads == "per_task" else None
-        self.engine.heads, self.engine.accelerator = self.task_heads, self.accelerator
+        self.engine.heads, self.engine.accelerator, self.engine.model = self.task_heads, self.accelerator, self.model
         for part in self.methods:
             part.excluded = self.engine.excluded
         self._complete_methods()

@@ -83,7 +83,8 @@ def assert_alike(run, reference):
         for kind in {k.split("/")[0] for k in b} if file == FILES[1] else {""}:
             names = [k for k in b if k.startswith(kind)]
             difference = sum(float((a[k].float() - b[k].float()).abs().sum()) for k in names)
-            assert difference <= 1e-5 * sum(float(b[k].float().abs().sum()) for k in names), (file, kind)
+            share = 1e-4 if kind == "samples" else 1e-5  # a few weights, instead of all of them
+            assert difference <= share * sum(float(b[k].float().abs().sum()) for k in names), (file, kind)
 
 
 def matrix(folder, run):
@@ -103,7 +104,7 @@ def test_four_copies_count_every_example_of_the_fisher_once(one, four):
     assert all(rank["R"] == matrix(one, "ewc") for rank in found(four, "ewc"))
     assert_alike(four / "ewc", one / "ewc")
     memory = ContinualMemory.load(four / "ewc")
-    assert memory.kinds() == ["ewc.anchor", "ewc.importance"]
+    assert memory.kinds() == ["ewc.anchor", "ewc.importance", "samples"]
 
 
 def test_four_shards_go_on_from_one_process(one, four):
@@ -157,7 +158,9 @@ def test_sharded_tensors_are_treated_as_whole_ones(four):
 
 def test_a_nan_in_one_shard_stops_every_rank(four):
     for rank in found(four, "tensors"):
-        assert "CLASSP got NaN or infinite gradients" in rank["nan"] and "Nothing was updated" in rank["nan"]
+        assert (
+            "CLASSP got NaN, infinite or overflowing gradients" in rank["nan"] and "Nothing was updated" in rank["nan"]
+        )
         assert rank["nan_untouched"]
 
 
