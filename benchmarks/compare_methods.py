@@ -337,7 +337,7 @@ def main() -> None:
         try:
             for function, items in ((train_first_task, first), (run, todo)):
                 futures = [pool.submit(function, item, cache) for item in items]
-                done = (future.result() for future in tqdm(as_completed(futures), total=len(items)))
+                done = (future.result() for future in tqdm(as_completed(futures), total=len(items), disable=not items))
                 for line in filter(None, done):  # a first task has none
                     with options.output.open("a") as file:
                         file.write(json.dumps(line) + "\n")

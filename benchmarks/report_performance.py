@@ -57,14 +57,14 @@ def steps(found: dict[str, Any]) -> list[str]:
 
 
 STEP = (
-    "all-MiniLM-L6-v2's 22.7M weights. With p=2 CLASSP's step is PyTorch's fused Adagrad, which reads the gradient "
-    "and reads and writes weight and accumulator: 20 bytes a float32 weight against AdamW's 28, which is the "
-    "`bound` where memory is what takes the time; `bandwidth`, on a GPU: those bytes a second, against what copying "
-    "the weights reaches in the same run. Before it CLASSP looks at every gradient once, to keep what is not finite "
-    "out of the memory. Other powers, and memories of fewer bytes, take PyTorch's elementwise operations in blocks, "
-    "which pass over the weights several times. `batch`: the gradients of a real batch of 16 texts; `embedding`: "
-    "those of its word embedding alone, of which most rows have none. Extra memory: what a step allocates at its "
-    "peak, in percent of the parameters."
+    "The weights are all-MiniLM-L6-v2's, 22.7M, or one tensor of `--weights`. With p=2 CLASSP's step is PyTorch's "
+    "fused Adagrad, which reads the gradient and reads and writes weight and accumulator: 20 bytes a float32 weight "
+    "against AdamW's 28, which is the `bound` where memory is what takes the time; `bandwidth`, on a GPU: those bytes "
+    "a second, against what copying the weights reaches in the same run. Before it CLASSP looks at every gradient "
+    "once, to keep what is not finite out of the memory. Other powers, and memories of fewer bytes, take PyTorch's "
+    "elementwise operations in blocks, which pass over the weights several times. `batch`: the gradients of a real "
+    "batch of 16 texts; `embedding`: those of its word embedding alone, of which most rows have none. Extra memory: "
+    "what a step allocates at its peak, in percent of the parameters."
 )
 NO_GPU = (
     "**GPU**: none was at hand, so there is no row. `bash benchmarks/gpu.sh` runs every benchmark that a GPU can, and "
