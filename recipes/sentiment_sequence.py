@@ -1,7 +1,7 @@
 """Fine-tune one classifier over a sequence of text tasks, and show what it kept: `classp_hf/demo.py` is the code.
 
-    accelerate launch recipes/sentiment_sequence.py
-    accelerate launch recipes/sentiment_sequence.py --help
+accelerate launch recipes/sentiment_sequence.py
+accelerate launch recipes/sentiment_sequence.py --help
 """
 
 from classp_hf.demo import main

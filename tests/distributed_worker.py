@@ -1,4 +1,5 @@
-"""What tests/test_distributed.py runs on several ranks: `accelerate launch ... distributed_worker.py SCENARIO GIVEN FOLDER`.
+"""What tests/test_distributed.py runs on several ranks: `accelerate launch ... distributed_worker.py SCENARIO GIVEN
+FOLDER`.
 
 What a scenario found goes into FOLDER, as JSON; GIVEN holds the runs of another number of ranks.
 """

@@ -42,7 +42,8 @@ class FakeHub:
         self.large: dict[str, bytes] = {}
         """Content of large files by SHA-256."""
         self.failures: dict[str, int] = {}
-        """Last part of a path that is POSTed to ("create", "preupload", "batch", "commit") -> status, 0: drop the connection."""
+        """Last part of a path that is POSTed to ("create", "preupload", "batch", "commit") -> status, 0: drop the
+        connection."""
 
     def create(self, repo: str) -> None:
         self.commit(repo, {}, "initial commit")

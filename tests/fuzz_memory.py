@@ -218,7 +218,8 @@ def check(blob, folder):
 
 
 def fuzz(minutes):
-    """Search until the time is over, and print what was seen; what the loader fails on, Hypothesis makes small and shows."""
+    """Search until the time is over, and print what was seen; what the loader fails on, Hypothesis makes small and
+    shows."""
     seen, slowest = collections.Counter(), 0.0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     end = time.monotonic() + 60 * minutes
@@ -245,8 +246,8 @@ def fuzz(minutes):
             search()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
-        f"{seen.total():,} files, 0 crashes: {', '.join(f'{n:,} {reason}' for reason, n in seen.most_common())}; slowest "
-        f"{slowest:.2f} s; peak RSS {peak // 1024} MiB, {(peak - before) // 1024} above the start."
+        f"{seen.total():,} files, 0 crashes: {', '.join(f'{n:,} {reason}' for reason, n in seen.most_common())}; "
+        f"slowest {slowest:.2f} s; peak RSS {peak // 1024} MiB, {(peak - before) // 1024} above the start."
     )
 
 

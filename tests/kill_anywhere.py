@@ -3,9 +3,9 @@
     python tests/kill_anywhere.py --kills 20 --ranks 1
     python tests/kill_anywhere.py --kills 20 --ranks 2
 
-Half of the kills come at a random time, half at a named event: a file opened for writing, renamed or removed, in the middle of a
-file of tensors, between a gradient and its step, in an evaluation, in EWC's Fisher pass, in a merge. Runs are processes of
-their own, forked from a server that has imported the libraries once (`multiprocessing`'s forkserver).
+Half of the kills come at a random time, half at a named event: a file opened for writing, renamed or removed, in the
+middle of a file of tensors, between a gradient and its step, in an evaluation, in EWC's Fisher pass, in a merge. Runs
+are processes of their own, forked from a server that has imported the libraries once (`multiprocessing`'s forkserver).
 """
 
 from __future__ import annotations
@@ -60,10 +60,11 @@ class Event:
     name: str
     count: int = 1
     action: str = "kill"
-    """`kill`: SIGKILL. `term`: SIGTERM. `full`: no file may grow beyond 30 kB from here on. `all`: note every event."""
+    """`kill`: SIGKILL. `term`: SIGTERM. `full`: no file may grow beyond 30 kB from here on. `all`: note every
+    event."""
 
 
-# ---- In the process of a rank ----------------------------------------------------------------------------------------
+# ---- In the process of a rank ----
 
 
 class Watch:
@@ -257,7 +258,7 @@ def rank_main(run: Run, rank: int, port: int, event: Event | None, resume: bool,
         run.folder.with_suffix(f".{rank}.events").write_text(json.dumps(watch.seen))
 
 
-# ---- Outside -----------------------------------------------------------------------------------------------------------
+# ---- Outside ----
 
 
 def prepare() -> None:
@@ -271,7 +272,8 @@ def prepare() -> None:
 def attempt(
     run: Run, event: Event | None = None, rank: int | None = 0, resume: bool = False, seconds: float | None = None
 ) -> list[int]:
-    """Start every rank, let `event` happen in one of them (None: in all), or kill all after so many seconds of training.
+    """Start every rank, let `event` happen in one of them (None: in all), or kill all after so many seconds of
+    training.
 
     Returns:
         Exit codes; a rank that dies takes the others with it, as a launcher sees to, and a killed one has -9.
@@ -312,7 +314,8 @@ def undisturbed(run: Run) -> list[dict[str, int]]:
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """What two finished runs differ in: R and all else in results.json that is no time or place; every file's content."""
+    """What two finished runs differ in: R and all else in results.json that is no time or place; every file's
+    content."""
     keys = ["tasks", "accuracy_matrix", "metrics", "method", "optimizer", "importance"]
     results = [json.loads((folder / "results.json").read_text()) for folder in (a, b)]
     found = [f"results.json: {k}" for k in keys if results[0][k] != results[1][k]]
@@ -326,8 +329,8 @@ def differences(a: Path, b: Path) -> list[str]:
 
 
 def content(path: Path) -> Any:
-    """The file's bytes; of a safetensors file with metadata these, which it orders at random, and the tensors' bytes; of an
-    optimizer its state (the next task sets the rest)."""
+    """The file's bytes; of a safetensors file with metadata these, which it orders at random, and the tensors' bytes;
+    of an optimizer its state (the next task sets the rest)."""
     if path.name == "optimizer.pt":
         import torch
 
@@ -342,7 +345,8 @@ def content(path: Path) -> Any:
 def kill_again_and_again(
     whole: Run, events: list[dict[str, int]], kills: int, seed: int, names: list[str] | None = None
 ) -> tuple[list[str], int]:
-    """Kill runs like `whole` until so many kills have struck; every second one at a random time, unless `names` are given.
+    """Kill runs like `whole` until so many kills have struck; every second one at a random time, unless `names` are
+    given.
 
     Returns:
         What each kill struck, and how many runs were finished in the end. All of them ended as `whole` did.

@@ -1,7 +1,8 @@
-"""Several ranks on CPUs, as users start them: `accelerate launch` with the files of recipes/accelerate, real processes.
+"""Several ranks on CPUs, as users start them: `accelerate launch` with the files of recipes/accelerate, real
+processes.
 
-One launch of four ranks (FSDP2, then DDP) and one of two (DDP, then FSDP2) run `distributed_worker.py`; the tests compare
-what they wrote with what one process writes.
+One launch of four ranks (FSDP2, then DDP) and one of two (DDP, then FSDP2) run `distributed_worker.py`; the tests
+compare what they wrote with what one process writes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from types import SimpleNamespace
 
 import distributed_worker as worker
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification

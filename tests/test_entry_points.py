@@ -104,7 +104,8 @@ from transformers import HfArgumentParser
 if __name__ == "__main__":
     start, *flags = sys.argv[1:]
     (args,) = HfArgumentParser(SentenceTransformerTrainingArguments).parse_args_into_dataclasses(flags)
-    data = Dataset.from_dict({"a": ["one day", "a night"] * 4, "b": ["some day", "the moon"] * 4, "score": [1.0, 0.2] * 4})
+    pairs = {"a": ["one day", "a night"] * 4, "b": ["some day", "the moon"] * 4, "score": [1.0, 0.2] * 4}
+    data = Dataset.from_dict(pairs)
     model = SentenceTransformer(start, device="cpu")
     trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=CosineSimilarityLoss(model))
     trainer.train()

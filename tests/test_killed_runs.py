@@ -1,4 +1,5 @@
-"""Runs that are killed, asked to leave, or out of room, in processes of their own; the programs are in kill_anywhere.py."""
+"""Runs that are killed, asked to leave, or out of room, in processes of their own; the programs are in
+kill_anywhere.py."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ ONE_RANK = [
 
 
 def test_killed_anywhere_on_one_rank(whole):
-    """The last event comes first. Each is the first of its kind in its process, and most processes are killed twice."""
+    """The last event comes first. Each is the first of its kind in its process, and most processes are killed
+    twice."""
     run, events = whole(1)
     missing = [name for name in ONE_RANK if name not in events[0]]
     assert not missing, sorted(events[0])
@@ -68,8 +70,8 @@ def test_killed_anywhere_on_two_ranks(whole):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_saves_and_leaves(whole, ranks):
-    """Asked on the last rank in a step of the first task, then on the first one after the second task's training, which
-    is evaluated before it leaves."""
+    """Asked on the last rank in a step of the first task, then on the first one after the second task's training,
+    which is evaluated before it leaves."""
     undisturbed, _ = whole(ranks)
     run = beside(undisturbed, "terminated")
     run.changes = {"enable_jit_checkpoint": True, "save_strategy": "no"}

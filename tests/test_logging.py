@@ -58,7 +58,7 @@ def test_plain_training_logs_as_trainer_does(make_model, make_tasks, make_args, 
 
 def test_update_density_counts_what_a_step_changes():
     torch.manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.randn(40, 50)), torch.nn.Parameter(torch.randn(100)), torch.nn.Parameter(torch.randn(7))]  # fmt: skip
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((40, 50), (100,), (7,))]
     for kwargs in ({}, {"threshold": 0.5}, {"density": 0.3}):
         optimizer = CLASSP(parameters, **kwargs)
         for p in parameters[:2]:
@@ -98,7 +98,8 @@ from test_hub import tiny
 from classp_hf import ClasspTrainer
 model, tasks, collate = tiny()
 from classp_hf import ContinualTrainingArguments
-args = ContinualTrainingArguments(output_dir="run", project="kept", run_name="one", report_to="trackio", logging_steps=4,
+args = ContinualTrainingArguments(output_dir="run", project="kept", run_name="one", report_to="trackio",
+logging_steps=4,
                                   use_cpu=True, disable_tqdm=True, learning_rate=1e-3)
 print(json.dumps(ClasspTrainer(model, args, collate).train_sequence(tasks)["accuracy_matrix"]))
 """

@@ -184,7 +184,8 @@ def test_odd_names_do_not_break_the_lines_of_an_error(make_model):
     assert "\nINFO" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
-# ---- What a sequence resumes from ----------------------------------------------------------------------------------------
+# ---- What a sequence resumes from
+# ----------------------------------------------------------------------------------------
 
 STATE = {
     "config": {"tasks": [["first", 64, 30], ["second", 64, 30]], "optim": "classp"},

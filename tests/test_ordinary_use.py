@@ -361,8 +361,8 @@ def test_pushes_during_training_carry_the_memory_and_no_tasks_folder(make_model,
             ids = [r["input_ids"] + [0] * (8 - len(r["input_ids"])) for r in rows]
             return {"input_ids": torch.tensor(ids), "labels": torch.tensor([r["labels"] for r in rows])}
         cls = classp_hf.ContinualTrainingArguments if kind == "sequence" else TrainingArguments
-        args = cls(out, optim="classp", learning_rate=1e-2, max_steps=2, save_strategy="steps", save_steps=2, use_cpu=True,
-                   push_to_hub=True, hub_model_id=f"me/{kind}", hub_token="hf_x", report_to="none")
+        args = cls(out, optim="classp", learning_rate=1e-2, max_steps=2, save_strategy="steps", save_steps=2,
+                   use_cpu=True, push_to_hub=True, hub_model_id=f"me/{kind}", hub_token="hf_x", report_to="none")
         model = AutoModelForSequenceClassification.from_pretrained("start")
         if kind == "sequence":
             tasks = [classp_hf.Task(f"t{t}", d, d) for t, d in enumerate(data)]

@@ -194,6 +194,7 @@ def test_unsupported_transformers(sabotage, message):
     code = code.replace(
         "classp_hf.register()",
         "try:\n    classp_hf.register()\nexcept ImportError: pass\n"
-        "from transformers.training_args import OptimizerNames; assert 'classp' not in OptimizerNames._value2member_map_",
+        "from transformers.training_args import OptimizerNames\n"
+        "assert 'classp' not in OptimizerNames._value2member_map_",
     )
     subprocess.run([sys.executable, "-c", code], check=True)
