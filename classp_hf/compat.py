@@ -107,7 +107,7 @@ def refuse_deepspeed(args: Any) -> None:
     It holds weights, gradients and the optimizer's state in flat buffers of its own (and with optimizer offload may
     put another optimizer in the place of the one asked for).
     """
-    if args.deepspeed_plugin is not None:
+    if getattr(args, "deepspeed_plugin", None) is not None:
         raise ValueError(
             "DeepSpeed is not supported: its flat buffers hide gradients and accumulators by parameter, so the memory "
             "of earlier tasks would silently be neither used nor saved. Use FSDP2, which shards as ZeRO-3 does "

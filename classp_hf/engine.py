@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .compat import watch_saving
+from .compat import refuse_deepspeed, watch_saving
 from .live import CLASSP_LEARNING_RATE, CLASSP_NAME, LiveMemory
 from .memory import MEMORY_NAME, ContinualMemory, NoMemoryError, find_memory
 from .methods import Context, Elastic, Merge, Method, make_methods
@@ -95,6 +95,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         self.seconds = 0.0
         """Spent on methods before and after tasks."""
         self.args: Any = None
+        self.control: Any = None
         self._hooks: list[Any] = []
         self._density: float | None = None
         self._written: set[tuple[str, int]] = set()
@@ -146,9 +147,10 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         previous = engine_of(model)
         if previous is not None and previous is not self and previous.training:
-            if not previous.from_launcher and type(previous) is ContinualCallback and previous.methods:
+            if previous.control is control and previous.methods and not previous.from_launcher:
                 return  # two on one Trainer: that with a method works
-            previous.stop()
+            previous.stop()  # also one whose training was interrupted
+        self.control = control
         ContinualCallback.applied |= self.from_launcher
         is_classp, resumed = isinstance(optimizer, CLASSP), state.global_step > 0
         if self.options.get("optim") == CLASSP_NAME and not is_classp:
@@ -163,7 +165,10 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         if not (is_classp or self.methods or self.gather or self.accelerator is not None):
             self._note_unused_memory(model)
             return
-        if is_classp and optimizer.param_groups[0]["lr"] is not None and args.learning_rate <= TOO_SMALL:
+        refuse_deepspeed(args)
+        if not hasattr(optimizer, "register_step_pre_hook"):
+            raise ValueError(f"{type(optimizer).__name__} is no torch.optim.Optimizer, and so has no step to follow.")
+        if is_classp and args.learning_rate <= TOO_SMALL:
             logger.warning(
                 f"CLASSP trains with learning_rate={args.learning_rate:g}, which is far too small for it (AdamW's "
                 f"are). Pass --learning_rate; {CLASSP_LEARNING_RATE} is a good start."
@@ -199,8 +204,6 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         for method in self.methods:
             method.before_task(self.context)
         self.seconds += time.monotonic() - started
-        if not hasattr(optimizer, "register_step_pre_hook"):
-            raise ValueError(f"{type(optimizer).__name__} is no torch.optim.Optimizer; use one, or --optim classp.")
         self.stop_hooks()
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step(args, state)),
