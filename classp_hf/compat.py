@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer, TrainerCallback
 
 from .files import sync_folder
@@ -85,10 +86,14 @@ def add_optimizer(name: str, factory: Callable[[Any], tuple[type, dict[str, Any]
 
 
 def _explained(load: Callable[..., None]) -> Callable[..., None]:
-    """Torch's optimizers end in a KeyError when they are given another optimizer's state (torch 2.13)."""
+    """Torch's optimizers end in a KeyError when they are given another optimizer's state (torch 2.13); and no event tells
+    callbacks which checkpoint a training is resumed from (transformers 5.23)."""
 
     @functools.wraps(load)
     def _load_optimizer_and_scheduler(self: Trainer, checkpoint: str | None) -> None:
+        for callback in self.callback_handler.callbacks if checkpoint is not None else ():
+            if hasattr(callback, "checkpoint"):
+                callback.checkpoint = Path(str(checkpoint))
         try:
             load(self, checkpoint)
         except KeyError as error:
@@ -101,8 +106,8 @@ def _explained(load: Callable[..., None]) -> Callable[..., None]:
     return _load_optimizer_and_scheduler
 
 
-def refuse_deepspeed(args: Any) -> None:
-    """Raise if DeepSpeed is asked for, by `--deepspeed` or by `accelerate launch`.
+def refuse_sharding(args: Any, model: Any = None) -> None:
+    """Raise if FSDP version 1 has flattened the model, or if DeepSpeed is asked for, by `--deepspeed` or by `accelerate launch`.
 
     It holds weights, gradients and the optimizer's state in flat buffers of its own (and with optimizer offload may
     put another optimizer in the place of the one asked for).
@@ -112,6 +117,10 @@ def refuse_deepspeed(args: Any) -> None:
             "DeepSpeed is not supported: its flat buffers hide gradients and accumulators by parameter, so the memory "
             "of earlier tasks would silently be neither used nor saved. Use FSDP2, which shards as ZeRO-3 does "
             "(`accelerate launch --config_file recipes/accelerate/fsdp2.yaml`), or DDP."
+        )
+    if model is not None and any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "FSDP version 1 flattens parameters, and the memory is kept by parameter. Set fsdp_version: 2."
         )
 
 

@@ -15,11 +15,11 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .compat import refuse_deepspeed, watch_saving
-from .live import CLASSP_LEARNING_RATE, CLASSP_NAME, LiveMemory
+from .compat import refuse_sharding, watch_saving
+from .live import CLASSP_LEARNING_RATE, CLASSP_NAME, LiveMemory, describe_optimizer
 from .memory import MEMORY_NAME, ContinualMemory, NoMemoryError, find_memory
 from .methods import Context, Elastic, Merge, Method, make_methods
-from .names import bare_model, canonical_name, model_source, reshard
+from .names import bare_model, model_source, reshard, samples, trainable_parameters
 from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .redaction import UNPRINTABLE
@@ -86,7 +86,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         self.task_dataset: Any = None
         self.accelerator: Any = None
         self.start: dict[str, Tensor] | None = None
-        """Weights that a resumed training began with. Default: read again from where the model came from."""
+        """Weights that a training began with, on the CPU, for the methods that need them when it is resumed."""
         self.checkpoint: Path | None = None
         """What training is resumed from. Default: the checkpoint of the present step."""
         self.optimizer_file: Path | None = None
@@ -98,7 +98,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         self.control: Any = None
         self._hooks: list[Any] = []
         self._density: float | None = None
-        self._written: set[tuple[str, int]] = set()
+        self._written: set[Path] = set()
 
     @property
     def training(self) -> bool:
@@ -124,6 +124,8 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         }
         for name, value in given.items():
             setattr(args, name, value)
+        if model is not None and any(m.needs_start for m in self.methods):  # before a checkpoint is loaded into it
+            self.start = {n: p.detach().to("cpu", copy=True) for n, p in trainable_parameters(model)}
         if given and args.process_index == 0:
             logger.warning(f"From the command line of classp_hf: {', '.join(f'{k}={v}' for k, v in given.items())}.")
         if args.optim != CLASSP_NAME:
@@ -150,6 +152,8 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             if previous.control is control and previous.methods and not previous.from_launcher:
                 return  # two on one Trainer: that with a method works
             previous.stop()  # also one whose training was interrupted
+            if previous.control is control and self.source != BESIDE and isinstance(optimizer, CLASSP):
+                optimizer.state.clear()  # that engine has put another memory into it
         self.control = control
         ContinualCallback.applied |= self.from_launcher
         is_classp, resumed = isinstance(optimizer, CLASSP), state.global_step > 0
@@ -159,13 +163,13 @@ class ContinualCallback(LiveMemory, TrainerCallback):
                 f"({type(optimizer).__name__}). Leave --optim out, or the script's `optimizers`."
             )
         _check_resumed_state(optimizer, resumed)
-        same = optimizer is self.optimizer and self.loaded  # a second training of one Trainer
-        self.optimizer, self.args = optimizer, args
-        self.model = model
+        if self.args is not None and self.model is not model:  # `model_init` has made another one
+            self.reset()
+        self.optimizer, self.args, self.model, self.samples = optimizer, args, model, None
         if not (is_classp or self.methods or self.gather or self.accelerator is not None):
             self._note_unused_memory(model)
             return
-        refuse_deepspeed(args)
+        refuse_sharding(args, model)
         if not hasattr(optimizer, "register_step_pre_hook"):
             raise ValueError(f"{type(optimizer).__name__} is no torch.optim.Optimizer, and so has no step to follow.")
         if is_classp and args.learning_rate <= TOO_SMALL:
@@ -173,7 +177,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
                 f"CLASSP trains with learning_rate={args.learning_rate:g}, which is far too small for it (AdamW's "
                 f"are). Pass --learning_rate; {CLASSP_LEARNING_RATE} is a good start."
             )
-        self._find(model, args, state, same, previous, resumed)
+        self._find(model, args, state, previous, resumed)
         self.put(resumed and is_classp)
         if self.optimizer_file is not None and not resumed:
             load_optimizer_state(optimizer, model, torch.load(self.optimizer_file, "cpu", weights_only=True))
@@ -197,7 +201,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             processing_class=processing_class,
             accelerator=self.accelerator,
             per_task_heads=self.heads is not None,
-            start=self._starting_weights(model) if resumed else None,
+            start=self._starting_weights() if resumed else None,
         )
         self.check(self.context)
         started = time.monotonic()
@@ -226,15 +230,19 @@ class ContinualCallback(LiveMemory, TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = self.folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if self.training and not state.is_hyper_param_search and (str(folder), state.global_step) not in self._written:
+        if self.training and not state.is_hyper_param_search and folder not in self._written:
             self.write(folder, args)
+        self._written.clear()
 
     def on_push_begin(self, args, state, control, **kwargs):
         if self.training and not reshard(self.model):  # of a checkpoint, by the main process alone
             self.write(args.output_dir, args)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        if not self.training or self.context is None:
+        if self.context is None:
+            return
+        if state.is_hyper_param_search:  # a trial is no task
+            self.stop()
             return
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if (
@@ -249,7 +257,10 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         if self.context.task not in self.tasks:
             self.tasks.append(self.context.task)
         self.stop()
-        if self.saves_at_end and not state.is_hyper_param_search:
+        self.samples = samples(self.model)
+        if not isinstance(self.optimizer, CLASSP):  # which holds the memory; others only memory of the device
+            self._description, self.optimizer = describe_optimizer(self.optimizer, args) | self._power(args), None
+        if self.saves_at_end:
             self.write(self.folder(args), args)
             if args.process_index == 0:
                 logger.warning(
@@ -298,7 +309,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
 
     # ---- Where the memory comes from, and where it goes ----
 
-    def _find(self, model: Any, args: Any, state: Any, same: bool, previous: Any, resumed: bool) -> None:
+    def _find(self, model: Any, args: Any, state: Any, previous: Any, resumed: bool) -> None:
         """Read the memory that this training goes on from."""
         if resumed:
             given = args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None
@@ -313,11 +324,11 @@ class ContinualCallback(LiveMemory, TrainerCallback):
                     f"{', '.join(m.name for m in self.methods)} is not known. Pass the checkpoint as "
                     "--resume_from_checkpoint."
                 )
-        if same or self.loaded:
+        if self.loaded:
             return
         self.loaded = True
         if previous is not None and previous is not self and self.source == BESIDE:
-            self.load(previous.memory(), model, args, where="this process (another Trainer trained the model)")
+            self.load(previous.memory(), model, args, where="this process (the model was trained in it)")
             return
         start = model_source(model)
         memory = None
@@ -330,16 +341,13 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         elif args.process_index == 0 and self.source == BESIDE:
             logger.warning(f"There is no continual memory beside {start or 'this model'!r}: this run begins one.")
 
-    def _starting_weights(self, model: Any) -> dict[str, Tensor]:
+    def _starting_weights(self) -> dict[str, Tensor]:
         if self.start is not None or not any(m.needs_start for m in self.methods):
             return self.start or {}
-        bare, source = bare_model(model), model_source(model)
-        if not source:
-            raise ValueError(
-                "A resumed run needs the weights it began with, and the model does not say where it was loaded from."
-            )
-        fresh = type(bare).from_pretrained(source, config=bare.config, dtype=bare.dtype)
-        return {canonical_name(n): p.detach() for n, p in fresh.named_parameters()}
+        raise ValueError(
+            "A resumed run needs the weights it began with, which a callback added after Trainer was built has not seen. "
+            "Pass it in Trainer's `callbacks`."
+        )
 
     def _unused_name(self, args: Any) -> str:
         """The output folder's name, with its parents' where earlier tasks have it."""
@@ -400,6 +408,4 @@ def write_beside(model: Any, folder: str | Path) -> None:
         return  # of a sharded model the engine's events write it, on every rank
     if engine.args.should_save:
         engine.write(folder, engine.args)
-        step = Path(folder).name.rpartition("-")[2]
-        if step.isdigit():
-            engine._written.add((str(folder), int(step)))
+        engine._written.add(Path(folder))

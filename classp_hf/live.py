@@ -14,7 +14,7 @@ from transformers.utils import logging
 from .heads import TaskHeads
 from .memory import ContinualMemory, match_accumulators, match_rows, shorten
 from .methods import Context, Method, describe_methods
-from .names import full_tensor, like_parameter, local, reshard, samples, trainable_parameters
+from .names import canonical_name, full_tensor, like_parameter, local, reshard, samples, trainable_parameters
 from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .redaction import public_arguments
@@ -47,6 +47,8 @@ class LiveMemory:
         """While training."""
         self.loaded = False
         """Whether it is known what there is to go on from."""
+        self.samples: dict[str, Tensor] | None = None
+        """Of the weights at the end of training, which the memory belongs to. While training they are taken anew."""
         self._pending: dict[str, Tensor] | None = None
         self._gathered: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor] = {}
@@ -58,7 +60,8 @@ class LiveMemory:
 
     def gathers(self, args: Any) -> bool:
         """Whether a memory is gathered beside the optimizer."""
-        own = isinstance(self.optimizer, CLASSP) or (self.optimizer is None and args.optim == CLASSP_NAME)
+        to_be = self.optimizer is None and args is not None and args.optim == CLASSP_NAME
+        own = to_be or isinstance(self.optimizer, CLASSP)
         return not own and (self.gather or any(m.uses_accumulators for m in self.methods))
 
     def accumulators(self) -> dict[str, Tensor]:
@@ -71,9 +74,10 @@ class LiveMemory:
             return dict(self._pending)
         if not isinstance(self.optimizer, CLASSP):
             return dict(self._gathered)
-        state = self.optimizer.state
-        named = [(n, p) for n, p in trainable_parameters(self.model) if n not in self.excluded and state.get(p)]
-        return {n: self.optimizer.accumulator(p) for n, p in named}
+        reshard(self.model)
+        named = ((canonical_name(n), p) for n, p in self.model.named_parameters())  # frozen ones, too, keep theirs
+        state, excluded = self.optimizer.state, self.excluded
+        return {n: self.optimizer.accumulator(p) for n, p in named if n not in excluded and state.get(p)}
 
     def load(self, memory: ContinualMemory, model: Any, args: Any, *, same_run: bool = False, where: str = "") -> None:
         """Go on from `memory`: the methods' state at once, accumulators when training begins.
@@ -119,6 +123,12 @@ class LiveMemory:
             if others := [k for k in memory.kinds() if not k.startswith(used)]:
                 logger.warning(f"It also holds {shorten(others)}, which this run does not use.")
 
+    def reset(self) -> None:
+        """Forget all that is known of a model: another one is going to be trained."""
+        self.loaded, self.tasks, self._pending, self._gathered, self._kept = False, [], None, {}, {}
+        for method in self.methods:
+            method.load_state_dict({})
+
     def forget_accumulators(self) -> None:
         """Drop what was loaded and is not in an optimizer yet."""
         self._pending = None
@@ -147,10 +157,8 @@ class LiveMemory:
                 memory.put(f"head.{task.replace('/', '%2F')}", head)
             memory.put("initial_head", self.heads.initial)
         if memory.tensors and self.model is not None:
-            memory.put("samples", samples(self.model))
-        described = describe_optimizer(self.optimizer, args) or self._description
-        if self._gathered:
-            described["power"] = self.power
+            memory.put("samples", samples(self.model) if self.samples is None else self.samples)
+        described = describe_optimizer(self.optimizer, args) | self._power(args) or self._description
         memory.metadata = {
             "tasks": list(self.tasks),
             "optimizer": described,
@@ -160,10 +168,18 @@ class LiveMemory:
             memory.metadata["task"] = self.context.task
         return memory
 
+    def _power(self, args: Any) -> dict[str, Any]:
+        """What is known of accumulators that an optimizer other than CLASSP has beside it."""
+        if self.optimizer is None or isinstance(self.optimizer, CLASSP):
+            return {}
+        if self.gathers(args):
+            return {"power": self.power}
+        return {k: v for k, v in self._description.items() if k in ("power", "state_dtype")}  # carried along as read
+
     def write(self, folder: str | Path, args: Any = None) -> None:
         """Write the memory into `folder`, from the main process. If the model is sharded, call it on every rank."""
         memory = self.memory(args)
-        if (memory.tensors or self.tasks) and (args is None or args.should_save):
+        if (memory.tensors or self.tasks or self.context is not None) and (args is None or args.should_save):
             memory.save(folder)
 
     def put(self, in_optimizer: bool) -> None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from transformers.utils import logging
+
 from .live import CLASSP_NAME
 from .methods import EWC, Elastic, LogitAdjustment, Merge, Method, make_methods
+from .methods.logit_adjustment import label_column
 from .optim import CLASSP
 from .trainer import ContinualTrainer
+
+logger = logging.get_logger(__name__)
 
 
 class ClasspTrainer(ContinualTrainer):
@@ -64,6 +69,9 @@ class ClasspTrainer(ContinualTrainer):
         adjust = self._logit_adjustment
         if adjust is None:
             adjust = self.classifies and self.task_heads is None and self.compute_loss_func == self.adjusted_loss
+            if adjust and self.train_dataset is not None and label_column(self.train_dataset) is None:
+                logger.warning("Labels of this training dataset cannot be counted, so logits are not adjusted.")
+                adjust = False
         if adjust and not any(m.name == LogitAdjustment.name for m in self.methods):
             self.methods.append(LogitAdjustment())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .compat import add_optimizer, refuse_deepspeed
+from .compat import add_optimizer, refuse_sharding
 from .engine import ContinualCallback
 from .live import CLASSP_NAME
 from .optim import CLASSP
@@ -29,5 +29,5 @@ def register(**options: Any) -> None:
 
 
 def _classp(args: Any) -> tuple[type[CLASSP], dict[str, Any]]:
-    refuse_deepspeed(args)
+    refuse_sharding(args)
     return CLASSP, {"lr": args.learning_rate, **parse_optim_args(args.optim_args)[0]}

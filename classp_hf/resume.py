@@ -49,14 +49,14 @@ def load_optimizer_state(optimizer: Any, model: nn.Module, state: dict[str, Any]
 def load_weights(model: Any, folder: Path) -> None:
     """Read back what `save_model` wrote into `folder`: adapters or a whole model, sharded files or one."""
     if bare_model(model) is model:
-        if (folder / "model.safetensors").is_file():
+        try:
             load_model(model, folder / "model.safetensors")
-        else:  # in several files
+        except (FileNotFoundError, RuntimeError):  # in several files, or under names that transformers 5 converts
             model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
-    elif (folder / "adapter_config.json").is_file():
+    elif adapters := [f for f in (folder, folder / model.active_adapter) if (f / "adapter_config.json").is_file()]:
         from peft import load_peft_weights, set_peft_model_state_dict
 
-        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        set_peft_model_state_dict(model, load_peft_weights(str(adapters[0]), device="cpu"), model.active_adapter)
     else:  # a whole model, whose adapters were folded into it
         saved = type(bare_model(model)).from_pretrained(folder, dtype=model.dtype).state_dict()
         with no_grad():

@@ -19,7 +19,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from .classification import accuracy, classification_loss, is_single_label_classifier
-from .compat import PatchedTrainer, refuse_deepspeed
+from .compat import PatchedTrainer, refuse_sharding
 from .engine import NONE, ContinualCallback
 from .files import writing
 from .heads import TaskHeads
@@ -87,7 +87,7 @@ class ContinualTrainer(PatchedTrainer):
         **kwargs: Any,
     ) -> None:
         args = with_continual_defaults(args)
-        refuse_deepspeed(args)
+        refuse_sharding(args)
         if self.default_optim is not None:
             if args.default_learning_rate and args.optim != self.default_optim:
                 args.learning_rate = CLASSP_LEARNING_RATE
@@ -147,6 +147,12 @@ class ContinualTrainer(PatchedTrainer):
         for part in self.methods:
             part.excluded = self.engine.excluded
         self._complete_methods()
+        for method in self.methods if self.compute_loss_func != self.adjusted_loss else ():
+            if type(method).adjust_logits is not Method.adjust_logits:
+                raise ValueError(
+                    f"The method {method.name!r} adjusts the logits of the trainer's own loss, which is for single-label "
+                    "classifiers: pass no compute_loss_func, or leave the method out."
+                )
         if self.args.memory is not None:
             self.load_memory(ContinualMemory.load(self.args.memory, self.args.memory_revision), repr(self.args.memory))
         elif self.args.optim == CLASSP_NAME:

@@ -471,3 +471,69 @@ def test_small_learning_rates_are_warned_about(make_args, caplog):
                 optimizer=classp_hf.CLASSP(model.parameters(), lr=rate),
             )
         assert ("far too small for it" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("method", ["ewc", "l2sp", "ema", "interpolate"])
+def test_a_first_task_resumes_in_an_unedited_script(method, plain, make_model, make_tasks, collator, tmp_path):
+    """Methods without a state yet; and the checkpoint is given to `train` alone, from another output folder."""
+    ContinualCallback.launched = {"method": method}
+    try:
+        whole = plain(make_model(), "whole", optim="adamw_torch", save_strategy="steps", save_steps=2)
+        args = TrainingArguments(str(tmp_path / "again"), optim="adamw_torch", learning_rate=1e-2, num_train_epochs=1,
+                                 per_device_train_batch_size=16, use_cpu=True, report_to="none", save_strategy="no",
+                                 disable_tqdm=True)  # fmt: skip
+        resumed = Trainer(make_model(), args, collator, make_tasks(2)[0].train_dataset)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    finally:
+        ContinualCallback.launched = {}
+    expected = weights(whole.model)
+    assert all(torch.equal(w, expected[n]) for n, w in weights(resumed.model).items())
+
+
+def test_what_is_frozen_keeps_its_memory(plain, make_model, tmp_path):
+    trainer = plain(make_model(), "a")
+    for p in trainer.model.bert.parameters():
+        p.requires_grad_(False)
+    trainer.model.save_pretrained(tmp_path / "frozen")
+    plain(trainer.model, "head")
+    for folder in ("frozen", "head"):
+        assert len(ContinualMemory.load(tmp_path / folder).get("accumulator")) == 41, folder
+
+
+def test_a_memory_carried_along_keeps_its_power(plain, make_model, tmp_path):
+    plain(make_model(), "a", optim_args="power=1")
+    ContinualCallback.launched = {"method": "l2sp"}
+    try:
+        plain(classifier(tmp_path / "a"), "b", optim="adamw_torch")
+    finally:
+        ContinualCallback.launched = {}
+    assert ContinualMemory.load(tmp_path / "b").metadata["optimizer"]["power"] == 1
+    plain(classifier(tmp_path / "b"), "c", optim_args="power=1")
+
+
+def test_a_trial_with_a_model_of_its_own_begins_with_the_memory_of_its_own(
+    plain, make_model, make_tasks, collator, tmp_path
+):
+    plain(make_model(), "a")
+    args = TrainingArguments(str(tmp_path / "b"), optim="classp", learning_rate=1e-2, max_steps=2, use_cpu=True,
+                             report_to="none", save_strategy="no", disable_tqdm=True)  # fmt: skip
+    trainer = Trainer(args=args, data_collator=collator, train_dataset=make_tasks(1)[0].train_dataset,
+                      model_init=lambda: classifier(tmp_path / "a"))  # fmt: skip
+    sums = []
+    for _ in range(2):
+        trainer.train()
+        trainer.optimizer = None
+        memory = ContinualMemory.load(tmp_path / "b")
+        sums.append(sum(float(s.sum()) for s in memory.get("accumulator").values()))
+    assert sums[0] == pytest.approx(sums[1]) and memory.tasks == ["a", "b"]
+
+
+def test_methods_that_could_do_nothing_are_refused(make_model, make_args, collator):
+    with pytest.raises(ValueError, match="'logit_adjustment' adjusts the logits of the trainer's own loss"):
+        ContinualTrainer(
+            make_model(), make_args(), collator, method="logit_adjustment", compute_loss_func=lambda *a: 0
+        )
+    rows = [{"input_ids": [1, 2], "labels": 0}] * 8
+    trainer = ClasspTrainer(make_model(), make_args(max_steps=1), collator, rows)  # labels in no column
+    assert [m.name for m in trainer.methods] == []
+    trainer.train()

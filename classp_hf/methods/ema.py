@@ -20,7 +20,6 @@ class EMA(Method):
     """
 
     name = "ema"
-    needs_start = True
     parts = per_parameter = ("average",)
     ranges = {"ema_decay": ("in [0, 1)", lambda v: 0 <= v < 1)}
 

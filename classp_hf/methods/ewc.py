@@ -85,7 +85,8 @@ class EWC(AnchoredMethod):
                 if self.ewc_mode == "summed":
                     anchor[n] = torch.where(total > 0, (old * a + f * anchor[n]) / total, anchor[n])
                 fisher[n] = total
-        self.importance, self.anchor = fisher, anchor
+        self.importance |= fisher  # what is frozen for this task keeps its own
+        self.anchor |= anchor
 
     def task_fisher(self, context: Context) -> dict[str, Tensor]:
         """The raw diagonal Fisher of the task's own examples on the model as it is, equal on every rank."""
@@ -94,10 +95,9 @@ class EWC(AnchoredMethod):
         generator = torch.Generator().manual_seed(args.seed)
         chosen = list(enumerate(torch.randperm(len(dataset), generator=generator)[: self.fisher_samples].tolist()))
         mine = chosen[args.process_index :: args.world_size]
-        computed = (
-            getattr(dataset, "format", {}).get("type") == "custom"
-        )  # `with_transform` makes its columns when read
-        if (columns := getattr(dataset, "column_names", None)) and not computed:
+        computed = getattr(dataset, "format", {}).get("type") == "custom"  # columns made when they are read
+        columns = getattr(dataset, "column_names", None) if args.remove_unused_columns and not computed else None
+        if columns:
             taken = {*inspect.signature(bare_model(context.model).forward).parameters, "label", "label_ids"}
             dataset = dataset.select_columns([c for c in columns if c in taken])
         loaded = DataLoader(Subset(dataset, [i for _, i in mine]), batch_size=1, collate_fn=context.collate)

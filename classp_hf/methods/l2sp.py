@@ -24,4 +24,4 @@ class L2SP(AnchoredMethod):
         return self.l2sp_alpha
 
     def after_task(self, context: Context) -> None:
-        self.anchor = {n: p.detach().float().clone() for n, p in self.parameters(context.model)}
+        self.anchor |= {n: p.detach().float().clone() for n, p in self.parameters(context.model)}

@@ -67,15 +67,23 @@ class LogitAdjustment(Method):
         check_positive(state.get("frequencies", {}), "frequency")
 
 
+def label_column(dataset: Any) -> str | None:
+    """The column that holds the labels of a dataset of known length; None if there is none."""
+    columns = getattr(dataset, "column_names", None) or ()
+    found = next((c for c in ("labels", "label", "label_ids") if c in columns), None)
+    return found if isinstance(dataset, Sized) else None
+
+
 def _frequencies(dataset: Any, model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
     """Label -> frequency in the dataset, one example added to every label, and the frequency of one example."""
-    columns = getattr(dataset, "column_names", None) or ()
-    column = next((c for c in ("labels", "label", "label_ids") if c in columns), None)
-    if column is None or not isinstance(dataset, Sized):
+    column = label_column(dataset)
+    if column is None:
         raise ValueError(
             "The method 'logit_adjustment' counts labels: it needs a dataset of known length with a column 'labels' "
-            f"or 'label', got a {type(dataset).__name__} with the columns {list(columns)}. Leave it out of --method."
+            f"or 'label', got a {type(dataset).__name__} with the columns {getattr(dataset, 'column_names', None)}. "
+            "Leave it out of --method."
         )
     id2label = bare_model(model).config.id2label
-    counts = torch.bincount(torch.as_tensor(dataset[column][:]), minlength=len(id2label)).float() + 1  # type: ignore[index]
+    labels = torch.as_tensor(dataset[column][:])
+    counts = torch.bincount(labels, minlength=len(id2label)).float() + 1
     return {id2label[i]: f for i, f in enumerate(counts / counts.sum())}, 1 / counts.sum()

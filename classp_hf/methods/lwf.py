@@ -41,6 +41,10 @@ class LwF(Method):
             raise ValueError("The method 'lwf' keeps a whole copy of the model, which FSDP's shards are not. Use DDP.")
         if context.per_task_heads:
             raise ValueError("The method 'lwf' compares the outputs of one head; heads='per_task' has several.")
+        if getattr(getattr(context.model, "config", None), "num_labels", 2) == 1 and not is_language_model(
+            context.model
+        ):
+            raise ValueError("The method 'lwf' compares probabilities of labels, and the model has one label.")
 
     def before_task(self, context: Context) -> None:
         self.teacher = context.frozen_copy() if context.seen_tasks and self.lwf_lambda else None
