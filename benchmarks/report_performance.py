@@ -78,7 +78,8 @@ def page(results: Path) -> str:
         wrapped(
             "Written by `python benchmarks/report_performance.py` from the JSON under "
             "[benchmarks/results/](../benchmarks/results); every number comes from one run of the program named "
-            "below its table, as a ratio within that run."
+            "below its table, as a ratio within that run. Quartiles lie far apart where other programs shared the "
+            "cores."
         ),
         "## A step of the optimizer",
         wrapped(STEP),
