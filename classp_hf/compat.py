@@ -86,8 +86,8 @@ def add_optimizer(name: str, factory: Callable[[Any], tuple[type, dict[str, Any]
 
 
 def _explained(load: Callable[..., None]) -> Callable[..., None]:
-    """Torch's optimizers end in a KeyError when they are given another optimizer's state (torch 2.13); and no event tells
-    callbacks which checkpoint a training is resumed from (transformers 5.23)."""
+    """Torch's optimizers end in a KeyError when they are given another optimizer's state (torch 2.13); and no event
+    tells callbacks which checkpoint a training is resumed from (transformers 5.23)."""
 
     @functools.wraps(load)
     def _load_optimizer_and_scheduler(self: Trainer, checkpoint: str | None) -> None:
@@ -107,7 +107,8 @@ def _explained(load: Callable[..., None]) -> Callable[..., None]:
 
 
 def refuse_sharding(args: Any, model: Any = None) -> None:
-    """Raise if FSDP version 1 has flattened the model, or if DeepSpeed is asked for, by `--deepspeed` or by `accelerate launch`.
+    """Raise if FSDP version 1 has flattened the model, or if DeepSpeed is asked for, by `--deepspeed` or by
+    `accelerate launch`.
 
     It holds weights, gradients and the optimizer's state in flat buffers of its own (and with optimizer offload may
     put another optimizer in the place of the one asked for).

@@ -345,8 +345,8 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         if self.start is not None or not any(m.needs_start for m in self.methods):
             return self.start or {}
         raise ValueError(
-            "A resumed run needs the weights it began with, which a callback added after Trainer was built has not seen. "
-            "Pass it in Trainer's `callbacks`."
+            "A resumed run needs the weights it began with, which a callback added after Trainer was built has not "
+            "seen. Pass it in Trainer's `callbacks`."
         )
 
     def _unused_name(self, args: Any) -> str:

@@ -150,8 +150,8 @@ class ContinualTrainer(PatchedTrainer):
         for method in self.methods if self.compute_loss_func != self.adjusted_loss else ():
             if type(method).adjust_logits is not Method.adjust_logits:
                 raise ValueError(
-                    f"The method {method.name!r} adjusts the logits of the trainer's own loss, which is for single-label "
-                    "classifiers: pass no compute_loss_func, or leave the method out."
+                    f"The method {method.name!r} adjusts the logits of the trainer's own loss, which is for "
+                    "single-label classifiers: pass no compute_loss_func, or leave the method out."
                 )
         if self.args.memory is not None:
             self.load_memory(ContinualMemory.load(self.args.memory, self.args.memory_revision), repr(self.args.memory))
