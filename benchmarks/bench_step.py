@@ -144,7 +144,6 @@ def main() -> None:
             name += f"_{value}"
     output = options.output or Path(f"benchmarks/results/{name}.json")
     given = {"threads": options.threads, "device": device, "dtype": options.dtype}
-    given["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
     report.write_json(output, {"command": command, **given, "steps": table, **report.environment()})
 
 

@@ -124,12 +124,14 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         }
         for name, value in given.items():
             setattr(args, name, value)
-        if model is not None and any(m.needs_start for m in self.methods):  # before a checkpoint is loaded into it
-            self.start = {n: p.detach().to("cpu", copy=True) for n, p in trainable_parameters(model)}
         if given and args.process_index == 0:
             logger.warning(f"From the command line of classp_hf: {', '.join(f'{k}={v}' for k, v in given.items())}.")
-        if args.optim != CLASSP_NAME:
-            return
+        if args.optim == CLASSP_NAME:
+            self._read_old_keys(args)
+        if model is not None and any(m.needs_start for m in self.methods):  # before a checkpoint is loaded into it
+            self.start = {n: p.detach().to("cpu", copy=True) for n, p in trainable_parameters(model)}
+
+    def _read_old_keys(self, args: Any) -> None:
         old_keys = parse_optim_args(args.optim_args)[1]  # checks all of them, before any training time is lost
         if old_keys:
             logger.warning(
