@@ -1,10 +1,13 @@
-.PHONY: install test lint format demo
+.PHONY: install test lint format demo compat
 
 install:
 	pip install -c constraints.txt -e ".[dev]"
 
 test:
 	python -m pytest -n 2
+
+compat:
+	python3.11 tests/compat.py
 
 lint:
 	ruff check .
