@@ -1,6 +1,6 @@
 """All that touches private or moved names of transformers, accelerate and torch: each with its versions and reason.
 
-transformers 4.57 to 5.24, accelerate 1.11 to 1.15, torch 2.6 to 2.13 (docs/compatibility.md says what was run).
+docs/compatibility.md says which versions were run.
 """
 
 from __future__ import annotations

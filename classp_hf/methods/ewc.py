@@ -96,7 +96,11 @@ class EWC(AnchoredMethod):
         chosen = list(enumerate(torch.randperm(len(dataset), generator=generator)[: self.fisher_samples].tolist()))
         mine = chosen[args.process_index :: args.world_size]
         computed = getattr(dataset, "format", {}).get("type") == "custom"  # columns made when they are read
-        columns = getattr(dataset, "column_names", None) if args.remove_unused_columns and not computed else None
+        columns = (
+            getattr(dataset, "column_names", None)
+            if getattr(args, "remove_unused_columns", True) and not computed
+            else None
+        )
         if columns:
             taken = {*inspect.signature(bare_model(context.model).forward).parameters, "label", "label_ids"}
             dataset = dataset.select_columns([c for c in columns if c in taken])
