@@ -1,7 +1,7 @@
 """Run the core tests against several versions of the libraries: `make compat`, or `python tests/compat.py SET...`.
 
-Each set has a virtual environment of its own, kept in a cache folder and used again while its pins are the same. Not part
-of the gate: it downloads some GB and takes 10 minutes a set. docs/compatibility.md has what was found.
+Each set has a virtual environment of its own, kept in a cache folder and used again while its pins are the same. Not
+part of the gate: it downloads some GB and takes 10 minutes a set. docs/compatibility.md has what was found.
 """
 
 from __future__ import annotations
