@@ -186,6 +186,8 @@ def test_deepspeed_is_refused(trainer, make_model, make_args):
     ],
 )
 def test_unsupported_transformers(sabotage, message):
+    if "trainer_optimizer" in sabotage:
+        pytest.importorskip("transformers.trainer_optimizer")  # 4.57 has none
     code = f"import transformers\nfrom transformers import Trainer\n{sabotage}\nimport classp_hf\nclassp_hf.register()"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode != 0
