@@ -150,8 +150,3 @@ def with_continual_defaults(args: TrainingArguments | None) -> Any:
         if not hasattr(args, name):
             setattr(args, name, default)
     return args
-
-
-def optim_name(args: Any) -> str:
-    """`args.optim` as a plain string: it may be a member of `OptimizerNames`."""
-    return str(getattr(args.optim, "value", args.optim))

@@ -5,6 +5,3 @@ from .card import write_model_card
 from .figures import MARKERS, PALETTE, new_figure, plot_accuracy_matrix, plot_importance, plot_retention, save_figure
 from .figures import write_figures as write_figures
 from .results import LEARNED_BEFORE, Scale, environment, format_comparison, format_sequence, markdown_table, write_json
-
-# by the names that benchmarks/ use
-_markdown, _figure, _save, _PALETTE, _MARKERS = markdown_table, new_figure, save_figure, PALETTE, MARKERS
