@@ -14,26 +14,13 @@ from typing import Any
 
 import numpy as np
 from compare_methods import ARMS, EVAL_EXAMPLES, REPORTED, TRAIN_EXAMPLES, TUNING, frozen_setting, read_lines
-from report_performance import ROOT, wrapped
-from summarize_seeds import T95
+from report_performance import ROOT, cpu, wrapped
+from summarize_seeds import interval
 
 from classp_hf import report
 from classp_hf.metrics import gap_recovered, summarize
 
 BASELINE, JOINT, OURS = "adamw", "joint", "classp_logit_adjustment"
-
-
-def interval(values: list[float]) -> str:
-    """Mean ± half width of its 95% interval, in points; without the interval for one value."""
-    points = 100 * np.asarray(values)
-    if len(points) < 2:
-        return f"{points.mean():.1f}"
-    return f"{points.mean():.1f} ± {T95[len(points) - 1] * points.std(ddof=1) / np.sqrt(len(points)):.1f}"
-
-
-def prefix(R: list[list[float]], tasks: int) -> list[list[float]]:
-    """The accuracy matrix of the first `tasks` tasks."""
-    return [row[:tasks] for row in R[: tasks + 1]]
 
 
 def collect(lines: list[dict[str, Any]], sequence: str) -> dict[str, dict[int, list[list[float]]]]:
@@ -49,7 +36,7 @@ def collect(lines: list[dict[str, Any]], sequence: str) -> dict[str, dict[int, l
                 order = [done.index(task) for task in tasks]
                 found[JOINT][line["seed"]] = [[line["R"][0][i] for i in order]]
         elif done[: len(tasks)] == tasks:
-            found[line["arm"]][line["seed"]] = prefix(line["R"], len(tasks))
+            found[line["arm"]][line["seed"]] = [row[: len(tasks)] for row in line["R"][: len(tasks) + 1]]
     return {arm: found[arm] for arm in ARMS if arm in found}
 
 
@@ -73,7 +60,10 @@ def table(found: dict[str, dict[int, list[list[float]]]], tasks: list[str]) -> s
         for key in ("learning_accuracy", "backward_transfer", *(() if two else ("forgetting",))):
             cells.append(interval([m[key] for m in metrics]) if metrics else "")
         cells += [interval([R[-1][j] for R in runs.values()]) for j in range(2 if two else 0)]
-        cells.append("" if arm in (BASELINE, JOINT) else gap(acc[arm], acc.get(BASELINE, {}), acc.get(JOINT, {})))
+        three = [acc[arm], acc.get(BASELINE, {}), acc.get(JOINT, {})]
+        common = set.intersection(*map(set, three)) if arm not in (BASELINE, JOINT) else ()  # the seeds that all have
+        means = (float(np.mean([of[seed] for seed in common])) for of in three)
+        cells.append(f"{gap_recovered(*means):.2f}" if common else "")
         rows[ARMS[arm].kind].append((float(np.mean(list(acc[arm].values()))), cells))
     text = []
     for kind in ("replay-free", "stores data", "upper bound"):
@@ -82,14 +72,6 @@ def table(found: dict[str, dict[int, list[list[float]]]], tasks: list[str]) -> s
             shown = report.markdown_table([header, *ordered], "<" + ">" * (len(header) - 1))
             text.append(f"{kind[0].upper()}{kind[1:]}:\n\n{shown}")
     return "\n\n".join(text)
-
-
-def gap(acc: dict[int, float], baseline: dict[int, float], joint: dict[int, float]) -> str:
-    """G of the means over the seeds that all three have."""
-    common = [s for s in acc if s in baseline and s in joint]
-    if not common:
-        return ""
-    return f"{gap_recovered(*(float(np.mean([r[s] for s in common])) for r in (acc, baseline, joint))):.2f}"
 
 
 def traces(lines: list[dict[str, Any]], tasks: tuple[str, str]) -> dict[str, np.ndarray]:
@@ -126,10 +108,10 @@ def plot_front(found: dict[str, np.ndarray], tasks: tuple[str, str], path: Path)
     shown = [(arm, found[arm]) for arm in README_ARMS if arm in found]  # more would hide each other
     for i, (arm, runs) in enumerate(shown):
         mean = 100 * runs.mean(0)
-        colour, line = report.PALETTE[i % 7], ("-", "--", ":")[i // 7 % 3]
-        axes.plot(mean[1:, 2], mean[1:, 1], color=colour, linestyle=line, linewidth=3 if arm == OURS else 1, alpha=0.7)
-        style = {"marker": report.MARKERS[i % 7], "linestyle": line, "markersize": 11 if arm == OURS else 7}
-        axes.plot(mean[-1:, 2], mean[-1:, 1], color=colour, label=arm, **style)
+        style = report.series_style(i)
+        line = {**style, "marker": None, "linewidth": 3 if arm == OURS else 1, "alpha": 0.7}
+        axes.plot(mean[1:, 2], mean[1:, 1], **line)
+        axes.plot(mean[-1:, 2], mean[-1:, 1], label=arm, markersize=11 if arm == OURS else 7, **style)
     axes.set_xlabel(f"accuracy on the new task ({tasks[1]}), %")
     axes.set_ylabel(f"accuracy on the old task ({tasks[0]}), %")
     axes.set_title(f"{tasks[0]}, then {tasks[1]}: each line follows one training, the marker is its end", fontsize=10)
@@ -226,38 +208,26 @@ def readme_table(lines: list[dict[str, Any]]) -> str:
     return report.markdown_table([header, *(cells for *_, cells in sorted(rows))], "<" + ">" * len(shown))
 
 
-def edges(frozen: dict[str, str]) -> str:
-    tuned = [a for a in ARMS if a in frozen and ARMS[a].tuned_as is None]
-    at_edge = [f"`{a}`" for a in tuned if frozen[a] in (ARMS[a].settings[0], ARMS[a].settings[-1])]
-    what = "A best setting at the edge of its grid may be bettered beyond it"
-    return f"{what}: {', '.join(at_edge)}. " if at_edge else ""
-
-
-def unreported(frozen: dict[str, str]) -> list[str]:
-    missing = [f"`{a}`" for a in ARMS if a not in frozen]
-    what = "Arms of the comparison without a reported run, about which nothing is claimed"
-    return [f"{what}: {', '.join(missing)}."] if missing else []
-
-
-def precision(line: dict[str, Any]) -> str:
-    old = "bf16" if "--bf16 True" in line["flags"] else "fp32"  # lines that do not say it
-    return {"bf16": "bf16 autocast", "fp32": "float32"}[line.get("precision", old)]
-
-
-def hardware(line: dict[str, Any]) -> str:
-    found = line["hardware"]
-    cpu = " ".join([found["cpu"], *(f"({found[k]})" for k in ["cpu_capability"] if k in found)])
-    return f"{cpu}, {found['torch_threads']} thread a run, GPUs: {', '.join(found['gpus']) or 'none'}"
-
-
 def protocol(lines: list[dict[str, Any]], frozen: dict[str, str]) -> list[str]:
-    commits = ", ".join(sorted({line["commit"][:7] for line in lines}))
-    machines = "; ".join(sorted(set(map(hardware, lines))))
     versions = ", ".join(sorted({line["torch"] for line in lines}))
+    hardware = [line["hardware"] for line in lines]
+    ran_on = {f"{cpu(h)}, {h['torch_threads']} thread a run, GPUs: {', '.join(h['gpus']) or 'none'}" for h in hardware}
+    machines = "; ".join(sorted(ran_on))
+    # lines that do not say their precision are older
+    precisions = {line.get("precision", "bf16" if "--bf16 True" in line["flags"] else "fp32") for line in lines}
+    shown = " and ".join(sorted({"bf16": "bf16 autocast", "fp32": "float32"}[p] for p in precisions))
+    commits = ", ".join(sorted({line["commit"][:7] for line in lines}))
+    tuned = [a for a in ARMS if a in frozen and ARMS[a].tuned_as is None]
+    edges = ", ".join(f"`{a}`" for a in tuned if frozen[a] in (ARMS[a].settings[0], ARMS[a].settings[-1]))
+    if edges:
+        edges = f"A best setting at the edge of its grid may be bettered beyond it: {edges}. "
+    unreported = ", ".join(f"`{a}`" for a in ARMS if a not in frozen)
+    if unreported:
+        unreported = f"Arms of the comparison without a reported run, about which nothing is claimed: {unreported}."
     return [
         f"`python benchmarks/compare_methods.py all` ({len(lines)} runs; commits {commits}; {machines}; torch "
         f"{versions}). all-MiniLM-L6-v2 (22.7M weights, all trained, one shared head, no dropout), "
-        f"{' and '.join(sorted(set(map(precision, lines))))}, {TRAIN_EXAMPLES} training examples a task, 32 tokens, "
+        f"{shown}, {TRAIN_EXAMPLES} training examples a task, 32 tokens, "
         "80 steps of 16 (two epochs) for every method on every task, clipping 1.0, linear decay. R is measured on "
         f"{EVAL_EXAMPLES} test examples a task (one accuracy: binomial error 2.9 points); the training examples, "
         "their order and the new head differ from seed to seed and are the same for all methods of a seed: "
@@ -267,9 +237,9 @@ def protocol(lines: list[dict[str, Any]], frozen: dict[str, str]) -> list[str]:
         "Methods on AdamW use the learning rate 1e-4 (on which `adamw` itself ties with the 2e-4 it chose), those "
         "on CLASSP 1e-3. Which of CLASSP's additions to offer at all was searched before, also on tuning sequences "
         "and validation data alone: that search ([log.md](log.md)) is a budget the other methods did not have. "
-        f"{edges(frozen)}`joint` trains on all tasks' data together, with as many steps as the sequence has; methods "
+        f"{edges}`joint` trains on all tasks' data together, with as many steps as the sequence has; methods "
         f"that store data take as many steps as the others. `{OURS}` is what `ClasspTrainer` does by itself.",
-        *unreported(frozen),
+        unreported,
         "ACC: mean accuracy at the end. LA: mean accuracy right after each task's training. BWT: change since, "
         "negative = forgetting. G: share of the gap between `adamw` and `joint` that is recovered, of the means "
         "over seeds ([metrics.md](metrics.md)). What the methods are: [methods/](methods/README.md).",

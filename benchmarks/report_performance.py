@@ -5,7 +5,6 @@ python benchmarks/report_performance.py
 
 from __future__ import annotations
 
-import argparse
 import json
 import textwrap
 from pathlib import Path
@@ -26,13 +25,14 @@ def load(name: str, results: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def cpu(hardware: dict[str, Any]) -> str:
+    return " ".join([hardware["cpu"], *(f"({hardware[k]})" for k in ["cpu_capability"] if k in hardware)])
+
+
 def source(found: dict[str, Any]) -> str:
-    hardware, versions = found["hardware"], found["versions"]
-    cpu = " ".join([hardware["cpu"], *(f"({hardware[k]})" for k in ["cpu_capability"] if k in hardware)])
-    gpus = ", ".join(hardware["gpus"]) or "none"
-    return wrapped(
-        f"`{found['command']}`, commit {found['commit'][:7]}, torch {versions['torch']}, {cpu}, GPUs: {gpus}."
-    )
+    torch, gpus = found["versions"]["torch"], ", ".join(found["hardware"]["gpus"]) or "none"
+    run = f"`{found['command']}`, commit {found['commit'][:7]}, torch {torch}"
+    return wrapped(f"{run}, {cpu(found['hardware'])}, GPUs: {gpus}.")
 
 
 def spread(quartiles: list[float], digits: int = 2, percent: bool = False) -> str:
@@ -127,12 +127,7 @@ def page(results: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs/performance.md")
-    options = parser.parse_args()
-    options.output.write_text(page(options.results), encoding="utf-8")
-    print(options.output)
+    (ROOT / "docs/performance.md").write_text(page(ROOT / "benchmarks/results"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8:
 
 
 def interval(values: list[float]) -> str:
-    """`mean ± half width` of the 95% interval of the mean, in points."""
-    values = 100 * np.asarray(values)
-    half = T95[len(values) - 1] * values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean():.1f} ± {half:.1f}"
+    """Mean ± half width of its 95% interval, in points; without the interval for one value."""
+    points = 100 * np.asarray(values)
+    if len(points) < 2:
+        return f"{points.mean():.1f}"
+    return f"{points.mean():.1f} ± {T95[len(points) - 1] * points.std(ddof=1) / np.sqrt(len(points)):.1f}"
 
 
 def columns(run: dict) -> dict[str, float]:
@@ -45,18 +46,8 @@ def main() -> None:
         arm: [json.loads((folder / arm / "results.json").read_text()) for folder in sorted(arguments.folders)]
         for arm in arguments.arms
     }
-    kept = [
-        "tasks",
-        "accuracy_matrix",
-        "metrics",
-        "optimizer",
-        "method",
-        "versions",
-        "hardware",
-        "commit",
-        "command",
-        "seconds",
-    ]
+    kept = ["tasks", "accuracy_matrix", "metrics", "optimizer", "method"]
+    kept += ["versions", "hardware", "commit", "command", "seconds"]
     raw = {arm: [{k: r[k] for k in kept} | {"seed": r["arguments"]["seed"]} for r in rs] for arm, rs in runs.items()}
     write_json(arguments.output, raw)
 

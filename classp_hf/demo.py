@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass, field, fields
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +23,35 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, set_seed
 
 from . import embedded, report
+from .engine import _beside
 from .launch import prepare_cpu_launch
 from .live import CLASSP_NAME
-from .memory import ContinualMemory, NoMemoryError
-from .methods import METHODS
+from .methods import METHODS, Method
 from .named_trainers import ClasspTrainer
 from .registration import register
 from .tasks import label_names, load_task
 from .trainer import ContinualTrainer
 from .training_args import ContinualTrainingArguments
 
-# What each arm is: trainer, method, and the flags it starts from. Learning rates: docs/log.md says how they were
-# chosen.
+# What each arm is: a method, and the flags it starts from. Learning rates: docs/log.md says how they were chosen.
 ADAMW = ["--learning_rate", "1e-4", "--reset_optimizer"]
-ARMS: dict[str, tuple[type[ContinualTrainer], str, list[str]]] = {
-    "classp": (ClasspTrainer, "logit_adjustment", ["--optim", "classp"]),
-    "classp_paper": (ContinualTrainer, "none", ["--optim", "classp"]),
-    **{name: (ContinualTrainer, name, ADAMW) for name in METHODS if name != "none"},
-    "olora": (ContinualTrainer, "olora", ["--learning_rate", "1e-3", "--reset_optimizer"]),
-    "naive": (ContinualTrainer, "none", ADAMW),
+ARMS: dict[str, tuple[str, list[str]]] = {
+    "classp": ("logit_adjustment", ["--optim", "classp"]),
+    "classp_paper": ("none", ["--optim", "classp"]),
+    **{name: (name, ADAMW) for name in METHODS if name != "none"},
+    "olora": ("olora", ["--learning_rate", "1e-3", "--reset_optimizer"]),
+    "naive": ("none", ADAMW),
 }
-DEFAULTS = (
-    "--output_dir outputs/sentiment_sequence --num_train_epochs 2 --per_device_train_batch_size 32 "
-    "--per_device_eval_batch_size 128 --max_length 64 --logging_steps 10 --save_strategy no "
-    f"--dataloader_pin_memory {torch.cuda.is_available()}"
-).split()
+DEFAULTS = {
+    "output_dir": "outputs/sentiment_sequence",
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 128,
+    "max_length": 64,
+    "logging_steps": 10,
+    "save_strategy": "no",
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -94,16 +99,14 @@ class RecipeArguments:
             self.max_train_samples = None
 
 
-def build_model(recipe: RecipeArguments, labels: list[str], method: str = "none"):
+def build_model(recipe: RecipeArguments, labels: list[str], method: Method) -> tuple[Any, Any]:
+    """Model and tokenizer, with a head over `labels` and the adapters that the flags or the method ask for."""
     name = recipe.model_name_or_path or embedded.model_path()
     config = AutoConfig.from_pretrained(name, revision=recipe.model_revision)
     if set(config.label2id) == set(labels):  # a classifier of these labels: its head's rows have their order
         labels = sorted(labels, key=config.label2id.get)
-    changes = {
-        "num_labels": len(labels),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: i for i, label in enumerate(labels)},
-    }
+    changes: dict[str, Any] = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
+    changes["label2id"] = {label: i for i, label in enumerate(labels)}
     if recipe.dropout >= 0:
         for key, value in config.to_dict().items():
             if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
@@ -117,15 +120,13 @@ def build_model(recipe: RecipeArguments, labels: list[str], method: str = "none"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
-    if recipe.use_peft or METHODS[method].folds_adapters:
+    if recipe.use_peft or method.folds_adapters:
         from peft import LoraConfig, OSFConfig, PeftConfig, TaskType, get_peft_model
 
-        common: dict[str, Any] = {
-            "task_type": TaskType.SEQ_CLS,
-            "target_modules": recipe.lora_target_modules or "all-linear",
-        }
+        common: dict[str, Any] = {"task_type": TaskType.SEQ_CLS}
+        common["target_modules"] = recipe.lora_target_modules or "all-linear"
         adapter: PeftConfig
-        if method == "osf":
+        if method.name == "osf":
             adapter = OSFConfig(effective_rank=recipe.osf_effective_rank, **common)
         else:
             r, alpha, dropout = recipe.lora_r, recipe.lora_alpha, recipe.lora_dropout
@@ -134,88 +135,49 @@ def build_model(recipe: RecipeArguments, labels: list[str], method: str = "none"
     return model, tokenizer
 
 
-def memory_beside(recipe: Any) -> str | None:
-    """The model's own folder or repository, if a continual memory is there."""
-    try:
-        ContinualMemory.load(recipe.model_name_or_path, revision=recipe.model_revision)
-    except NoMemoryError:
-        return None
-    print(f"Going on from the continual memory in {recipe.model_name_or_path}.")
-    return recipe.model_name_or_path
-
-
 def main() -> None:
     prepare_cpu_launch()
-    register()
-    methods = [m for m in METHODS.values() if any(f.init for f in fields(m))]
-    parser: Any = HfArgumentParser((RecipeArguments, ContinualTrainingArguments, *methods), description=__doc__)  # type: ignore[arg-type]
-    given = sys.argv[1:]
-    own = vars(parser.parse_args(DEFAULTS))
-    parser.set_defaults(**{name: own[name] for name in (flag.removeprefix("--") for flag in DEFAULTS[::2])})
+    register()  # a name of --optim
+    shown: Any = (RecipeArguments, ContinualTrainingArguments, *METHODS.values())
+    parser: Any = HfArgumentParser(shown, description=__doc__)
+    parser.set_defaults(**DEFAULTS)
 
-    def parse(arm_flags: list[str]):
-        return parser.parse_args_into_dataclasses(args=[*arm_flags, *given])
-
-    recipe, args, *_ = parse([])
+    recipe, args, *_ = parser.parse_args_into_dataclasses()
+    base, main_process = Path(args.output_dir), args.process_index == 0
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("classp_hf").setLevel(logging.INFO if args.process_index == 0 else logging.WARNING)
-
+    logging.getLogger("classp_hf").setLevel(logging.INFO if main_process else logging.WARNING)
+    sizes = {"max_train_samples": recipe.max_train_samples, "max_eval_samples": recipe.max_eval_samples}
     with args.main_process_first(desc="loading the tasks"):
-        tasks = [
-            load_task(
-                spec,
-                seed=args.seed,
-                max_train_samples=recipe.max_train_samples,
-                max_eval_samples=recipe.max_eval_samples,
-            )
-            for spec in recipe.tasks
-        ]
+        tasks = [load_task(spec, seed=args.seed, **sizes) for spec in recipe.tasks]
     labels = label_names(tasks)
-    if args.process_index == 0:
-        print(f"Labels of the shared head: {', '.join(labels)}")
 
-    arms = list(dict.fromkeys([recipe.trainer, *recipe.compare]))
-    existing = [arm for arm in arms if (Path(args.output_dir) / arm / "sequence_state.json").exists()]
-    if existing and not args.resume_from_checkpoint:
-        raise ValueError(
-            f"{args.output_dir} already holds runs of {', '.join(existing)}. Pass --resume_from_checkpoint True to go "
-            "on from them, or choose another --output_dir."
-        )
     results = {}
-    for arm in arms:
-        trainer_class, method_name, flags = ARMS[arm]
-        _, args, *configured = parse(flags)
-        base = Path(args.output_dir)
+    for arm in dict.fromkeys([recipe.trainer, *recipe.compare]):
+        method_name, flags = ARMS[arm]
+        _, args, *configured = parser.parse_args_into_dataclasses([*flags, *sys.argv[1:]])
         args.output_dir = str(base / arm)
-        if trainer_class is ClasspTrainer and args.heads != "shared":
+        if arm == "classp" and args.heads != "shared":
             method_name = "none"  # there is no shared head whose logits could be adjusted
-        method = next((m for m in configured if m.name == method_name), method_name)
+        method = dict(zip(METHODS, configured))[method_name]
         set_seed(args.seed)
-        model, tokenizer = build_model(recipe, labels, method_name)
-        if args.memory is None and recipe.model_name_or_path and CLASSP_NAME in (args.optim, arm):
-            args.memory, args.memory_revision = memory_beside(recipe), recipe.model_revision
+        model, tokenizer = build_model(recipe, labels, method)
+        start, uses_classp = recipe.model_name_or_path, CLASSP_NAME in (args.optim, arm)
+        if args.memory is None and start and uses_classp and _beside(start, recipe.model_revision):
+            args.memory, args.memory_revision = start, recipe.model_revision
+        if main_process:
+            print(f"\n=== {arm}: {' -> '.join(recipe.tasks)}; labels: {', '.join(labels)} ===", flush=True)
+        trainer_class = ClasspTrainer if arm == "classp" else ContinualTrainer
         trainer = trainer_class(model=model, args=args, processing_class=tokenizer, method=method)
-        if trainer.is_world_process_zero():
-            print(f"\n=== {arm}: {' -> '.join(t.name for t in tasks)} ===", flush=True)
         results[arm] = trainer.train_sequence(tasks)
         if args.push_to_hub and arm == recipe.trainer:
             trainer.push_to_hub()
 
-    if args.process_index == 0:
+    if main_process:
         for arm, result in results.items():
-            scale = report.Scale.of(result)
-            print(
-                "\n"
-                + report.format_sequence(
-                    result["tasks"], result["accuracy_matrix"], result["metrics"], arm, scale, args.learned_tasks
-                )
-            )
-        if len(results) > 1:
-            print("\n" + report.format_comparison(results))
-        try:
+            print("", arm, *report.sequence_tables(result), sep="\n\n")
+        print("", report.format_comparison(results), sep="\n\n")
+        with suppress(ImportError):  # of matplotlib: every arm has said so
             report.plot_retention(results, base / "retention.png")
-        except ImportError as error:
-            print(error)
         print(f"\nResults, figures, models and cards: {base}")
 
 

@@ -49,10 +49,8 @@ def icwsm14(domain: str) -> list[tuple[str, float]]:
 
     Returns (text, valence) pairs in file order; valence is the mean of 20 raters from -4 (extremely negative) to +4.
     The first call fetches `vaderSentiment==2.5` (2.5 MB) with pip into the folder `CLASSP_HF_CACHE`, default
-    `HF_HOME/classp_hf`. Raises `ValueError` for an unknown domain or a damaged file, `RuntimeError` if pip fails.
+    `HF_HOME/classp_hf`. Raises `ValueError` for a damaged file, `RuntimeError` if pip fails.
     """
-    if domain not in DOMAINS:
-        raise ValueError(f"Unknown ICWSM-14 domain {domain!r}; choose one of {', '.join(DOMAINS)}.")
     path = Path(os.environ.get("CLASSP_HF_CACHE") or f"{constants.HF_HOME}/classp_hf", SDIST).expanduser()
     if not path.is_file():
         _fetch(path)
@@ -79,10 +77,9 @@ def _fetch(path: Path) -> None:
         command += ["--no-binary", "vaderSentiment", "-d", folder, "-r", str(requirements)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
-            last = "\n".join((result.stdout + result.stderr).strip().splitlines()[-5:])
             raise RuntimeError(
-                f"pip could not fetch vaderSentiment==2.5:\n{last}\nPut {SDIST} from https://pypi.org/project/vaderSentiment"
-                f" at {path}; or, where pip is missing, run `uv pip install pip` or `python -m ensurepip`."
+                f"pip could not fetch vaderSentiment==2.5:\n{result.stderr[-1000:].strip()}\nPut {SDIST} from "
+                f"https://pypi.org/project/vaderSentiment at {path}; where pip is missing, run `uv pip install pip`."
             )
         os.replace(Path(folder, SDIST), path)
 

@@ -39,8 +39,6 @@ def prepare_language_tasks(
 
 def _prepare(task: Task, tokenizer: Any, encoder_decoder: bool, max_length: int | None) -> Task:
     max_length = token_limit(tokenizer, max_length)
-    if tokenizer.pad_token is None:
-        raise ValueError("The tokenizer has no pad token. Set tokenizer.pad_token = tokenizer.eos_token.")
     splits: dict[str, Any] = {}
     for field, dataset in task.splits.items():
         where = f"Task {task.name!r}: {field}"
@@ -55,10 +53,8 @@ def _prepare(task: Task, tokenizer: Any, encoder_decoder: bool, max_length: int 
         if not kept:
             raise ValueError(f"{where}: no example has anything left to learn within max_length={max_length} tokens.")
         if lost := len(tokenised) - len(kept):
-            logger.warning(
-                f"{where}: {lost} examples have nothing to learn within {max_length} tokens, and are left out."
-            )
-        splits[field] = tokenised.select(kept) if lost else tokenised
+            logger.warning(f"{where}: {lost} examples, of nothing to learn in {max_length} tokens, are left out.")
+        splits[field] = tokenised.select(kept)
     return replace(task, **splits)
 
 
@@ -70,9 +66,8 @@ def _encoder(where: str, dataset: Dataset, tokenizer: Any, encoder_decoder: bool
         needed = "'prompt' and 'completion'" + ("" if encoder_decoder else ", 'messages' (a chat), or 'text'")
         raise ValueError(f"{where} needs the columns {needed}; it has {sorted(columns)}. {PREPARE}")
     chat = "messages" in columns or (pair and not isinstance(dataset[0]["prompt"], str))
-    if chat and (encoder_decoder or tokenizer.chat_template is None):
-        why = "an encoder-decoder is given texts" if encoder_decoder else "the tokenizer has no chat template"
-        raise ValueError(f"{where} holds messages, but {why}.")
+    if chat and encoder_decoder:
+        raise ValueError(f"{where} holds messages, but an encoder-decoder is given texts.")
 
     def plain(row: dict[str, Any]) -> tuple[list[int], list[int]]:
         prompt = tokenizer(row["prompt"])["input_ids"] if pair else []

@@ -25,12 +25,9 @@ PREPARE = (
     "Prepare all but texts (images, audio, float labels) first, by map, or with_transform and remove_unused_columns="
     "False: what the model takes, such as pixel_values, and labels as numbers. Any processing_class will then do."
 )
-_FIELDS: dict[str, dict[str, Any]] = {"imdb": {"label_map": {"neg": "negative", "pos": "positive"}}}
-_FIELDS["fpb"] = {"text_column": "sentence", "label_names": SENTIMENT}
-_HUB_IDS = {"fpb": "takala/financial_phrasebank", "imdb": "stanfordnlp/imdb"}
-_CSV = {"keep_default_na": False}  # "null" and "NA" are texts, not missing values
-_READERS: dict[str, tuple[str, dict[str, Any]]] = {".csv": ("csv", _CSV), ".tsv": ("csv", {**_CSV, "sep": "\t"})}
-_READERS |= {".json": ("json", {}), ".jsonl": ("json", {}), ".parquet": ("parquet", {})}
+_FPB = {"text_column": "sentence", "label_names": SENTIMENT}
+_IMDB = {"label_map": {"neg": "negative", "pos": "positive"}}
+_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _OPTIONS = {"text": "text_column", "text_pair": "text_pair_column", "label": "label_column"}
 _OPTIONS |= {"names": "label_names", "map": "label_map"}
 _FIXED_SEED = 0  # of what runs are compared on, whatever their own seed
@@ -201,16 +198,13 @@ def validate_tasks(tasks: list[Task]) -> None:
 
 
 def is_prepared(task: Task) -> bool:
-    """Whether every split holds labels and inputs of a model, as numbers, and no text that is to be tokenised."""
+    """Whether every split holds labels and inputs of a model, as numbers: inputs of a known name, or nothing else."""
     for columns in map(_columns, task.splits.values()):
         numbers = {name for name, kind in columns.items() if not re.search("string|binary|json", kind)}
-        labels, inputs = numbers & _LABELS, numbers - _LABELS
-        if {task.text_column, "messages", "prompt"} & columns.keys():
-            fits = "labels" in labels and bool(inputs & _INPUTS)
-        else:  # arrays, beside whatever is left of the source, or nothing but numbers
-            arrays = any(re.search("list|extension", columns[name]) for name in inputs)
-            fits = bool(labels and inputs) and (arrays or numbers == columns.keys())
-        if not fits:
+        # beside a text that could be tokenised, `label` is what is aligned by name
+        raw = {task.text_column, "messages", "prompt"} & columns.keys()
+        labels, inputs = numbers & ({"labels"} if raw else _LABELS), numbers - _LABELS
+        if not labels or not (inputs & _INPUTS or (inputs and numbers == columns.keys())):
             return False
     return True
 
@@ -295,25 +289,28 @@ def _read(spec: str) -> tuple[dict[str, Dataset], dict[str, Any]]:
         if key not in _OPTIONS or not all(parts) or (key == "map" and not all(map(all, pairs))):
             raise ValueError(f"Cannot read option {option!r} of task {spec!r}; the grammar is {GRAMMAR}.")
         fields[_OPTIONS[key]] = parts if key == "names" else dict(pairs) if key == "map" else value
+    if not where and name.startswith("icwsm14/"):
+        return _icwsm14(name.removeprefix("icwsm14/")), fields
+    if spec == "imdb":
+        return load_dataset("stanfordnlp/imdb"), fields | _IMDB | {"hub_id": "stanfordnlp/imdb"}
+    if spec == "fpb":
+        # its main branch is a loading script, which datasets refuses since 4.0; this is the Hub's conversion of it
+        hub_id, files = "takala/financial_phrasebank", {"train": "sentences_50agree/train/*.parquet"}
+        splits = load_dataset(hub_id, revision="refs/convert/parquet", data_files=files)
+        return splits, fields | _FPB | {"hub_id": hub_id}
     if name == "fpb" and path.suffix == ".txt":
         lines = [line.strip().rpartition("@") for line in path.read_text(encoding="iso-8859-1").split("\n")]
         rows = [{"sentence": text, "label": label} for text, _, label in lines if text or label]
-        return {"train": Dataset.from_list(rows)}, _FIELDS[name] | fields
-    if name == "imdb" and where and path.is_dir():
-        return {split: _imdb_folder(path / split) for split in ("train", "test")}, _FIELDS[name] | fields
-    if path.suffix in _READERS:
-        reader, settings = _READERS[path.suffix]
+        return {"train": Dataset.from_list(rows)}, _FPB | fields
+    if name == "imdb" and path.is_dir():
+        return {split: _imdb_folder(path / split) for split in ("train", "test")}, _IMDB | fields
+    if reader := _READERS.get(path.suffix):
+        # "null" and "NA" are texts, not missing values
+        settings = {"keep_default_na": False, "sep": "\t" if path.suffix == ".tsv" else ","} if reader == "csv" else {}
         return load_dataset(reader, *where[1:], data_files=str(path), **settings), fields
-    if where and path.exists():
+    if path.exists():
         return load_dataset(str(path), *where[1:]), fields
-    if where:
-        return load_dataset(*where), {**fields, "hub_id": where[0]}
-    if name.startswith("icwsm14/"):
-        return _icwsm14(name.removeprefix("icwsm14/")), fields
-    # fpb's main branch is a loading script, which datasets refuses since 4.0; this is the Hub's conversion of it
-    converted = {"revision": "refs/convert/parquet", "data_files": {"train": "sentences_50agree/train/*.parquet"}}
-    splits = load_dataset(_HUB_IDS[name], **(converted if name == "fpb" else {}))
-    return splits, {**fields, **_FIELDS[name], "hub_id": _HUB_IDS[name]}
+    return load_dataset(*where), {**fields, "hub_id": where[0]}
 
 
 def _icwsm14(domain: str) -> dict[str, Dataset]:

