@@ -29,7 +29,7 @@ from .live import CLASSP_NAME
 from .methods import METHODS, Method
 from .named_trainers import ClasspTrainer
 from .registration import register
-from .tasks import label_names, load_task
+from .tasks import BUILT_IN, GRAMMAR, label_names, load_task
 from .trainer import ContinualTrainer
 from .training_args import ContinualTrainingArguments
 
@@ -62,11 +62,7 @@ def _flag(default: Any, help: str) -> Any:
 
 @dataclass
 class RecipeArguments:
-    tasks: list[str] = _flag(
-        ("icwsm14/nyt", "icwsm14/movie"),
-        "Tasks in order: icwsm14/nyt|movie|amazon|tweets, fpb, imdb, or "
-        "name:path_or_hub_id[:config][,text=COLUMN,label=COLUMN,names=a|b|c,map=x>y|z>w].",
-    )
+    tasks: list[str] = _flag(("icwsm14/nyt", "icwsm14/movie"), f"Tasks in order: {', '.join(BUILT_IN)}, or {GRAMMAR}.")
     trainer: str = _flag("classp", f"The arm to run: {', '.join(ARMS)}.")
     compare: list[str] = _flag(("naive",), "Arms to run beside it, of the same; `--compare none` for no other.")
     model_name_or_path: str | None = _flag(None, "Local folder or Hub id. Default: the embedded all-MiniLM-L6-v2.")
@@ -121,17 +117,14 @@ def build_model(recipe: RecipeArguments, labels: list[str], method: Method) -> t
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
     if recipe.use_peft or method.folds_adapters:
-        from peft import LoraConfig, OSFConfig, PeftConfig, TaskType, get_peft_model
+        from peft import LoraConfig, OSFConfig, TaskType, get_peft_model
 
-        common: dict[str, Any] = {"task_type": TaskType.SEQ_CLS}
-        common["target_modules"] = recipe.lora_target_modules or "all-linear"
-        adapter: PeftConfig
+        config_class: Any = LoraConfig
+        own: Any = {"r": recipe.lora_r, "lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout}
         if method.name == "osf":
-            adapter = OSFConfig(effective_rank=recipe.osf_effective_rank, **common)
-        else:
-            r, alpha, dropout = recipe.lora_r, recipe.lora_alpha, recipe.lora_dropout
-            adapter = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, **common)
-        model = get_peft_model(model, adapter)
+            config_class, own = OSFConfig, {"effective_rank": recipe.osf_effective_rank}
+        modules = recipe.lora_target_modules or "all-linear"
+        model = get_peft_model(model, config_class(task_type=TaskType.SEQ_CLS, target_modules=modules, **own))
     return model, tokenizer
 
 
