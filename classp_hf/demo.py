@@ -167,8 +167,8 @@ def main() -> None:
 
     if main_process:
         for arm, result in results.items():
-            print("", arm, *report.sequence_tables(result), sep="\n\n")
-        print("", report.format_comparison(results), sep="\n\n")
+            print(f"\n{arm}", *report.sequence_tables(result), sep="\n\n")
+        print("\n" + report.format_comparison(results))
         with suppress(ImportError):  # of matplotlib: every arm has said so
             report.plot_retention(results, base / "retention.png")
         print(f"\nResults, figures, models and cards: {base}")

@@ -198,13 +198,14 @@ def validate_tasks(tasks: list[Task]) -> None:
 
 
 def is_prepared(task: Task) -> bool:
-    """Whether every split holds labels and inputs of a model, as numbers: inputs of a known name, or nothing else."""
+    """Whether every split holds labels and inputs of a model, as numbers, and no text that is to be tokenised."""
     for columns in map(_columns, task.splits.values()):
         numbers = {name for name, kind in columns.items() if not re.search("string|binary|json", kind)}
-        # beside a text that could be tokenised, `label` is what is aligned by name
+        # beside a text that could be tokenised `label` is what is aligned by name, and inputs have a known name
         raw = {task.text_column, "messages", "prompt"} & columns.keys()
         labels, inputs = numbers & ({"labels"} if raw else _LABELS), numbers - _LABELS
-        if not labels or not (inputs & _INPUTS or (inputs and numbers == columns.keys())):
+        arrays = not raw and any(re.search("list|extension", columns[name]) for name in inputs)
+        if not (labels and inputs and (inputs & _INPUTS or arrays or numbers == columns.keys())):
             return False
     return True
 

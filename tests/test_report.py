@@ -88,7 +88,7 @@ def test_tables_are_aligned_and_say_how_to_read_them():
     loss = make_results(["a"], [[2.5], [0.75]], metric="loss", greater_is_better=False)
     loss["metrics"] = summarize(loss["accuracy_matrix"], greater_is_better=False)
     matrix, metrics = report.sequence_tables(loss)
-    assert "| after a      | **0.750** |" in matrix and re.search(r"backward transfer +\| +n/a \| difference", metrics)
+    assert "| after a      | **0.750** |" in matrix and re.search(r"backward transfer +\| +n/a \| gain of", metrics)
 
 
 def test_format_comparison_says_what_was_learned_and_what_was_kept():

@@ -280,6 +280,7 @@ PREPARED = {
     "images": {**PIXELS, "labels": LABEL, "path": ["a.png", "b.png"]},
     "audio": {"input_values": [[0.1, 0.2], [0.3]], "label_ids": LABEL},
     "a model of one's own": {"x": [0.1, 0.2], "y": [1, 2], "labels": LABEL},
+    "arrays beside their source": {"x": [[0.1], [0.2]], "path": ["a", "b"], "labels": LABEL},
 }
 
 

@@ -25,10 +25,10 @@ Results = Mapping[str, Any]
 _METRICS = {
     "average_accuracy": "mean over all tasks at the end",
     "learning_accuracy": "mean over tasks, each right after its own training",
-    "backward_transfer": "{points} since each earlier task was learned; negative = forgetting",
-    "forward_transfer": "{points} over the model at the start, each task before its own training",
-    "forgetting": "{points} {below} each earlier task's best; positive = forgetting",
-    "retained_accuracy": "% of each task's own learned {metric} left at the end",
+    "backward_transfer": "gain of each earlier task since it was learned; negative = forgetting",
+    "forward_transfer": "gain of each task before its own training, over the model at the start",
+    "forgetting": "what each earlier task lost since its best; positive = forgetting",
+    "retained_accuracy": "% of what each task had learned that is left at the end",
 }
 
 
@@ -94,8 +94,6 @@ def sequence_tables(results: Results) -> list[str]:
         if t > learned:
             cells[t - 1] = f"**{cells[t - 1]}**"
         matrix.append([plain(stage), *cells])
-    words = {"metric": scale.metric, "points": "points" if scale.percent else "difference"}
-    words["below"] = "below" if scale.greater_is_better else "above"
     metrics = [["metric", "value", "meaning"]]
     for key, meaning in _METRICS.items():
         value, name = results["metrics"][key], key.replace("_", " ").replace("accuracy", scale.metric)
@@ -103,7 +101,7 @@ def sequence_tables(results: Results) -> list[str]:
             text = ", ".join("n/a" if share is None else f"{100 * share:.1f}" for share in value)
         else:
             text = scale.text(value, "+" if "transfer" in key else "")
-        metrics.append([plain(name), text, plain(meaning.format(**words))])
+        metrics.append([plain(name), text, meaning])
     tables = [markdown_table(matrix, "<" + ">" * len(results["tasks"])), markdown_table(metrics, "<><")]
     if learned:
         tables.append("Tasks learned before this run count as learned with what they had at its start.")
