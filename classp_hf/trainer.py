@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -353,16 +354,24 @@ class ContinualTrainer(PatchedTrainer):
         self.create_model_card(**kwargs)
         if not self.is_world_process_zero():
             return None
-        return HfApi().upload_folder(  # type: ignore[call-overload]
-            repo_id=str(self.hub_model_id),
-            folder_path=str(self.args.output_dir),
-            commit_message=commit_message,
-            token=token,
-            revision=revision or self.args.hub_revision,
-            ignore_patterns=NOT_PUSHED,
-            delete_patterns="adapter_*",  # of another kind of model, pushed earlier: they would be loaded on top
-            run_as_future=not blocking,
-        )
+        repo, folder, revision = str(self.hub_model_id), str(self.args.output_dir), revision or self.args.hub_revision
+        try:
+            return HfApi().upload_folder(  # type: ignore[call-overload]
+                repo_id=repo,
+                folder_path=folder,
+                commit_message=commit_message,
+                token=token,
+                revision=revision,
+                ignore_patterns=NOT_PUSHED,
+                delete_patterns="adapter_*",  # of another kind of model, pushed earlier: they would be loaded on top
+                run_as_future=not blocking,
+            )
+        except Exception as error:
+            command = ["hf", "upload", repo, folder, ".", "--delete", "adapter_*"]
+            command += [word for pattern in NOT_PUSHED for word in ("--exclude", pattern)]
+            command += ["--revision", revision] if revision else []
+            error.add_note(f"Nothing local is lost. To try again: {shlex.join(command)}")
+            raise
 
 
 class _Engine(ContinualCallback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -95,6 +96,15 @@ def test_a_failed_push_loses_nothing(push, tmp_path):
         for name in ("model.safetensors", "continual_memory.st", "results.json", "README.md"):
             assert (tmp_path / "run" / name).is_file()
         assert hub.messages["me/kept"] == ["initial commit"]
+
+        hub.failures = {}  # the command that the message gives
+        command = run.stderr.partition("Nothing local is lost. To try again: ")[2].splitlines()[0]
+        client = [sys.executable, "-m", "huggingface_hub.cli.hf", *shlex.split(command)[1:]]
+        env = hub.env(tmp_path / "cache") | {"HF_TOKEN": TOKEN}
+        again = subprocess.run(client, capture_output=True, text=True, timeout=300, env=env)
+        assert again.returncode == 0, again.stderr
+        assert "model.safetensors" in hub.repos["me/kept", "main"][1]
+        assert not [n for n in hub.repos["me/kept", "main"][1] if n.startswith("00-")]
 
 
 def test_a_repository_that_cannot_be_made_stops_the_run_before_training(push, tmp_path):
