@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .names import bare_model, canonical_name, full_tensor, like_parameter, trainable_parameters
+from .names import bare_model, full_tensor, like_parameter, trainable_parameters
 
 
 class TaskHeads:
@@ -34,36 +34,41 @@ class TaskHeads:
         self.initial = self._copy()
         self.saved: dict[str, dict[str, Tensor]] = {}
         self.active: str | None = None
+        """The task whose head is in the model; None: nobody's."""
+        self.label_ids: list[int] | None = None
+        """The active task's classes; None: all."""
 
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
+    def _parameters(self) -> dict[str, nn.Parameter]:
         """The head's parameters that the model has now: FSDP2 replaces them."""
         return {n: p for n, p in trainable_parameters(self.model) if n in self.names}
 
     def _copy(self) -> dict[str, Tensor]:
-        return {n: full_tensor(p.detach()).cpu().clone() for n, p in self.parameters.items()}
+        return {n: full_tensor(p.detach()).cpu().clone() for n, p in self._parameters().items()}
 
     @torch.no_grad()
-    def activate(self, task: str) -> None:
+    def activate(self, task: str, label_ids: list[int] | None = None) -> None:
         """Put the head of `task` into the model (the initial one if the task is new), keeping the one that is in."""
-        self.keep()
-        parameters = self.parameters
-        for n, value in self.saved.get(task, self.initial).items():
-            parameters[n].copy_(like_parameter(value, parameters[n].detach(), parameters[n].dtype))
-        self.active = task
+        head = self.state_dict().get(task, self.initial)
+        for n, p in self._parameters().items():
+            p.copy_(like_parameter(head[n], p.detach(), p.dtype))
+        self.active, self.label_ids = task, label_ids
 
-    def keep(self) -> None:
-        """Remember the model's present head as that of the active task."""
-        if self.active is not None:
-            self.saved[self.active] = self._copy()
+    def mask_other_labels(self, logits: Any, labels: Any) -> Any:
+        """Logits for the metrics: the task is known, so labels of other tasks are no candidates."""
+        if self.label_ids is None or not isinstance(logits, Tensor):
+            return logits
+        mask = torch.full_like(logits, float("-inf"))
+        mask[..., self.label_ids] = 0
+        return logits + mask
 
     def forget_optimizer_state(self, optimizer: Any) -> None:
         """A new head must not inherit what an optimizer remembers of another one."""
-        for p in self.parameters.values():
+        for p in self._parameters().values():
             optimizer.state.pop(p, None)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        self.keep()
+        if self.active is not None:
+            self.saved[self.active] = self._copy()
         return dict(self.saved)
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -72,13 +77,11 @@ class TaskHeads:
         Raises:
             ValueError: a head of other names or shapes than the model's.
         """
-        shapes = {n: tuple(p.shape) for n, p in self.parameters.items()}
-        saved = {task: {canonical_name(n): t for n, t in head.items()} for task, head in state.items()}
-        for task, head in saved.items():
-            stored = {n: tuple(t.shape) for n, t in head.items()}
-            if stored != shapes:
+        shapes = {n: tuple(p.shape) for n, p in self._parameters().items()}
+        for task, head in state.items():
+            if (stored := {n: tuple(t.shape) for n, t in head.items()}) != shapes:
                 raise ValueError(
                     f"The head of {task} in the continual memory has the shapes {stored}, the model's {shapes}. Load "
                     "the model it was saved with, or start without a memory."
                 )
-        self.saved = saved
+        self.saved = {task: dict(head) for task, head in state.items()}

@@ -25,15 +25,15 @@ def prepare_cpu_launch() -> None:
     if not on_cpus or "WORLD_SIZE" in os.environ or (launcher := _accelerate_launch()) is None:
         return
     arguments, _ = launch_command_parser().parse_known_args(launcher[0])
-    count = arguments.num_processes or 1
+    config = None
     if arguments.config_file is not None or (os.path.isfile(default_config_file) and not arguments.cpu):
         config = load_config_from_file(arguments.config_file)
         if config.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            ignored = (
-                f"{config.distributed_type.value} of {arguments.config_file}; pass --use_cpu to the script instead"
+            raise ValueError(
+                f"`accelerate launch --cpu` ignores the {config.distributed_type.value} of {arguments.config_file}; "
+                "pass --use_cpu to the script instead."
             )
-            raise ValueError(f"`accelerate launch --cpu` ignores the {ignored}.")
-        count = arguments.num_processes or max(config.num_processes, 1)
+    count = arguments.num_processes or (config.num_processes if config is not None else 1)
     if count > 1 and arguments.mpirun_hostfile is None and (arguments.num_machines or 1) == 1:
         os.environ["ACCELERATE_USE_CPU"] = "true"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]

@@ -1,4 +1,4 @@
-"""`ClasspTrainer` and `EWCTrainer`: named shells on `ContinualTrainer`."""
+"""`ClasspTrainer` and `EWCTrainer`: `ContinualTrainer` with an optimizer or a method of their own."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from .optim import CLASSP
 from .trainer import ContinualTrainer
 
 logger = logging.get_logger(__name__)
+
+_CONSOLIDATION: dict[str, Any] = {"none": [], "anchor": [Elastic], "merge": [Merge], "both": [Elastic, Merge]}
 
 
 class ClasspTrainer(ContinualTrainer):
@@ -46,7 +48,7 @@ class ClasspTrainer(ContinualTrainer):
         method: Method | str | Sequence[Method | str] | None = None,
         **kwargs: Any,
     ) -> None:
-        if consolidation not in ("none", "anchor", "merge", "both"):
+        if consolidation not in _CONSOLIDATION:
             raise ValueError(f"consolidation must be 'none', 'anchor', 'merge' or 'both', got {consolidation!r}")
         given = kwargs.get("optimizers", (None, None))[0] or (kwargs.get("optimizer_cls_and_kwargs") or (None,))[0]
         if given is not None and not isinstance(given, CLASSP) and given is not CLASSP:
@@ -55,10 +57,10 @@ class ClasspTrainer(ContinualTrainer):
                 f"ClasspTrainer trains with CLASSP, got {name}. Use ContinualTrainer for other optimizers."
             )
         methods = make_methods(method)
-        for use, cls, value in (("anchor", Elastic, anchor_strength), ("merge", Merge, merge_weight)):
-            if consolidation in (use, "both"):
-                methods.append(cls() if value is None else cls(value))
-            elif value is not None:
+        for cls, strength in ((Elastic, anchor_strength), (Merge, merge_weight)):
+            if cls in _CONSOLIDATION[consolidation]:
+                methods.append(cls() if strength is None else cls(strength))
+            elif strength is not None:
                 raise ValueError(
                     f"{cls.name} is not used with consolidation={consolidation!r}, but its strength was given."
                 )
@@ -94,9 +96,8 @@ class EWCTrainer(ContinualTrainer):
         **kwargs: Any,
     ) -> None:
         methods = make_methods(method)
-        given = any(m.name == EWC.name for m in methods)
-        if given and ewc_lambda is not None:
-            raise ValueError("Pass ewc_lambda or an EWC in method, not both: method=EWC(ewc_lambda=...).")
-        if not given:
+        if not any(m.name == EWC.name for m in methods):
             methods.insert(0, EWC() if ewc_lambda is None else EWC(ewc_lambda=ewc_lambda))
+        elif ewc_lambda is not None:
+            raise ValueError("Pass ewc_lambda or an EWC in method, not both: method=EWC(ewc_lambda=...).")
         super().__init__(*args, method=methods, **kwargs)

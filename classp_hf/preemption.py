@@ -13,8 +13,6 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-EXIT_CODE = 128 + signal.SIGTERM
-
 
 class PreemptionCallback(TrainerCallback):
     """After a SIGTERM the present step is finished and a checkpoint saved, as after any other step; then the process
@@ -28,7 +26,6 @@ class PreemptionCallback(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.asked = False
-        self.leaving = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -54,19 +51,15 @@ class PreemptionCallback(TrainerCallback):
         return bool(accelerator.reduce(torch.tensor(float(self.asked), device=accelerator.device), "sum") > 0)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.leaving = self._agreed()
-        if self.leaving:
-            control.should_save = True
+        control.should_save |= self._agreed()
 
     def on_save(self, args, state, control, **kwargs):
-        if self.leaving:
-            self._leave(f"step {state.global_step} is saved in {args.output_dir}")
+        self.leave_if_asked(f"step {state.global_step} is saved in {args.output_dir}")
 
-    def leave_if_asked(self) -> None:
-        """Exit now if a SIGTERM came: everything so far is saved. Call it on every rank."""
+    def leave_if_asked(self, saved: str = "everything so far is saved") -> None:
+        """Exit now if a SIGTERM came. Call it on every rank, when everything is saved."""
         if self._agreed():
-            self._leave("everything so far is saved")
-
-    def _leave(self, saved: str) -> None:
-        logger.warning(f"SIGTERM: {saved}. The same command with --resume_from_checkpoint True goes on from there.")
-        raise SystemExit(EXIT_CODE)
+            logger.warning(
+                f"SIGTERM: {saved}. The same command with --resume_from_checkpoint True goes on from there."
+            )
+            raise SystemExit(128 + signal.SIGTERM)

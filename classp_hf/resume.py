@@ -4,10 +4,11 @@ boundary."""
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_model
 from torch import Tensor, nn, no_grad
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -65,8 +66,10 @@ def load_weights(model: Any, folder: Path) -> None:
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:
+    """The last complete checkpoint in `folder`, the same on every rank."""
     found = [c for c in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete(c)]
-    return str(max(found, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]))) if found else None
+    last = max(found, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
+    return broadcast_object_list([last and str(last)])[0]
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -80,28 +83,22 @@ def is_complete(checkpoint: Path) -> bool:
 
 def read_state(path: Path) -> dict[str, Any]:
     """The state of a sequence from its file; a ValueError for anything that no sequence writes."""
-    number = (int, float)
 
-    def is_list(value: Any, of: Any) -> bool:
-        return isinstance(value, list) and all(isinstance(v, of) and not isinstance(v, bool) for v in value)
+    def numbers(value: Any, *shape: int) -> bool:
+        array = np.asarray(value)
+        return array.dtype.kind in "if" and array.shape == shape and bool(np.isfinite(array).all())
 
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        rows, config = state["accuracy_matrix"], state["config"]
-        T, done = len(config["tasks"]), max(len(rows) - 1, 0)
-        informed = state.get("informed", {"tasks": [], "methods": []})
+        rows, T = state["accuracy_matrix"], len(state["config"]["tasks"])
         sound = (
-            isinstance(config, dict)
-            and isinstance(rows, list)
-            and done <= T
-            and all(is_list(row, number) and len(row) == T and all(map(math.isfinite, row)) for row in rows)
-            and all(isinstance(state.get(k, 0.0), number) for k in ("seconds", "boundary_seconds"))
-            and is_list(state.get("steps", []), int)
-            and len(state.get("steps", rows[1:])) == done
-            and is_list(state.get("weights", []), number)
-            and all(is_list(informed[k], str) for k in ("tasks", "methods"))
-            and all(is_list(means, number) for means in state.get("importance", {}).values())
-            and isinstance(state.get("optimizer", {} if not done else None), dict)
+            numbers(rows, len(rows), T)
+            and len(rows) <= T + 1
+            and numbers(state["steps"], len(rows) - 1)
+            and numbers([state["seconds"], state["boundary_seconds"]], 2)
+            and set(state["informed"]) == {"tasks", "methods"}
+            and all(numbers(means, len(means)) for means in state["importance"].values())
+            and isinstance(state.get("optimizer", {}), dict)
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         sound = False

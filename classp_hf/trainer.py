@@ -1,19 +1,18 @@
-"""The trainers: `ContinualTrainer` is Trainer with the engine; `ClasspTrainer` and `EWCTrainer` are named shells on
-it."""
+"""`ContinualTrainer`: Trainer, an engine, and training over a sequence of tasks."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi
 from torch import Tensor, nn
-from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
@@ -21,12 +20,11 @@ from transformers.utils import logging
 from .classification import accuracy, classification_loss, is_single_label_classifier
 from .compat import PatchedTrainer, refuse_sharding
 from .engine import NONE, ContinualCallback
-from .files import writing
+from .files import explaining_full_disks
 from .heads import TaskHeads
-from .hub import push_folder
 from .launch import shard_on_cpus
-from .live import CLASSP_LEARNING_RATE, CLASSP_NAME
-from .memory import ContinualMemory, find_memory
+from .live import CLASSP_NAME
+from .memory import MEMORY_NAME, ContinualMemory
 from .methods import Context, Method, make_methods
 from .methods.adapters import folded_state_dict
 from .names import bare_model, is_language_model, model_source, trainable_parameters
@@ -40,6 +38,10 @@ from .tasks import Task
 from .training_args import with_continual_defaults
 
 logger = logging.get_logger(__name__)
+
+# Not part of a pushed model: a folder for every task, what only resuming needs, the loggers' files, a pickle.
+NOT_PUSHED = ["[0-9][0-9]-*/*", "[0-9][0-9][0-9]-*/*", "checkpoint-*", "runs/*", "_*", ".*"]
+NOT_PUSHED += ["sequence_state.json", "training_args.bin"]
 
 
 class ContinualTrainer(PatchedTrainer):
@@ -69,6 +71,7 @@ class ContinualTrainer(PatchedTrainer):
     """
 
     default_optim: ClassVar[str | None] = None
+    """The optimizer of the class, whatever `args.optim` says."""
 
     args: Any
 
@@ -86,35 +89,18 @@ class ContinualTrainer(PatchedTrainer):
         task_metric: Callable[[Any, Any, Any], float] | None = None,
         **kwargs: Any,
     ) -> None:
-        args = with_continual_defaults(args)
-        refuse_sharding(args)
-        if self.default_optim is not None:
-            if args.default_learning_rate and args.optim != self.default_optim:
-                args.learning_rate = CLASSP_LEARNING_RATE
-            args.optim = self.default_optim
+        args = with_continual_defaults(args, self.default_optim)
         args.memory = args.memory if memory is None else str(memory)
+        refuse_sharding(args)
         _check_processes(args)
-        given_optimizer = kwargs.get("optimizers", (None, None))[0] or kwargs.get("optimizer_cls_and_kwargs")
-        if args.optim == CLASSP_NAME and not given_optimizer:
-            hyperparameters = parse_optim_args(args.optim_args)[0]
-            kwargs["optimizer_cls_and_kwargs"] = (CLASSP, {"lr": args.learning_rate, **hyperparameters})
+        shard_on_cpus(args)
         if args.eval_strategy != "no" and eval_dataset is None:
             eval_dataset = {}  # the tasks bring their own; Trainer refuses None here
         if data_collator is None and processing_class is not None and model is not None and is_language_model(model):
             # pads labels too, of causal models as well
             data_collator = DataCollatorForSeq2Seq(processing_class, model)
-        if args.should_save:
-            with writing("the output", str(args.output_dir)):
-                os.makedirs(str(args.output_dir), exist_ok=True)
-        saves_on_sigterm, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
-        shard_on_cpus(args)
-        self.engine = _Engine(
-            make_methods(method),
-            args.memory or NONE,
-            revision=args.memory_revision,
-            gather=args.gather_memory,
-            power=args.memory_power,
-        )
+        gathering = {"gather": args.gather_memory, "power": args.memory_power}
+        self.engine = _Engine(make_methods(method), args.memory or NONE, revision=args.memory_revision, **gathering)
         self.engine.trainer = self
         self.run_folder: Path | None = None
         """Where the present task of a sequence writes. None: `args.output_dir`."""
@@ -122,55 +108,52 @@ class ContinualTrainer(PatchedTrainer):
         """The task whose name the loggers' keys begin with."""
         self.earlier_steps = 0
         """Steps of the sequence's earlier tasks, for the loggers."""
-        self.active_label_ids: list[int] | None = None
-        self.adapters_folded = False
-        """Whether the model's adapters are part of its base weights: it is saved as a plain one."""
         self.sequence_results: dict[str, Any] | None = None
+        self.given_optimizers = kwargs.get("optimizers", (None, None))
+        self.task_metric = task_metric
         kwargs["callbacks"] = [self.engine, *(kwargs.get("callbacks") or [])]
+        saves_on_sigterm, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
-        self.args.enable_jit_checkpoint = saves_on_sigterm  # by our own callback
-        for callback in [c for c in self.callback_handler.callbacks if type(c) is ContinualCallback]:
-            self.remove_callback(callback)  # of `register`; the trainer has its own
+        args.enable_jit_checkpoint = saves_on_sigterm  # by our own callback
+        for callback in list(self.callback_handler.callbacks):
+            if type(callback) is ContinualCallback:
+                self.remove_callback(callback)  # of `register`; the trainer has its own
+            elif type(callback) in INTEGRATION_TO_CALLBACK.values():
+                callback.on_log = functools.partial(self._log_to, callback.on_log)  # type: ignore[method-assign]
         if self.is_fsdp_enabled:
             self.check_fsdp(self.accelerator.state.fsdp_plugin)
-        self.given_optimizers = kwargs.get("optimizers", (None, None))
         self.classifies, self.generates = is_single_label_classifier(self.model), is_language_model(self.model)
         if self.classifies:
             self.compute_loss_func = self.compute_loss_func or self.adjusted_loss
             self.compute_metrics = self.compute_metrics or accuracy
-        self.task_metric = task_metric
-        self._choose_metric()
-        if self.preprocess_logits_for_metrics is None:
-            self.preprocess_logits_for_metrics = self._mask_other_tasks_labels
+        if args.sequence_metric is None and task_metric is not None:
+            args.sequence_metric = getattr(task_metric, "__name__", "metric")
+        elif args.sequence_metric is None:
+            args.sequence_metric = "loss" if self.generates or self.compute_metrics is None else "accuracy"
+        greater = args.sequence_metric_greater_is_better
+        self.greater_is_better = args.sequence_metric not in ("loss", "perplexity") if greater is None else greater
         self.task_heads = TaskHeads(self.model) if args.heads == "per_task" else None
+        if self.preprocess_logits_for_metrics is None and self.task_heads is not None:
+            self.preprocess_logits_for_metrics = self.task_heads.mask_other_labels
         self.engine.heads, self.engine.accelerator, self.engine.model = self.task_heads, self.accelerator, self.model
+        self._complete_methods()
         for part in self.methods:
             part.excluded = self.engine.excluded
-        self._complete_methods()
-        for method in self.methods if self.compute_loss_func != self.adjusted_loss else ():
-            if type(method).adjust_logits is not Method.adjust_logits:
+            adjusts = type(part).adjust_logits is not Method.adjust_logits
+            if adjusts and self.compute_loss_func != self.adjusted_loss:
                 raise ValueError(
-                    f"The method {method.name!r} adjusts the logits of the trainer's own loss, which is for "
+                    f"The method {part.name!r} adjusts the logits of the trainer's own loss, which is for "
                     "single-label classifiers: pass no compute_loss_func, or leave the method out."
                 )
-        if self.args.memory is not None:
-            self.load_memory(ContinualMemory.load(self.args.memory, self.args.memory_revision), repr(self.args.memory))
-        elif self.args.optim == CLASSP_NAME:
-            self._note_memory_beside()
-        for callback in self.callback_handler.callbacks:
-            if type(callback) in INTEGRATION_TO_CALLBACK.values():
-                callback.on_log = functools.partial(self._log_to, callback.on_log)  # type: ignore[method-assign]
+        beside = Path(model_source(self.model), MEMORY_NAME)
+        if args.memory is not None:
+            self.load_memory(ContinualMemory.load(args.memory, args.memory_revision), repr(args.memory))
+        elif args.optim == CLASSP_NAME and model_source(self.model) and beside.is_file():
+            logger.warning(
+                f"{beside}, beside the model, is not used. Pass memory={str(beside.parent)!r} to go on from it."
+            )
         self.preemption = PreemptionCallback(self)
         self.add_callback(self.preemption)  # the last: it may end the process
-
-    def _choose_metric(self) -> None:
-        if self.args.sequence_metric is None:
-            named = getattr(self.task_metric, "__name__", "metric") if self.task_metric is not None else None
-            no_accuracy = self.generates or self.compute_metrics is None
-            self.args.sequence_metric = named or ("loss" if no_accuracy else "accuracy")
-        greater = self.args.sequence_metric_greater_is_better
-        losses = ("loss", "perplexity")
-        self.greater_is_better = self.args.sequence_metric not in losses if greater is None else greater
 
     def _complete_methods(self) -> None:
         """Add to the methods what a trainer's class brings along."""
@@ -185,6 +168,12 @@ class ContinualTrainer(PatchedTrainer):
     def seen_tasks(self) -> list[str]:
         return self.engine.tasks
 
+    @property
+    def adapters_folded(self) -> bool:
+        """Whether the model's adapters are part of its base weights: it is saved as a plain one."""
+        folds = any(method.folds_adapters for method in self.methods)
+        return folds and bool(self.seen_tasks) and not self.engine.training
+
     def accumulators(self) -> dict[str, Tensor]:
         """Canonical name -> `sum |g|^p` over all training so far: [`ContinualCallback.accumulators`]."""
         return self.engine.accumulators()
@@ -196,13 +185,6 @@ class ContinualTrainer(PatchedTrainer):
     def load_memory(self, memory: ContinualMemory, where: str = "", *, same_run: bool = False) -> None:
         """Go on from `memory`; [`ContinualCallback.load`] says how, and what it raises."""
         self.engine.load(memory, self.model, self.args, same_run=same_run, where=where)
-
-    def _note_memory_beside(self) -> None:
-        try:
-            path = find_memory(Path(model_source(self.model) or "/nowhere").absolute())
-        except FileNotFoundError:
-            return
-        logger.warning(f"{path}, beside the model, is not used. Pass memory={str(path.parent)!r} to go on from it.")
 
     def context(self) -> Context:
         """What the methods see, before anything is trained."""
@@ -242,46 +224,41 @@ class ContinualTrainer(PatchedTrainer):
 
     # ---- Training ----
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        """As Trainer's, which knows CLASSP by name only after `register()`."""
+        if args.optim == CLASSP_NAME:
+            return CLASSP, {"lr": args.learning_rate, **parse_optim_args(args.optim_args)[0]}
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """As Trainer's; a checkpoint that holds a continual memory gives back the methods' state too."""
-        self.adapters_folded = False
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = self.last_checkpoint(self.engine.folder(self.args)) or True
-        if isinstance(resume_from_checkpoint, str):
-            self.engine.checkpoint = Path(resume_from_checkpoint)
-            if any(m.needs_start for m in self.methods):
-                named = trainable_parameters(self.model)
-                self.engine.start = {n: p.detach().cpu().clone() for n, p in named}
+            resume_from_checkpoint = last_complete_checkpoint(Path(self._get_output_dir(None))) or True
+        if isinstance(resume_from_checkpoint, str) and any(m.needs_start for m in self.methods):
+            named = trainable_parameters(self.model)
+            self.engine.start = {n: p.detach().to("cpu", copy=True) for n, p in named}
         if self.args.eval_strategy != "no" and self.eval_dataset == {}:
             raise ValueError("eval_strategy needs an eval_dataset, and the trainer was given none.")
         for method in self.methods:
             method.prepare_model(self.model, self.seen_tasks)
         with self.preemption.listening():
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
-        self.adapters_folded = any(m.folds_adapters for m in self.methods)
-        return result
-
-    def last_checkpoint(self, folder: Path) -> str | None:
-        """The last complete checkpoint in `folder`, the same on every rank."""
-        return broadcast_object_list([last_complete_checkpoint(folder)])[0]
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def train_sequence(self, tasks: list[Task], resume_from_checkpoint: str | bool | None = None) -> dict[str, Any]:
         """Train on `tasks`, one after another, and evaluate all of them before the first and after each.
 
         Texts are tokenised with `processing_class` and labels aligned by name with `model.config.label2id`; prepared
-        datasets are used as they are. Writes into `args.output_dir`: `sequence_state.json` (what is done),
-        `00-<task>/` and so on (Trainer's checkpoints, the model and the memory after the task; deleted when the next
-        task is done, unless `args.keep_task_models`), and at the end the final model with its memory, plots, a model
-        card and, last of all, `results.json`. Nothing is pushed to the Hub before [`push_to_hub`].
-
-        With `args.learned_tasks` the first tasks are those the given model has learned already, in an earlier run or
-        anywhere else: they are evaluated and shown to the method, not trained on. Their rows of R repeat the row
-        before.
+        datasets are used as they are. `args.output_dir` gets `sequence_state.json` (what is done), `00-<task>/` and so
+        on (Trainer's checkpoints, the model and the memory after the task; deleted when the next task is done, unless
+        `args.keep_task_models`), and at the end the final model with its memory, plots, a model card and, last of all,
+        `results.json`. Nothing is pushed to the Hub before [`push_to_hub`].
 
         Args:
-            tasks: at least one, with distinct names.
+            tasks: at least one, with distinct names. The first `args.learned_tasks` are evaluated and shown to the
+                method, not trained on; their rows of R repeat the row before.
             resume_from_checkpoint: True goes on from what `args.output_dir` holds; a run killed at any point ends with
                 the same R, weights and memory, bit for bit on CPUs. Default: `args.resume_from_checkpoint`.
 
@@ -297,31 +274,12 @@ class ContinualTrainer(PatchedTrainer):
         """
         if isinstance(tasks, Task):
             raise ValueError(f"train_sequence takes a list of tasks, got the task {tasks.name!r} alone. Pass [task].")
-        with self.preemption.listening():
-            self.sequence_results = SequenceRun(self, tasks, Path(str(self.args.output_dir))).run(
-                resume_from_checkpoint
-            )
+        folder = Path(str(self.args.output_dir))
+        with self.preemption.listening(), explaining_full_disks(folder):
+            self.sequence_results = SequenceRun(self, tasks, folder).run(resume_from_checkpoint)
         return self.sequence_results
 
-    def activate_head(self, task: Task | None) -> None:
-        """With a head a task put that of `task` into the model; None: whatever is in it is nobody's."""
-        if self.task_heads is None:
-            return
-        if task is None:
-            self.task_heads.active = None
-        else:
-            self.task_heads.activate(task.name)
-            self.active_label_ids = task.label_ids
-
-    def _mask_other_tasks_labels(self, logits: Any, labels: Tensor) -> Any:
-        """With a head a task, the task is known: labels of other tasks are no candidates."""
-        if self.task_heads is None or self.active_label_ids is None or not isinstance(logits, Tensor):
-            return logits
-        mask = torch.full_like(logits, float("-inf"))
-        mask[..., self.active_label_ids] = 0
-        return logits + mask
-
-    # ---- Where Trainer writes ----
+    # ---- What Trainer writes, and where ----
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.run_folder) if self.run_folder is not None else super()._get_output_dir(trial)
@@ -334,10 +292,9 @@ class ContinualTrainer(PatchedTrainer):
     def _log_to(
         self, on_log: Callable[..., Any], args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
     ):
-        """What a logger gets: in a sequence every key begins with the task's name, and steps count on from task to
-        task."""
-        if self.logged_task is not None and logs is not None:
-            state, task = copy.copy(state), self.logged_task
+        """What a logger gets: in a sequence keys begin with the task's name, and steps count on from task to task."""
+        if (task := self.logged_task) is not None and logs is not None:
+            state = copy.copy(state)
             state.global_step += self.earlier_steps
             plain = ("epoch", "num_input_tokens_seen")
             logs = {
@@ -353,57 +310,41 @@ class ContinualTrainer(PatchedTrainer):
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.adapters_folded:
-            super()._save(output_dir, state_dict)
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        for stale in folder.glob("adapter_*"):  # of a checkpoint that was pushed
-            stale.unlink(missing_ok=True)
-        adapted, self.model = self.model, bare_model(self.model)
+        adapted, token = self.model, self.args.hub_token
+        if self.adapters_folded:
+            for stale in Path(output_dir or str(self.args.output_dir)).glob("adapter_*"):  # of a checkpoint
+                stale.unlink(missing_ok=True)
+            self.model, state_dict = bare_model(adapted), folded_state_dict(adapted)
+        self.args.hub_token = None  # Trainer pickles the arguments into folders that it pushes
         try:
-            super()._save(output_dir, folded_state_dict(adapted))
+            super()._save(output_dir, state_dict)
         finally:
-            self.model = adapted
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with writing(f"the checkpoint of step {self.state.global_step}", self._get_output_dir(None)):
-            super()._save_checkpoint(*args, **kwargs)
+            self.model, self.args.hub_token = adapted, token
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.run_folder is None:  # a sequence is pushed as a whole
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(  # type: ignore[override]
+        self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, **kwargs
+    ):
         """After `train_sequence` the card that shows R; Trainer's own otherwise. `push_to_hub` calls this too."""
-        names = ("language", "license", "tags", "model_name", "finetuned_from")  # Trainer's positional arguments
-        given = {**dict(zip(names, args)), **kwargs}
         if self.sequence_results is None:
-            super().create_model_card(*args, **kwargs)
+            super().create_model_card(language, license, tags, model_name, finetuned_from, **kwargs)
         elif self.is_world_process_zero():
-            tags = given.get("tags") or []
             write_model_card(
                 Path(str(self.args.output_dir)) / "README.md",
                 results=self.sequence_results,
-                base_model=given.get("finetuned_from") or model_source(self.model) or None,
-                license=given.get("license") or self.args.model_license,
-                tags=[tags] if isinstance(tags, str) else tags,
+                base_model=finetuned_from or model_source(self.model) or None,
+                license=license or self.args.model_license,
+                tags=[tags] if isinstance(tags, str) else tags or [],
             )
 
-    def push_to_hub(  # type: ignore[override]
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As Trainer's; after `train_sequence` the final model, its memory, R and the card, and not the tasks'
-        folders.
-
-        Raises:
-            RuntimeError: the upload failed; says what to do. Nothing local is lost.
-        """
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ):
+        """As Trainer's; after `train_sequence` the final model, its memory, R and the card, in one commit and without
+        the tasks' folders."""
         if self.sequence_results is None:
             return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
         token = token or self.args.hub_token
@@ -413,14 +354,24 @@ class ContinualTrainer(PatchedTrainer):
         self.create_model_card(**kwargs)
         if not self.is_world_process_zero():
             return None
-        return push_folder(
-            str(self.args.output_dir),
-            str(self.hub_model_id),
-            commit_message=commit_message,
-            token=token,
-            revision=revision or self.args.hub_revision,
-            run_as_future=not blocking,
-        )
+        repo, folder, revision = str(self.hub_model_id), str(self.args.output_dir), revision or self.args.hub_revision
+        try:
+            return HfApi().upload_folder(  # type: ignore[call-overload]
+                repo_id=repo,
+                folder_path=folder,
+                commit_message=commit_message,
+                token=token,
+                revision=revision,
+                ignore_patterns=NOT_PUSHED,
+                delete_patterns="adapter_*",  # of another kind of model, pushed earlier: they would be loaded on top
+                run_as_future=not blocking,
+            )
+        except Exception as error:
+            command = ["hf", "upload", repo, folder, ".", "--delete", "adapter_*"]
+            command += [word for pattern in NOT_PUSHED for word in ("--exclude", pattern)]
+            command += ["--revision", revision] if revision else []
+            error.add_note(f"Nothing local is lost. To try again: {shlex.join(command)}")
+            raise
 
 
 class _Engine(ContinualCallback):
@@ -434,10 +385,7 @@ class _Engine(ContinualCallback):
 
 def _check_processes(args: Any) -> None:
     if args.world_size == 1 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(
-            f"{os.environ['WORLD_SIZE']} processes were started, but each of them would train alone. On CPUs pass "
-            "--use_cpu, or start them with `accelerate launch --cpu`."
-        )
+        raise ValueError("Each of the processes that were started would train alone. On CPUs pass --use_cpu.")
     if args.n_gpu > 1:
         raise ValueError(
             f"One process on {args.n_gpu} GPUs (DataParallel) would count gradients once a GPU. Start the script with "

@@ -4,101 +4,72 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from accelerate.utils import str_to_bool
 from transformers import TrainingArguments
 
 from .live import CLASSP_LEARNING_RATE, CLASSP_NAME
-from .redaction import public_arguments
+from .methods.base import flag
 from .registration import register
 
 ADAMW_LEARNING_RATE = 5e-5
 
 
-@dataclass
+@dataclass(repr=False)  # whose own would show tokens
 class ContinualTrainingArguments(TrainingArguments):
     """Arguments of a [`ContinualTrainer`]. Defaults that differ from `TrainingArguments`: `learning_rate` (by
     optimizer, see its help).
     """
 
-    learning_rate: float | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": f"The initial learning rate. Default: {CLASSP_LEARNING_RATE} for CLASSP, else 5e-5."},
+    learning_rate: float | None = flag(  # type: ignore[assignment]
+        None, f"The initial learning rate. Default: {CLASSP_LEARNING_RATE} for CLASSP, else 5e-5."
     )
 
     # Over the sequence
-    heads: Literal["shared", "per_task"] = field(
-        default="shared",
-        metadata={
-            "help": "One output head for all tasks (domain-incremental), or one a task, chosen by the task's name "
-            "when it is evaluated (task-incremental)."
-        },
+    heads: Literal["shared", "per_task"] = flag(
+        "shared",
+        "One output head for all tasks (domain-incremental), or one a task, chosen by the task's name when it is "
+        "evaluated (task-incremental).",
     )
-    reset_optimizer: bool = field(
-        default=False,
-        metadata={"help": "Start every task with a fresh optimizer, as running one script after another does."},
+    reset_optimizer: bool = flag(
+        False, "Start every task with a fresh optimizer, as running one script after another does."
     )
-    sequence_metric: str | None = field(
-        default=None,
-        metadata={
-            "help": "Name of the metric, from `compute_metrics`, that fills the matrix R. Default: accuracy; of "
-            "language models the loss; of a trainer with a `task_metric` that function's name."
-        },
+    sequence_metric: str | None = flag(
+        None,
+        "Name of the metric, from `compute_metrics`, that fills the matrix R. Default: accuracy; of language models "
+        "the loss; of a trainer with a `task_metric` that function's name.",
     )
-    sequence_metric_greater_is_better: bool | None = field(
-        default=None, metadata={"help": "Default: False for loss and perplexity, else True."}
+    sequence_metric_greater_is_better: bool | None = flag(None, "Default: False for loss and perplexity, else True.")
+    learned_tasks: int = flag(
+        0,
+        "So many tasks, the first of the sequence, are what the model has learned already: they are evaluated and "
+        "shown to the method (Fisher, anchor, label frequencies, examples to replay), not trained on.",
     )
-    learned_tasks: int = field(
-        default=0,
-        metadata={
-            "help": "So many tasks, the first of the sequence, are what the model has learned already: they are "
-            "evaluated and shown to the method (Fisher, anchor, label frequencies, examples to replay), not trained "
-            "on."
-        },
+    max_length: int | None = flag(None, "Texts are cut to this many tokens. Default: what the tokenizer allows.")
+    keep_task_models: bool = flag(
+        False,
+        "Keep the model, memory and checkpoints of every task in `output_dir`/00-<task>/ and so on. Default: only the "
+        "last task's, which is what a resumed run needs.",
     )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Texts are cut to this many tokens. Default: what the tokenizer allows."}
+    enable_jit_checkpoint: bool = flag(
+        False,
+        "On SIGTERM finish the present step, save a checkpoint and exit with 143; --resume_from_checkpoint True goes "
+        "on from it. Between two tasks: exit when the evaluation is done. Give the process the time of one step, one "
+        "evaluation and one checkpoint.",
     )
-    keep_task_models: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep the model, memory and checkpoints of every task in `output_dir`/00-<task>/ and so on. "
-            "Default: only the last task's, which is what a resumed run needs."
-        },
-    )
-    enable_jit_checkpoint: bool = field(
-        default=False,
-        metadata={
-            "help": "On SIGTERM finish the present step, save a checkpoint and exit with 143; "
-            "--resume_from_checkpoint True goes on from it. Between two tasks: exit when the evaluation is done. Give "
-            "the process the time of one step, one evaluation and one checkpoint."
-        },
-    )
-    model_license: str | None = field(
-        default=None,
-        metadata={"help": "The Hub's name of the license of the model, for its card, such as apache-2.0."},
-    )
+    model_license: str | None = flag(None, "The Hub's name of the license of the model, for its card: apache-2.0.")
 
     # The memory
-    memory: str | None = field(
-        default=None,
-        metadata={"help": "Go on from this continual memory: a file, the folder of a model, or a Hub id."},
+    memory: str | None = flag(None, "Go on from this continual memory: a file, the folder of a model, or a Hub id.")
+    memory_revision: str | None = flag(None, "Branch, tag or commit of the Hub repository given as `memory`.")
+    gather_memory: bool = flag(
+        False,
+        "Gather the memory of gradients under other optimizers than CLASSP too, which keeps it anyway. Methods that "
+        "use it ask for it themselves.",
     )
-    memory_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of the Hub repository given as `memory`."}
-    )
-    gather_memory: bool = field(
-        default=False,
-        metadata={
-            "help": "Gather the memory of gradients under other optimizers than CLASSP too, which keeps it anyway. "
-            "Methods that use it ask for it themselves."
-        },
-    )
-    memory_power: float = field(
-        default=2.0, metadata={"help": "The p of the gathered sum |g|^p; CLASSP's own is in `optim_args`."}
-    )
+    memory_power: float = flag(2.0, "The p of the gathered sum |g|^p; CLASSP's own is in `optim_args`.")
 
     def __post_init__(self) -> None:
         if not self.memory_power > 0:
@@ -116,37 +87,25 @@ class ContinualTrainingArguments(TrainingArguments):
             self.use_cpu = True  # `accelerate launch --cpu`; several processes would not find each other without it
         super().__post_init__()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the token: Trainer pickles the arguments into folders that it pushes (`training_args.bin`)."""
-        return {**vars(self), "hub_token": None}
 
-    def __copy__(self) -> ContinualTrainingArguments:
-        new = object.__new__(type(self))
-        vars(new).update(vars(self))
-        return new
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ContinualTrainingArguments:
-        new = object.__new__(type(self))
-        vars(new).update(copy.deepcopy(vars(self), memo))
-        return new
-
-    def __str__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in public_arguments(self.to_dict()).items())})"
-
-    __repr__ = __str__  # the dataclass would write one of its own, with the token
-
-
-def with_continual_defaults(args: TrainingArguments | None) -> Any:
+def with_continual_defaults(args: TrainingArguments | None, optim: str | None = None) -> Any:
     """A copy of `args` that has every field of [`ContinualTrainingArguments`], at its default where it was not there.
 
     Subclasses (`Seq2SeqTrainingArguments`, TRL's) keep their class and fields. The caller may share `args` between
     trainers.
+
+    Args:
+        optim: replaces `args.optim`, and with it a learning rate that was left at its default.
     """
     args = ContinualTrainingArguments(output_dir="tmp_trainer") if args is None else copy.copy(args)
     own = {f.name: f.default for f in fields(ContinualTrainingArguments)}
     for f in fields(TrainingArguments):
         own.pop(f.name, None)
-    for name, default in {**own, "default_learning_rate": False, "enable_jit_checkpoint": False}.items():
+    for name, default in {**own, "enable_jit_checkpoint": False}.items():
         if not hasattr(args, name):
             setattr(args, name, default)
+    if optim is not None:
+        if getattr(args, "default_learning_rate", False) and args.optim != optim:
+            args.learning_rate = CLASSP_LEARNING_RATE
+        args.optim = optim
     return args

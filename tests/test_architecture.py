@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "classp_hf"
 # Rooms from the ground up: each imports rooms above it in this list alone.
 FLOORS = [
     {"files", "redaction", "optim", "embedded", "launch", "metrics", "preemption"},
-    {"names", "optim_args", "hub"},
+    {"names", "optim_args"},
     {"memory", "heads", "classification", "compat", "tasks"},
     {"methods", "language"},
     {"resume", "live"},
@@ -31,7 +31,7 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Private names, and overridden private methods, of other libraries: in compat.py, or listed here.
 PRIVATE = {
-    "trainer": {"_get_output_dir", "_save", "_save_checkpoint", "_push_from_checkpoint"},
+    "trainer": {"_get_output_dir", "_save", "_push_from_checkpoint"},
     "optim": {"_fused_adagrad_"},
 }
 

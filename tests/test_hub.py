@@ -18,10 +18,7 @@ PUSH = """
 import sys
 from test_hub import train
 trainer = train(sys.argv[1])
-try:
-    print(trainer.push_to_hub())
-except RuntimeError as error:
-    print(f"FAILED: {error}")
+print(trainer.push_to_hub())
 """
 
 
@@ -90,59 +87,24 @@ def test_push_sends_model_memory_and_card_in_one_commit(push, tmp_path):
         assert json.loads(files["results.json"])["tasks"] == ["first", "second"]
 
 
-@pytest.mark.parametrize(
-    ("failures", "what_to_do"),
-    [
-        ({"preupload": 401}, "Log in with a token that may write there (`hf auth login`)"),
-        ({"commit": 409}, "The repository changed meanwhile"),
-        ({"commit": 0}, "Check the network"),
-    ],
-)
-def test_a_failed_push_loses_nothing_and_says_what_to_do(push, tmp_path, failures, what_to_do):
+def test_a_failed_push_loses_nothing(push, tmp_path):
     with FakeHub({}) as hub:
-        hub.failures = failures
+        hub.failures = {"commit": 409}
         run = push(hub)
-        assert run.returncode == 0, run.stderr
-        assert f"FAILED: Pushing {tmp_path / 'run'} to 'me/kept' failed (" in run.stdout
-        assert f"Nothing local is lost. {what_to_do}" in run.stdout
-        assert f"and try again: hf upload me/kept {tmp_path / 'run'} . --exclude" in run.stdout
+        assert run.returncode != 0 and "409" in run.stderr
         assert TOKEN not in run.stdout + run.stderr
         for name in ("model.safetensors", "continual_memory.st", "results.json", "README.md"):
             assert (tmp_path / "run" / name).is_file()
         assert hub.messages["me/kept"] == ["initial commit"]
 
         hub.failures = {}  # the command that the message gives
-        command = run.stdout.partition("try again: ")[2].strip()
+        command = run.stderr.partition("Nothing local is lost. To try again: ")[2].splitlines()[0]
         client = [sys.executable, "-m", "huggingface_hub.cli.hf", *shlex.split(command)[1:]]
-        again = subprocess.run(
-            client, capture_output=True, text=True, timeout=300, env=hub.env(tmp_path / "cache") | {"HF_TOKEN": TOKEN}
-        )
+        env = hub.env(tmp_path / "cache") | {"HF_TOKEN": TOKEN}
+        again = subprocess.run(client, capture_output=True, text=True, timeout=300, env=env)
         assert again.returncode == 0, again.stderr
         assert "model.safetensors" in hub.repos["me/kept", "main"][1]
         assert not [n for n in hub.repos["me/kept", "main"][1] if n.startswith("00-")]
-
-
-def test_errors_without_text_and_of_the_card_say_what_they_are(tmp_path, monkeypatch):
-    from huggingface_hub import HfApi
-
-    from classp_hf.hub import push_folder
-
-    def failing(error):
-        def upload(self, **kwargs):
-            raise error
-
-        return upload
-
-    for error, said in (
-        (TimeoutError(), r"TimeoutError: no message\). Nothing local is lost. Check the network"),
-        (
-            ValueError("Invalid metadata.\n- license is wrong"),
-            r"Invalid metadata. - license is wrong\).* Correct what the",
-        ),
-    ):
-        monkeypatch.setattr(HfApi, "upload_folder", failing(error))
-        with pytest.raises(RuntimeError, match=said):
-            push_folder(tmp_path, "me/kept")
 
 
 def test_a_repository_that_cannot_be_made_stops_the_run_before_training(push, tmp_path):

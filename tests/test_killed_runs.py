@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-from pathlib import Path
 
 import kill_anywhere
 import pytest
 from kill_anywhere import Event, Run, attempt, differences, kill_again_and_again, log, undisturbed
 
 from classp_hf import ContinualTrainer
-from classp_hf.files import writing
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +42,10 @@ ONE_RANK = [
     "shutil.rmtree checkpoint-N",
     "an example of the Fisher",
     "a weight of the merge",
-    "half of .classp_hf-continual_memory.st-N.tmp",
-    "os.rename .classp_hf-sequence_state.json-N.tmp",
+    "half of .classp_hf-continual_memory.st.tmp",
+    "os.rename .classp_hf-sequence_state.json.tmp",
     "shutil.rmtree N-task-N",
-    "os.rename .classp_hf-results.json-N.tmp",
+    "os.rename .classp_hf-results.json.tmp",
 ]
 
 
@@ -115,8 +113,8 @@ def test_a_full_disk(whole, small_disk):
     stuffing.write_bytes(bytes((free - 150) * 1024))
     assert attempt(run, resume=True) == [1]
     said = log(run)
-    assert "OSError: Writing the checkpoint of step 6 to " in said and "00-task-0 failed" in said
-    assert "Make room there (0.0 MB are free)" in said or "Make room there (0.1 MB are free)" in said
+    assert "OSError: There is no room left: " in said
+    assert f"0.0 MB are free in {run.folder}" in said or f"0.1 MB are free in {run.folder}" in said
     assert "start the same command with --resume_from_checkpoint True. What was saved before is whole." in said
     assert kept(run.folder / "00-task-0/checkpoint-4") == good
     stuffing.unlink()
@@ -128,36 +126,16 @@ def kept(checkpoint):
     return {p.name: p.read_bytes() for p in checkpoint.iterdir()}
 
 
-@pytest.mark.parametrize(
-    ("event", "what"),
-    [
-        (("after EWC.after_task", 2), "the model after the task"),
-        (("os.remove results.json", 1), "the final model"),
-    ],
-)
-def test_no_room_wherever_it_ends(whole, event, what):
+@pytest.mark.parametrize("event", [("after EWC.after_task", 2), ("os.remove results.json", 1)])
+def test_no_room_wherever_it_ends(whole, event):
     """A limit on file sizes stands for a full disk: the system refuses the same calls."""
     undisturbed, _ = whole(1)
-    run = beside(undisturbed, what.replace(" ", "-") + str(event[1]))
+    run = beside(undisturbed, f"full{event[1]}")
     assert attempt(run, Event(*event, action="full")) == [1], log(run)
-    assert f"OSError: Writing {what} to {run.folder}" in log(run) and "Make room there (" in log(run)
+    assert "OSError: There is no room left" in log(run) and f"free in {run.folder}. Make room" in log(run)
     assert attempt(run, resume=True) == [0], log(run)
     assert not differences(undisturbed.folder, run.folder)
     assert not leftovers(run.folder)
-
-
-def test_an_output_dir_that_cannot_be(make_model, make_tasks, make_args, collator, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"Writing the output to .*file/run failed: .*or choose another --output_dir"):
-        ContinualTrainer(make_model(), make_args(output_dir=str(tmp_path / "file" / "run")), collator)
-    trainer = ContinualTrainer(make_model(), make_args(), collator)
-    (tmp_path / "run").rmdir()
-    (tmp_path / "run").touch()
-    with pytest.raises(OSError, match=r"Writing the sequence's state to .*run failed: .*File exists"):
-        trainer.train_sequence(make_tasks(1))
-    for other in (RuntimeError("of a collective call"), ConnectionError("of the Hub")):
-        with pytest.raises(type(other), match="^of"), writing("a model", Path("anywhere")):
-            raise other
 
 
 def test_a_run_whose_last_boundary_is_gone(make_model, make_tasks, make_args, collator, tmp_path):
