@@ -6,19 +6,17 @@ docs/compatibility.md says which versions were run.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer, TrainerCallback
 
 from .files import sync_folder
 from .names import reshard
-
-MINIMUM_TRANSFORMERS = "5.6"
 
 
 class _OptimizerName(str):
@@ -45,18 +43,12 @@ def add_optimizer(name: str, factory: Callable[[Any], tuple[type, dict[str, Any]
         factory: training arguments -> optimizer class and its keyword arguments.
 
     Raises:
-        ImportError: the installed transformers is older than the supported ones, or its private names have moved.
+        ImportError: the private names of the installed transformers have moved.
     """
     from transformers.training_args import OptimizerNames
 
     if name in OptimizerNames._value2member_map_:
         return
-    found = importlib.metadata.version("transformers")
-    if tuple(int(part) for part in found.split(".")[:2]) < tuple(map(int, MINIMUM_TRANSFORMERS.split("."))):
-        raise ImportError(
-            f"classp_hf needs transformers >= {MINIMUM_TRANSFORMERS}, found {found}. "
-            f'Run: pip install "transformers>={MINIMUM_TRANSFORMERS}"'
-        )
     try:
         from transformers.trainer import DEFAULT_CALLBACKS
         from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
@@ -70,8 +62,8 @@ def add_optimizer(name: str, factory: Callable[[Any], tuple[type, dict[str, Any]
         DEFAULT_CALLBACKS.append(callback)  # type: ignore[arg-type]
     except (ImportError, AttributeError, TypeError) as error:
         raise ImportError(
-            f"transformers {found} keeps its optimizer names or default callbacks elsewhere than classp_hf knows "
-            f"({error}), so `--optim {name}` cannot be added. Install another version of transformers "
+            f"transformers {transformers.__version__} keeps its optimizer names or default callbacks elsewhere than "
+            f"classp_hf knows ({error}), so `--optim {name}` cannot be added. Install another version of transformers "
             "(docs/compatibility.md), or use classp_hf.ClasspTrainer, which does not need it."
         ) from error
 

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from . import embedded, report
 from .launch import prepare_cpu_launch
 from .live import CLASSP_NAME
-from .memory import ContinualMemory, NoMemoryError
+from .memory import memory_beside
 from .methods import METHODS
 from .named_trainers import ClasspTrainer
 from .registration import register
@@ -134,16 +134,6 @@ def build_model(recipe: RecipeArguments, labels: list[str], method: str = "none"
     return model, tokenizer
 
 
-def memory_beside(recipe: Any) -> str | None:
-    """The model's own folder or repository, if a continual memory is there."""
-    try:
-        ContinualMemory.load(recipe.model_name_or_path, revision=recipe.model_revision)
-    except NoMemoryError:
-        return None
-    print(f"Going on from the continual memory in {recipe.model_name_or_path}.")
-    return recipe.model_name_or_path
-
-
 def main() -> None:
     prepare_cpu_launch()
     register()
@@ -192,8 +182,9 @@ def main() -> None:
         method = next((m for m in configured if m.name == method_name), method_name)
         set_seed(args.seed)
         model, tokenizer = build_model(recipe, labels, method_name)
-        if args.memory is None and recipe.model_name_or_path and CLASSP_NAME in (args.optim, arm):
-            args.memory, args.memory_revision = memory_beside(recipe), recipe.model_revision
+        goes_on = args.memory is None and recipe.model_name_or_path and CLASSP_NAME in (args.optim, arm)
+        if goes_on and memory_beside(model) is not None:
+            args.memory, args.memory_revision = recipe.model_name_or_path, recipe.model_revision
         trainer = trainer_class(model=model, args=args, processing_class=tokenizer, method=method)
         if trainer.is_world_process_zero():
             print(f"\n=== {arm}: {' -> '.join(t.name for t in tasks)} ===", flush=True)

@@ -16,10 +16,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .compat import refuse_sharding, watch_saving
-from .live import CLASSP_LEARNING_RATE, CLASSP_NAME, LiveMemory
-from .memory import MEMORY_NAME, ContinualMemory, memory_beside, warn_of_unused_memory
+from .live import BESIDE, CLASSP_LEARNING_RATE, CLASSP_NAME, LiveMemory
+from .live import NONE as NONE
+from .memory import MEMORY_NAME, ContinualMemory, warn_of_unused_memory
 from .methods import Context, Elastic, Merge, Method, make_methods
-from .names import bare_model, model_source, reshard, samples, trainable_parameters
+from .names import bare_model, reshard, samples, trainable_parameters
 from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .redaction import UNPRINTABLE
@@ -27,7 +28,6 @@ from .resume import load_optimizer_state
 
 logger = logging.get_logger(__name__)
 
-BESIDE, NONE = "beside the model", "none"
 TOO_SMALL = 1e-4
 """Learning rates up to here are those of AdamW; Transformers' default is 5e-5, TRL's 2e-5. CLASSP learns nothing by
 them."""
@@ -77,17 +77,14 @@ class ContinualCallback(LiveMemory, TrainerCallback):
     ) -> None:
         self.options = {} if method or memory or gather else type(self).launched
         """Of the launcher, if nothing else was asked for."""
-        super().__init__(make_methods(copy.deepcopy(self.options.get("method", method))), gather, power)
-        self.source = self.options.get("memory") or memory or BESIDE
-        self.revision = revision
+        methods = make_methods(copy.deepcopy(self.options.get("method", method)))
+        super().__init__(methods, self.options.get("memory") or memory or BESIDE, revision, gather, power)
         self.task: str | None = None
         """Name of the next training's task. Default: after its output folder."""
         self.task_dataset: Any = None
         self.accelerator: Any = None
         self.start: dict[str, Tensor] | None = None
         """Weights that a training began with, on the CPU, for the methods that need them when it is resumed."""
-        self.checkpoint: Path | None = None
-        """What training is resumed from. Default: the checkpoint of the present step."""
         self.optimizer_file: Path | None = None
         """State of the optimizer at a task boundary, for the next training."""
         self.saves_at_end = True
@@ -109,10 +106,6 @@ class ContinualCallback(LiveMemory, TrainerCallback):
     def follows(self, model: Any) -> bool:
         """Whether the memory is written wherever `model.save_pretrained` writes the model."""
         return engine_of(model) is self and not reshard(model) and hasattr(model, "save_pretrained")
-
-    def folder(self, args: Any) -> Path:
-        """The folder of the present training."""
-        return Path(args.output_dir)
 
     # ---- Events of Trainer ----
 
@@ -160,14 +153,12 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         ContinualCallback.applied |= bool(self.options)
         self._check_optimizer(args, resumed := state.global_step > 0)
         if not (isinstance(optimizer, CLASSP) or self.methods or self.gather or self.accelerator is not None):
-            warn_of_unused_memory(
-                model,
-                f"this run's optimizer is {type(optimizer).__name__} and it has no method. Pass --optim classp or "
-                "--method to go on from it.",
-            )
+            why = f"this run has no method, and its optimizer is {type(optimizer).__name__}"
+            warn_of_unused_memory(model, f"{why}. Pass --optim classp or --method to go on from it.")
             return
         refuse_sharding(args, model)
-        self._find(previous, state)
+        self.stop()  # what an interrupted training left
+        self.find(previous, args, state)
         self.put(resumed and isinstance(optimizer, CLASSP))
         if self.optimizer_file is not None and not resumed:
             load_optimizer_state(optimizer, model, torch.load(self.optimizer_file, "cpu", weights_only=True))
@@ -198,7 +189,6 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         for method in self.methods:
             method.before_task(self.context)
         self.seconds += time.monotonic() - started
-        self.stop_hooks()
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step(args, state)),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
@@ -265,6 +255,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         if self.context.task not in self.tasks:
             self.tasks.append(self.context.task)
         self.stop()
+        self.start = self.checkpoint = None
         self.samples = samples(self.model)
         if not isinstance(self.optimizer, CLASSP):  # which holds the memory; others only memory of the device
             self._description, self.optimizer = self._described(args), None
@@ -277,10 +268,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
 
     def stop(self) -> None:
         """Training has ended, or another engine takes over."""
-        self._density = self.start = self.checkpoint = self.context = None
-        self.stop_hooks()
-
-    def stop_hooks(self) -> None:
+        self._density = self.context = None
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -311,39 +299,6 @@ class ContinualCallback(LiveMemory, TrainerCallback):
     def _after_step(self) -> None:
         for method in self.methods:
             method.after_step(self.model)
-
-    # ---- Where the memory comes from, and where it goes ----
-
-    def _find(self, previous: ContinualCallback | None, state: Any) -> None:
-        """Read the memory that this training goes on from; `previous` trained the model before, in this process."""
-        model, args = self.model, self.args
-        if state.global_step:
-            step = self.folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            given = args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else step
-            for folder in map(Path, (self.checkpoint or step, given, step)):
-                if (folder / MEMORY_NAME).is_file():
-                    self.load(ContinualMemory.load(folder), model, args, same_run=True)
-                    return
-            if self.methods:
-                raise ValueError(
-                    f"The resumed checkpoint's {MEMORY_NAME} is not in {step}, so the state of "
-                    f"{', '.join(m.name for m in self.methods)} is not known. Pass the checkpoint as "
-                    "--resume_from_checkpoint."
-                )
-        if self.loaded or self.source == NONE:
-            return
-        self.loaded = True
-        where = repr(self.source)
-        if self.source != BESIDE:
-            memory: ContinualMemory | None = ContinualMemory.load(self.source, self.revision)
-        elif previous is not None:
-            memory, where = previous.memory(), "this process (the model was trained in it)"
-        else:
-            memory, where = memory_beside(model), repr(model_source(model) or "this model")
-        if memory is not None:
-            self.load(memory, model, args, where=where)
-        elif args.process_index == 0:
-            logger.warning(f"There is no continual memory beside {where}: this run begins one.")
 
     def _starting_weights(self) -> dict[str, Tensor]:
         if self.start is not None or not any(m.needs_start for m in self.methods):

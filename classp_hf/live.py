@@ -9,19 +9,30 @@ from typing import Any
 import torch
 from accelerate.utils import reduce
 from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .heads import TaskHeads
 from .matching import match_accumulators, match_rows, named_as_in
-from .memory import ContinualMemory, shorten
+from .memory import MEMORY_NAME, ContinualMemory, memory_beside, shorten
 from .methods import Context, Method, describe_methods
-from .names import canonical_name, full_tensor, like_parameter, local, reshard, samples, trainable_parameters
+from .names import (
+    canonical_name,
+    full_tensor,
+    like_parameter,
+    local,
+    model_source,
+    reshard,
+    samples,
+    trainable_parameters,
+)
 from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .redaction import public_arguments
 
 logger = logging.get_logger(__name__)
 
+BESIDE, NONE = "beside the model", "none"
 CLASSP_NAME = "classp"
 CLASSP_LEARNING_RATE: float = inspect.signature(CLASSP).parameters["lr"].default
 
@@ -33,12 +44,14 @@ class LiveMemory:
 
     Args:
         methods: their state is part of the memory.
+        source: where to go on from: `BESIDE`, `NONE`, or what [`ContinualMemory.load`] takes.
+        revision: of a Hub repository that is the source.
         gather: gather under other optimizers even if no method reads the memory.
         power: the p of the gathered `sum |g|^p`.
     """
 
-    def __init__(self, methods: list[Method], gather: bool, power: float) -> None:
-        self.methods, self.gather, self.power = methods, gather, power
+    def __init__(self, methods: list[Method], source: str, revision: str | None, gather: bool, power: float) -> None:
+        self.methods, self.source, self.revision, self.gather, self.power = methods, source, revision, gather, power
         self.tasks: list[str] = []
         """Names of the tasks seen so far."""
         self.heads: TaskHeads | None = None
@@ -50,6 +63,8 @@ class LiveMemory:
         """Whether it is known what there is to go on from."""
         self.samples: dict[str, Tensor] | None = None
         """Of the weights at the end of training, which the memory belongs to. While training they are taken anew."""
+        self.checkpoint: Path | None = None
+        """What training is resumed from. Default: the checkpoint of the present step."""
         self._pending: dict[str, Tensor] | None = None
         self._gathered: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor] = {}
@@ -81,6 +96,40 @@ class LiveMemory:
         named = ((canonical_name(n), p) for n, p in self.model.named_parameters())  # frozen ones, too, keep theirs
         state, excluded = self.optimizer.state, self.excluded
         return {n: self.optimizer.accumulator(p) for n, p in named if n not in excluded and state.get(p)}
+
+    def folder(self, args: Any) -> Path:
+        """The folder of the present training."""
+        return Path(args.output_dir)
+
+    def find(self, previous: LiveMemory | None, args: Any, state: Any) -> None:
+        """Read the memory that this training goes on from; `previous` trained the model before, in this process."""
+        if state.global_step:
+            step = self.folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            given = args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else step
+            for folder in map(Path, (self.checkpoint or step, given, step)):
+                if (folder / MEMORY_NAME).is_file():
+                    self.load(ContinualMemory.load(folder), self.model, args, same_run=True)
+                    return
+            if self.methods:
+                raise ValueError(
+                    f"The resumed checkpoint's {MEMORY_NAME} is not in {step}, so the state of "
+                    f"{', '.join(m.name for m in self.methods)} is not known. Pass the checkpoint as "
+                    "--resume_from_checkpoint."
+                )
+        if self.loaded or self.source == NONE:
+            return
+        self.loaded = True
+        where = repr(self.source)
+        if self.source != BESIDE:
+            memory: ContinualMemory | None = ContinualMemory.load(self.source, self.revision)
+        elif previous is not None:
+            memory, where = previous.memory(), "this process (the model was trained in it)"
+        else:
+            memory, where = memory_beside(self.model), repr(model_source(self.model) or "this model")
+        if memory is not None:
+            self.load(memory, self.model, args, where=where)
+        elif args.process_index == 0:
+            logger.warning(f"There is no continual memory beside {where}: this run begins one.")
 
     def load(self, memory: ContinualMemory, model: Any, args: Any, *, same_run: bool = False, where: str = "") -> None:
         """Go on from `memory`: the methods' state at once, accumulators when training begins.

@@ -172,10 +172,6 @@ def test_deepspeed_is_refused(trainer, make_model, make_args):
     ("sabotage", "message"),
     [
         (
-            "import importlib.metadata as m; m.version = lambda name: '4.55.1'",
-            "classp_hf needs transformers >= 5.6, found 4.55.1",
-        ),
-        (
             "import transformers.trainer_optimizer as t; t._OPTIMIZER_HANDLERS = ()",
             "keeps its optimizer names or default callbacks elsewhere than classp_hf knows",
         ),
