@@ -13,129 +13,123 @@ itself.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import runpy
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
 from .methods import METHODS, Elastic, Merge, Method, make_methods
+from .methods.base import flag
+from .optim_args import parse_optim_args
+
+COMMANDS = {"demo": ".demo"}
+"""Subcommand -> the module whose `main()` reads the rest of the command line."""
+
+SHORTCUTS: dict[str, type[Method]] = {"anchor": Elastic, "merge": Merge}
+"""Option -> the method that it adds, with the option's value as its first hyperparameter."""
+
+HERE = [m for m in METHODS.values() if m is not Method and not m.needs_trainer()]
+"""Methods that work in any script."""
+
+
+@dataclass
+class Options:
+    """The options before the script's name, beside the hyperparameters of the methods."""
+
+    memory: str | None = flag(
+        None,
+        "The continual memory to go on from: a file, a model's folder or a Hub id; `none` begins an empty one. "
+        "Default: the one beside the model.",
+    )
+    method: str | None = flag(None, f"A method, or several joined by '+': {', '.join(m.name for m in HERE)}.")
+    anchor: float | None = flag(None, "The method `elastic` at this strength.")
+    merge: float | None = flag(None, "The method `merge` at this weight.")
+    optim: str | None = flag(
+        None, "The optimizer, also of scripts without such a flag: `classp`, or a name that Transformers knows."
+    )
+    learning_rate: float | None = flag(None, "The learning rate, also of scripts that have no such flag.")
+    optim_args: str | None = flag(None, "The optimizer's own options, key=value pairs separated by commas.")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options before the script's name."""
     from transformers import HfArgumentParser
 
-    here = [m for m in METHODS.values() if m is not Method and not m.needs_trainer()]
-    result = argparse.ArgumentParser(
+    classes: Any = [Options, *(m for m in HERE if any(f.init for f in fields(m)))]
+    return HfArgumentParser(
+        classes,
         prog="python -m classp_hf",
-        usage="python -m classp_hf [options] (SCRIPT | -m MODULE) [arguments of the script ...], or: demo [arguments]",
+        usage="python -m classp_hf [options] (SCRIPT | -m MODULE) [arguments of the script ...], or: "
+        f"{' | '.join(COMMANDS)} [arguments]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    result.add_argument("--memory", help="the continual memory to go on from: a file, a model's folder or a Hub id; "
-                        "`none` begins an empty one. Default: the one beside the model")  # fmt: skip
-    result.add_argument("--method", help="a method, or several joined by '+': "
-                        f"{', '.join(m.name for m in here)}")  # fmt: skip
-    result.add_argument("--anchor", type=float, metavar="STRENGTH", help="the method `elastic` at this strength")
-    result.add_argument("--merge", type=float, metavar="WEIGHT", help="the method `merge` at this weight")
-    result.add_argument("--optim", help="the optimizer, also of scripts without such a flag: `classp`, or a name that "
-                        "Transformers knows")  # fmt: skip
-    result.add_argument(
-        "--learning_rate", type=float, help="the learning rate, also of scripts that have no such flag"
-    )
-    result.add_argument("--optim_args", help="the optimizer's own options, key=value pairs separated by commas")
-    known: Any = HfArgumentParser([m for m in here if any(f.init for f in fields(m))])  # type: ignore[misc]
-    group = result.add_argument_group("options of the methods")
-    for action in known._actions:
-        if action.dest != "help":
-            group._add_action(action)
-    return result
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+def split(arguments: list[str], command: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
     """Our options, and what begins with the script's name."""
-    flags = {a.option_strings[0] for a in parser()._actions if a.option_strings and a.nargs != 0}
+    flags = {name for action in command._actions if action.nargs != 0 for name in action.option_strings}
     i = 0
     while i < len(arguments) and arguments[i] != "-m" and arguments[i].startswith("-"):
         i += 2 if arguments[i] in flags else 1
     return arguments[:i], arguments[i:]
 
 
-def _options(own: argparse.Namespace, command: argparse.ArgumentParser) -> dict[str, Any]:
-    """What `register` is given."""
-    from .optim_args import parse_optim_args
-
-    try:
-        methods = make_methods(own.method)
-        for method in methods:
-            if method.needs_trainer():
-                raise ValueError(
-                    f"the method {method.name!r} changes the data, the model or the loss: it needs "
-                    "classp_hf.ContinualTrainer"
-                )
-        named = {m.name for m in methods}
-        for cls, value in ((Elastic, own.anchor), (Merge, own.merge)):
-            if value is not None and cls.name not in named:
-                methods.append(cls(value))
-        made = []
-        for method in methods:
-            given = {f.name: getattr(own, f.name) for f in fields(method) if f.init}
-            changed = {k: v for k, v in given.items() if v != command.get_default(k)}
-            made.append(type(method)(**{**method.hyperparameters(), **changed}))
-        if own.optim == "classp":
-            parse_optim_args(own.optim_args)
-        if own.learning_rate is not None and not own.learning_rate > 0:
-            raise ValueError(f"--learning_rate must be > 0, got {own.learning_rate}")
-    except ValueError as error:
-        command.error(str(error))
-    return {
-        "method": made or None,
-        "memory": own.memory,
-        "optim": own.optim,
-        "learning_rate": own.learning_rate,
-        "optim_args": own.optim_args,
-    }
+def for_register(own: argparse.Namespace, command: argparse.ArgumentParser) -> dict[str, Any]:
+    """What `register` is given; a ValueError for what cannot work in a script nobody edits."""
+    methods = {m.name: m for m in make_methods(own.method)}
+    methods |= {cls.name: cls(v) for name, cls in SHORTCUTS.items() if (v := getattr(own, name)) is not None}  # type: ignore[call-arg]
+    for name, method in methods.items():
+        if method.needs_trainer():
+            raise ValueError(
+                f"the method {name!r} changes the data, the model or the loss: it needs classp_hf.ContinualTrainer"
+            )
+        given = {key: getattr(own, key) for key in method.hyperparameters()}
+        methods[name] = replace(method, **{k: v for k, v in given.items() if v != command.get_default(k)})
+    if own.optim == "classp":
+        parse_optim_args(own.optim_args)
+    if own.learning_rate is not None and not own.learning_rate > 0:
+        raise ValueError(f"--learning_rate must be > 0, got {own.learning_rate}")
+    options = {f.name: getattr(own, f.name) for f in fields(Options) if f.name not in SHORTCUTS}
+    return {k: v for k, v in (options | {"method": list(methods.values()) or None}).items() if v is not None}
 
 
-def _check_script_arguments(command: argparse.ArgumentParser, arguments: list[str]) -> None:
+def check_script_arguments(arguments: list[str]) -> None:
     """What is wrong with the script's `--optim_args` is known before it loads data and model."""
-    from .optim_args import parse_optim_args
-
     pairs = dict(pairwise(arguments)) | dict(a.split("=", 1) for a in arguments if a.startswith("--") and "=" in a)
-    if pairs.get("--optim") == "classp" and "--optim_args" in pairs:
-        try:
-            parse_optim_args(pairs["--optim_args"])
-        except ValueError as error:
-            command.error(str(error))
+    if pairs.get("--optim") == "classp":
+        parse_optim_args(pairs.get("--optim_args"))
 
 
 def main() -> None:
     command = parser()
-    own, script = _split(sys.argv[1:])
+    own, script = split(sys.argv[1:], command)
     options = command.parse_args(own)
     if not script:
         command.print_usage(sys.stderr)
         sys.exit(2)
+    if script[0] in COMMANDS and not os.path.isfile(script[0]):
+        sys.argv = script
+        importlib.import_module(COMMANDS[script[0]], __package__).main()
+        return
+    from .engine import ContinualCallback
     from .launch import prepare_cpu_launch
     from .registration import register
 
-    if script[0] == "demo" and not os.path.isfile("demo"):
-        from .demo import main as demo
-
-        sys.argv = ["demo", *script[1:]]
-        demo()
-        return
     as_module = script[0] == "-m"
     if as_module and len(script) < 2:
         command.error("-m needs the name of a module")
     if not as_module and not os.path.isfile(script[0]):
         command.error(f"there is no script {script[0]!r}")
-    _check_script_arguments(command, script)
+    try:
+        check_script_arguments(script)
+        given = for_register(options, command)
+    except ValueError as error:
+        command.error(str(error))
     prepare_cpu_launch()
-    given = _options(options, command)
     register(**given)
     if as_module:
         sys.argv = script[1:]
@@ -144,13 +138,9 @@ def main() -> None:
         sys.argv = script
         sys.path[0] = os.path.dirname(os.path.abspath(script[0]))  # as `python SCRIPT` has it
         runpy.run_path(script[0], run_name="__main__")
-    from .engine import ContinualCallback
-
-    unused = [f"--{k}" for k, v in given.items() if v is not None]
-    if unused and not ContinualCallback.applied:
-        sys.exit(
-            f"classp_hf: error: {', '.join(unused)} had no effect: {sys.argv[0]!r} trained no transformers.Trainer"
-        )
+    if given and not ContinualCallback.applied:
+        unused = ", ".join(f"--{k}" for k in given)
+        sys.exit(f"classp_hf: error: {unused} had no effect: {sys.argv[0]!r} trained no transformers.Trainer")
 
 
 if __name__ == "__main__":

@@ -6,19 +6,17 @@ docs/compatibility.md says which versions were run.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer, TrainerCallback
 
 from .files import sync_folder
 from .names import reshard
-
-MINIMUM_TRANSFORMERS = "4.57"
 
 
 class _OptimizerName(str):
@@ -39,38 +37,23 @@ def add_optimizer(name: str, factory: Callable[[Any], tuple[type, dict[str, Any]
     """Make `--optim name` known to transformers in this process, and give every Trainer a callback. Once a process.
 
     There is no public way to add an optimizer's name: `OptimizerNames` is a closed enum, the table of handlers private
-    (transformers 4.57 to 5.24).
+    (transformers 5.6 to 5.24).
 
     Args:
         factory: training arguments -> optimizer class and its keyword arguments.
 
     Raises:
-        ImportError: the installed transformers is older than the supported ones, or its private names have moved.
+        ImportError: the private names of the installed transformers have moved.
     """
     from transformers.training_args import OptimizerNames
 
     if name in OptimizerNames._value2member_map_:
         return
-    found = importlib.metadata.version("transformers")
-    if tuple(int(part) for part in found.split(".")[:2]) < tuple(map(int, MINIMUM_TRANSFORMERS.split("."))):
-        raise ImportError(
-            f"classp_hf needs transformers >= {MINIMUM_TRANSFORMERS}, found {found}. "
-            f'Run: pip install "transformers>={MINIMUM_TRANSFORMERS}"'
-        )
     try:
         from transformers.trainer import DEFAULT_CALLBACKS
+        from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 
-        try:
-            from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
-        except ImportError:  # 4.57: a chain of comparisons in one static method
-            of_transformers = Trainer.get_optimizer_cls_and_kwargs
-
-            def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
-                return factory(args) if args.optim == name else of_transformers(args, model)
-
-            Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)  # type: ignore[assignment]
-        else:
-            _OPTIMIZER_HANDLERS[name] = lambda context: factory(context.args)  # type: ignore[index]
+        _OPTIMIZER_HANDLERS[name] = lambda context: factory(context.args)  # type: ignore[index]
         member: Any = _OptimizerName(name)
         OptimizerNames._member_map_[name.upper()] = member
         OptimizerNames._member_names_.append(name.upper())
@@ -79,8 +62,8 @@ def add_optimizer(name: str, factory: Callable[[Any], tuple[type, dict[str, Any]
         DEFAULT_CALLBACKS.append(callback)  # type: ignore[arg-type]
     except (ImportError, AttributeError, TypeError) as error:
         raise ImportError(
-            f"transformers {found} keeps its optimizer names or default callbacks elsewhere than classp_hf knows "
-            f"({error}), so `--optim {name}` cannot be added. Install another version of transformers "
+            f"transformers {transformers.__version__} keeps its optimizer names or default callbacks elsewhere than "
+            f"classp_hf knows ({error}), so `--optim {name}` cannot be added. Install another version of transformers "
             "(docs/compatibility.md), or use classp_hf.ClasspTrainer, which does not need it."
         ) from error
 

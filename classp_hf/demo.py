@@ -23,12 +23,13 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, set_seed
 
 from . import embedded, report
-from .engine import _beside
 from .launch import prepare_cpu_launch
 from .live import CLASSP_NAME
+from .memory import memory_beside
 from .methods import METHODS, Method
 from .named_trainers import ClasspTrainer
 from .registration import register
+from .sequence import STATE_NAME
 from .tasks import BUILT_IN, GRAMMAR, label_names, load_task
 from .trainer import ContinualTrainer
 from .training_args import ContinualTrainingArguments
@@ -144,8 +145,15 @@ def main() -> None:
         tasks = [load_task(spec, seed=args.seed, **sizes) for spec in recipe.tasks]
     labels = label_names(tasks)
 
+    arms = list(dict.fromkeys([recipe.trainer, *recipe.compare]))
+    existing = [arm for arm in arms if (base / arm / STATE_NAME).exists()]
+    if existing and not args.resume_from_checkpoint:  # before any arm is trained
+        raise ValueError(
+            f"{base} already holds runs of {', '.join(existing)}. Pass --resume_from_checkpoint True to go on from "
+            "them, or choose another --output_dir."
+        )
     results = {}
-    for arm in dict.fromkeys([recipe.trainer, *recipe.compare]):
+    for arm in arms:
         method_name, flags = ARMS[arm]
         _, args, *configured = parser.parse_args_into_dataclasses([*flags, *sys.argv[1:]])
         args.output_dir = str(base / arm)
@@ -154,9 +162,9 @@ def main() -> None:
         method = dict(zip(METHODS, configured))[method_name]
         set_seed(args.seed)
         model, tokenizer = build_model(recipe, labels, method)
-        start, uses_classp = recipe.model_name_or_path, CLASSP_NAME in (args.optim, arm)
-        if args.memory is None and start and uses_classp and _beside(start, recipe.model_revision):
-            args.memory, args.memory_revision = start, recipe.model_revision
+        goes_on = args.memory is None and recipe.model_name_or_path and CLASSP_NAME in (args.optim, arm)
+        if goes_on and memory_beside(model) is not None:
+            args.memory, args.memory_revision = recipe.model_name_or_path, recipe.model_revision
         if main_process:
             print(f"\n=== {arm}: {' -> '.join(recipe.tasks)}; labels: {', '.join(labels)} ===", flush=True)
         trainer_class = ClasspTrainer if arm == "classp" else ContinualTrainer

@@ -16,10 +16,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .compat import refuse_sharding, watch_saving
-from .live import CLASSP_LEARNING_RATE, CLASSP_NAME, LiveMemory, describe_optimizer
-from .memory import MEMORY_NAME, ContinualMemory, NoMemoryError, find_memory
+from .live import BESIDE, CLASSP_LEARNING_RATE, CLASSP_NAME, LiveMemory
+from .live import NONE as NONE
+from .memory import MEMORY_NAME, ContinualMemory, warn_of_unused_memory
 from .methods import Context, Elastic, Merge, Method, make_methods
-from .names import bare_model, model_source, reshard, samples, trainable_parameters
+from .names import bare_model, reshard, samples, trainable_parameters
 from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .redaction import UNPRINTABLE
@@ -27,7 +28,6 @@ from .resume import load_optimizer_state
 
 logger = logging.get_logger(__name__)
 
-BESIDE, NONE = "beside the model", "none"
 TOO_SMALL = 1e-4
 """Learning rates up to here are those of AdamW; Transformers' default is 5e-5, TRL's 2e-5. CLASSP learns nothing by
 them."""
@@ -75,20 +75,16 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         gather: bool = False,
         power: float = 2.0,
     ) -> None:
-        options = {} if method or memory or gather else type(self).launched
-        self.from_launcher = bool(options)
-        super().__init__(make_methods(copy.deepcopy(options.get("method", method))), gather, power)
-        self.source = options.get("memory") or memory or BESIDE
-        self.options = options
-        self.revision = revision
+        self.options = {} if method or memory or gather else type(self).launched
+        """Of the launcher, if nothing else was asked for."""
+        methods = make_methods(copy.deepcopy(self.options.get("method", method)))
+        super().__init__(methods, self.options.get("memory") or memory or BESIDE, revision, gather, power)
         self.task: str | None = None
         """Name of the next training's task. Default: after its output folder."""
         self.task_dataset: Any = None
         self.accelerator: Any = None
         self.start: dict[str, Tensor] | None = None
         """Weights that a training began with, on the CPU, for the methods that need them when it is resumed."""
-        self.checkpoint: Path | None = None
-        """What training is resumed from. Default: the checkpoint of the present step."""
         self.optimizer_file: Path | None = None
         """State of the optimizer at a task boundary, for the next training."""
         self.saves_at_end = True
@@ -96,21 +92,16 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         """Spent on methods before and after tasks."""
         self.args: Any = None
         self.control: Any = None
+        """Of the Trainer: every Trainer has one of its own."""
         self._hooks: list[Any] = []
         self._density: float | None = None
         self._written: set[Path] = set()
-
-    @property
-    def training(self) -> bool:
-        return self.context is not None
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copied or pickled model has no engine."""
 
     def __reduce__(self) -> Any:
         return type(None), ()
-
-    # ---- The memory ----
 
     def follows(self, model: Any) -> bool:
         """Whether the memory is written wherever `model.save_pretrained` writes the model."""
@@ -119,9 +110,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
     # ---- Events of Trainer ----
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        given = {
-            k: self.options[k] for k in ("optim", "learning_rate", "optim_args") if self.options.get(k) is not None
-        }
+        given = {k: v for k, v in self.options.items() if k in ("optim", "learning_rate", "optim_args")}
         for name, value in given.items():
             setattr(args, name, value)
         if given and args.process_index == 0:
@@ -150,37 +139,27 @@ class ContinualCallback(LiveMemory, TrainerCallback):
     ):
         optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         previous = engine_of(model)
-        if previous is not None and previous is not self and previous.training:
-            if previous.control is control and previous.methods and not previous.from_launcher:
+        if previous is self:
+            previous = None
+        elif previous is not None and previous.context is not None:
+            if previous.control is control and previous.methods and not previous.options:
                 return  # two on one Trainer: that with a method works
             previous.stop()  # also one whose training was interrupted
             if previous.control is control and self.source != BESIDE and isinstance(optimizer, CLASSP):
                 optimizer.state.clear()  # that engine has put another memory into it
-        self.control = control
-        ContinualCallback.applied |= self.from_launcher
-        is_classp, resumed = isinstance(optimizer, CLASSP), state.global_step > 0
-        if self.options.get("optim") == CLASSP_NAME and not is_classp:
-            raise ValueError(
-                f"--optim classp was given to classp_hf, but this script brings an optimizer of its own "
-                f"({type(optimizer).__name__}). Leave --optim out, or the script's `optimizers`."
-            )
-        _check_resumed_state(optimizer, resumed)
         if self.args is not None and self.model is not model:  # `model_init` has made another one
             self.reset()
-        self.optimizer, self.args, self.model, self.samples = optimizer, args, model, None
-        if not (is_classp or self.methods or self.gather or self.accelerator is not None):
-            self._note_unused_memory(model)
+        self.optimizer, self.args, self.model, self.control, self.samples = optimizer, args, model, control, None
+        ContinualCallback.applied |= bool(self.options)
+        self._check_optimizer(args, resumed := state.global_step > 0)
+        if not (isinstance(optimizer, CLASSP) or self.methods or self.gather or self.accelerator is not None):
+            why = f"this run has no method, and its optimizer is {type(optimizer).__name__}"
+            warn_of_unused_memory(model, f"{why}. Pass --optim classp or --method to go on from it.")
             return
         refuse_sharding(args, model)
-        if not hasattr(optimizer, "register_step_pre_hook"):
-            raise ValueError(f"{type(optimizer).__name__} is no torch.optim.Optimizer, and so has no step to follow.")
-        if is_classp and args.learning_rate <= TOO_SMALL:
-            logger.warning(
-                f"CLASSP trains with learning_rate={args.learning_rate:g}, which is far too small for it (AdamW's "
-                f"are). Pass --learning_rate; {CLASSP_LEARNING_RATE} is a good start."
-            )
-        self._find(model, args, state, previous, resumed)
-        self.put(resumed and is_classp)
+        self.stop()  # what an interrupted training left
+        self.find(previous, args, state)
+        self.put(resumed and isinstance(optimizer, CLASSP))
         if self.optimizer_file is not None and not resumed:
             load_optimizer_state(optimizer, model, torch.load(self.optimizer_file, "cpu", weights_only=True))
             if self.heads is not None:
@@ -210,11 +189,30 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         for method in self.methods:
             method.before_task(self.context)
         self.seconds += time.monotonic() - started
-        self.stop_hooks()
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._before_step(args, state)),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
+
+    def _check_optimizer(self, args: Any, resumed: bool) -> None:
+        """Raise a ValueError if this run's optimizer is not the one it has to be; warn of AdamW's learning rates."""
+        name, is_classp = type(self.optimizer).__name__, isinstance(self.optimizer, CLASSP)
+        if self.options.get("optim") == CLASSP_NAME and not is_classp:
+            raise ValueError(
+                f"--optim classp was given to classp_hf, but this script brings an optimizer of its own ({name}). "
+                "Leave --optim out, or the script's `optimizers`."
+            )
+        states = [s for s in getattr(self.optimizer, "state", {}).values() if s] if resumed else []
+        if states and any("accumulator" in s for s in states) != is_classp:
+            raise ValueError(
+                f"The checkpoint was written under {'another optimizer' if is_classp else 'CLASSP'}, and this run's "
+                f"is {name}. Resume with the same --optim, or start a new run from the checkpoint's model."
+            )
+        if is_classp and args.learning_rate <= TOO_SMALL:
+            logger.warning(
+                f"CLASSP trains with learning_rate={args.learning_rate:g}, which is far too small for it (AdamW's "
+                f"are). Pass --learning_rate; {CLASSP_LEARNING_RATE} is a good start."
+            )
 
     def check(self, context: Context) -> None:
         """Raise a ValueError if a method cannot run in this set-up."""
@@ -232,12 +230,12 @@ class ContinualCallback(LiveMemory, TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = self.folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if self.training and not state.is_hyper_param_search and folder not in self._written:
+        if self.context is not None and not state.is_hyper_param_search and folder not in self._written:
             self.write(folder, args)
         self._written.clear()
 
     def on_push_begin(self, args, state, control, **kwargs):
-        if self.training and not reshard(self.model):  # of a checkpoint, by the main process alone
+        if self.context is not None and not reshard(self.model):  # of a checkpoint, by the main process alone
             self.write(args.output_dir, args)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
@@ -247,9 +245,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             self.stop()
             return
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
-        if (
-            best is not None and (Path(best) / MEMORY_NAME).is_file()
-        ):  # what belongs to the weights comes back with them
+        if best is not None and (Path(best) / MEMORY_NAME).is_file():  # it comes back with the weights it belongs to
             self.load(ContinualMemory.load(best), model, args, same_run=True)
             self.put(False)
         started = time.monotonic()
@@ -259,9 +255,10 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         if self.context.task not in self.tasks:
             self.tasks.append(self.context.task)
         self.stop()
+        self.start = self.checkpoint = None
         self.samples = samples(self.model)
         if not isinstance(self.optimizer, CLASSP):  # which holds the memory; others only memory of the device
-            self._description, self.optimizer = describe_optimizer(self.optimizer, args) | self._power(args), None
+            self._description, self.optimizer = self._described(args), None
         if self.saves_at_end:
             self.write(self.folder(args), args)
             if args.process_index == 0:
@@ -269,16 +266,9 @@ class ContinualCallback(LiveMemory, TrainerCallback):
                     f"The continual memory of {', '.join(self.tasks)} is written to {self.folder(args) / MEMORY_NAME}."
                 )
 
-    def folder(self, args: Any) -> Path:
-        """The folder of the present training."""
-        return Path(args.output_dir)
-
     def stop(self) -> None:
         """Training has ended, or another engine takes over."""
-        self._density = self.start = self.checkpoint = self.context = None
-        self.stop_hooks()
-
-    def stop_hooks(self) -> None:
+        self._density = self.context = None
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -296,11 +286,12 @@ class ContinualCallback(LiveMemory, TrainerCallback):
                     if p.grad is not None:
                         p.grad.div_(scale)
             self.optimizer.grad_scale = None
-        if self.gathers(args):
+        is_classp = isinstance(self.optimizer, CLASSP)
+        if not is_classp and self.adds_to(args) is not None:
             self.gather_step(found)
         for method in self.methods:
             method.before_step(self.model)
-        if isinstance(self.optimizer, CLASSP):
+        if is_classp:
             step, every = state.global_step + 1, max(state.logging_steps, 1)
             logs = args.logging_strategy == "steps" and (step % every == 0 or (step == 1 and args.logging_first_step))
             self._density = self.optimizer.update_density() if logs else None
@@ -308,40 +299,6 @@ class ContinualCallback(LiveMemory, TrainerCallback):
     def _after_step(self) -> None:
         for method in self.methods:
             method.after_step(self.model)
-
-    # ---- Where the memory comes from, and where it goes ----
-
-    def _find(self, model: Any, args: Any, state: Any, previous: Any, resumed: bool) -> None:
-        """Read the memory that this training goes on from."""
-        if resumed:
-            given = args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None
-            step = self.folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            for folder in (self.checkpoint, Path(given) if given else None, step):
-                if folder is not None and (folder / MEMORY_NAME).is_file():
-                    self.load(ContinualMemory.load(folder), model, args, same_run=True)
-                    return
-            if self.methods:
-                raise ValueError(
-                    f"The resumed checkpoint's {MEMORY_NAME} is not in {step}, so the state of "
-                    f"{', '.join(m.name for m in self.methods)} is not known. Pass the checkpoint as "
-                    "--resume_from_checkpoint."
-                )
-        if self.loaded:
-            return
-        self.loaded = True
-        if previous is not None and previous is not self and self.source == BESIDE:
-            self.load(previous.memory(), model, args, where="this process (the model was trained in it)")
-            return
-        start = model_source(model)
-        memory = None
-        if self.source not in (BESIDE, NONE):
-            memory = ContinualMemory.load(self.source, self.revision)
-        elif self.source == BESIDE and start:
-            memory = _beside(start, getattr(getattr(bare_model(model), "config", None), "_commit_hash", None))
-        if memory is not None:
-            self.load(memory, model, args, where=repr(start if self.source == BESIDE else self.source))
-        elif args.process_index == 0 and self.source == BESIDE:
-            logger.warning(f"There is no continual memory beside {start or 'this model'!r}: this run begins one.")
 
     def _starting_weights(self) -> dict[str, Tensor]:
         if self.start is not None or not any(m.needs_start for m in self.methods):
@@ -357,50 +314,10 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         names = ("/".join(parts[-i:]) for i in range(1, len(parts) + 1))
         return next((name for name in names if name not in self.tasks), f"{parts[-1]}-{len(self.tasks) + 1}")
 
-    def _note_unused_memory(self, model: Any) -> None:
-        try:
-            path = find_memory(Path(model_source(model) or "/nowhere").absolute())
-        except FileNotFoundError:
-            return
-        logger.warning(
-            f"A continual memory lies beside this model ({path}) and is not used: this run's optimizer is "
-            f"{type(self.optimizer).__name__} and it has no method. Pass --optim classp or --method to go on from it."
-        )
-
 
 def engine_of(model: Any) -> ContinualCallback | None:
     """The engine that trained `model` last in this process."""
     return vars(bare_model(model)).get(_ATTRIBUTE)
-
-
-def _check_resumed_state(optimizer: Any, resumed: bool) -> None:
-    states = [state for state in getattr(optimizer, "state", {}).values() if state] if resumed else []
-    written_by_classp = any("accumulator" in state for state in states)
-    if states and written_by_classp != isinstance(optimizer, CLASSP):
-        raise ValueError(
-            f"The checkpoint was written under {'CLASSP' if written_by_classp else 'another optimizer'}, and this "
-            f"run's is {type(optimizer).__name__}. Resume with the same --optim, or start a new run from the "
-            "checkpoint's model."
-        )
-
-
-def _beside(start: str, revision: str | None) -> ContinualMemory | None:
-    """The memory beside the model that came from `start`, a folder or a Hub repository."""
-    found = None
-    try:
-        found = ContinualMemory.load(start, revision=None if Path(start).is_dir() else revision)
-    except NoMemoryError:  # most models have none
-        pass
-    except FileNotFoundError as error:
-        logger.warning(
-            f"Whether a continual memory belongs to {start!r} could not be found out, so none is used. {error}"
-        )
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = [found is not None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(ranks, found is not None)
-        if any(ranks) and not all(ranks):  # ranks that begin differently would train different models
-            raise RuntimeError(f"Only some processes could read the continual memory of {start!r}. Start again.")
-    return found
 
 
 def write_beside(model: Any, folder: str | Path) -> None:

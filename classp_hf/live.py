@@ -9,18 +9,30 @@ from typing import Any
 import torch
 from accelerate.utils import reduce
 from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .heads import TaskHeads
-from .memory import ContinualMemory, match_accumulators, match_rows, shorten
+from .matching import match_accumulators, match_rows, named_as_in
+from .memory import MEMORY_NAME, ContinualMemory, memory_beside, shorten
 from .methods import Context, Method, describe_methods
-from .names import canonical_name, full_tensor, like_parameter, local, reshard, samples, trainable_parameters
+from .names import (
+    canonical_name,
+    full_tensor,
+    like_parameter,
+    local,
+    model_source,
+    reshard,
+    samples,
+    trainable_parameters,
+)
 from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .redaction import public_arguments
 
 logger = logging.get_logger(__name__)
 
+BESIDE, NONE = "beside the model", "none"
 CLASSP_NAME = "classp"
 CLASSP_LEARNING_RATE: float = inspect.signature(CLASSP).parameters["lr"].default
 
@@ -32,12 +44,14 @@ class LiveMemory:
 
     Args:
         methods: their state is part of the memory.
+        source: where to go on from: `BESIDE`, `NONE`, or what [`ContinualMemory.load`] takes.
+        revision: of a Hub repository that is the source.
         gather: gather under other optimizers even if no method reads the memory.
         power: the p of the gathered `sum |g|^p`.
     """
 
-    def __init__(self, methods: list[Method], gather: bool, power: float) -> None:
-        self.methods, self.gather, self.power = methods, gather, power
+    def __init__(self, methods: list[Method], source: str, revision: str | None, gather: bool, power: float) -> None:
+        self.methods, self.source, self.revision, self.gather, self.power = methods, source, revision, gather, power
         self.tasks: list[str] = []
         """Names of the tasks seen so far."""
         self.heads: TaskHeads | None = None
@@ -49,6 +63,8 @@ class LiveMemory:
         """Whether it is known what there is to go on from."""
         self.samples: dict[str, Tensor] | None = None
         """Of the weights at the end of training, which the memory belongs to. While training they are taken anew."""
+        self.checkpoint: Path | None = None
+        """What training is resumed from. Default: the checkpoint of the present step."""
         self._pending: dict[str, Tensor] | None = None
         self._gathered: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor] = {}
@@ -58,11 +74,13 @@ class LiveMemory:
     def excluded(self) -> frozenset[str]:
         return self.heads.names if self.heads is not None else frozenset()
 
-    def gathers(self, args: Any) -> bool:
-        """Whether a memory is gathered beside the optimizer."""
-        to_be = self.optimizer is None and args is not None and args.optim == CLASSP_NAME
-        own = to_be or isinstance(self.optimizer, CLASSP)
-        return not own and (self.gather or any(m.uses_accumulators for m in self.methods))
+    def adds_to(self, args: Any) -> float | None:
+        """The p of the `sum |g|^p` that this training adds to, in the optimizer or beside it; None if to none."""
+        if isinstance(self.optimizer, CLASSP):
+            return self.optimizer.param_groups[0]["power"]
+        if self.optimizer is None and args is not None and args.optim == CLASSP_NAME:  # it is not built yet
+            return parse_optim_args(args.optim_args)[0].get("power", 2.0)
+        return self.power if self.gather or any(m.uses_accumulators for m in self.methods) else None
 
     def accumulators(self) -> dict[str, Tensor]:
         """Canonical name -> `sum |g|^p` over all training so far, float32, sharded as the parameters are; empty before
@@ -79,6 +97,40 @@ class LiveMemory:
         state, excluded = self.optimizer.state, self.excluded
         return {n: self.optimizer.accumulator(p) for n, p in named if n not in excluded and state.get(p)}
 
+    def folder(self, args: Any) -> Path:
+        """The folder of the present training."""
+        return Path(args.output_dir)
+
+    def find(self, previous: LiveMemory | None, args: Any, state: Any) -> None:
+        """Read the memory that this training goes on from; `previous` trained the model before, in this process."""
+        if state.global_step:
+            step = self.folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            given = args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else step
+            for folder in map(Path, (self.checkpoint or step, given, step)):
+                if (folder / MEMORY_NAME).is_file():
+                    self.load(ContinualMemory.load(folder), self.model, args, same_run=True)
+                    return
+            if self.methods:
+                raise ValueError(
+                    f"The resumed checkpoint's {MEMORY_NAME} is not in {step}, so the state of "
+                    f"{', '.join(m.name for m in self.methods)} is not known. Pass the checkpoint as "
+                    "--resume_from_checkpoint."
+                )
+        if self.loaded or self.source == NONE:
+            return
+        self.loaded = True
+        where = repr(self.source)
+        if self.source != BESIDE:
+            memory: ContinualMemory | None = ContinualMemory.load(self.source, self.revision)
+        elif previous is not None:
+            memory, where = previous.memory(), "this process (the model was trained in it)"
+        else:
+            memory, where = memory_beside(self.model), repr(model_source(self.model) or "this model")
+        if memory is not None:
+            self.load(memory, self.model, args, where=where)
+        elif args.process_index == 0:
+            logger.warning(f"There is no continual memory beside {where}: this run begins one.")
+
     def load(self, memory: ContinualMemory, model: Any, args: Any, *, same_run: bool = False, where: str = "") -> None:
         """Go on from `memory`: the methods' state at once, accumulators when training begins.
 
@@ -89,23 +141,23 @@ class LiveMemory:
         Raises:
             ValueError: another power, another model, or a state that cannot be a method's.
         """
-        at = f"\nThe memory was read from {where}; memory=none begins with an empty one." if where else ""
         try:
             self._check_power(memory, args)
+            memory = named_as_in(model, memory)
             match = match_accumulators(memory, model, self.excluded, same_run)
             for method in self.methods:
-                prefix = f"{method.name}."
-                parts = {k.removeprefix(prefix): memory.get(k) for k in memory.kinds() if k.startswith(prefix)}
-                for part in method.per_parameter:
-                    parts |= {part: match_rows(parts[part], model, part == "importance")} if part in parts else {}
+                parts = memory.parts_of(method.name)
+                for part in parts.keys() & method.per_parameter:
+                    parts[part] = match_rows(parts[part], model, part == "importance")
                 method.check_state(parts, model)
                 if parts or same_run:
                     method.load_state_dict(parts)
             if self.heads is not None:
-                heads = {k.removeprefix("head."): memory.get(k) for k in memory.kinds() if k.startswith("head.")}
+                heads = memory.parts_of("head")
                 self.heads.load_state_dict({task.replace("%2F", "/"): head for task, head in heads.items()})
                 self.heads.initial = memory.get("initial_head") or self.heads.initial
         except ValueError as error:
+            at = f"\nThe memory was read from {where}; memory=none begins with an empty one." if where else ""
             raise ValueError(f"{error}{at}") from None
         self._pending, self._kept = match.accumulators, match.kept
         self._description = memory.metadata.get("optimizer", {})
@@ -123,6 +175,13 @@ class LiveMemory:
             if others := [k for k in memory.kinds() if not k.startswith(used)]:
                 logger.warning(f"It also holds {shorten(others)}, which this run does not use.")
 
+    def _check_power(self, memory: ContinualMemory, args: Any) -> None:
+        stored, power = memory.metadata.get("optimizer", {}).get("power"), self.adds_to(args)
+        if memory.get("accumulator") and None not in (stored, power) and stored != power:
+            classp = isinstance(self.optimizer, CLASSP) or (self.optimizer is None and args.optim == CLASSP_NAME)
+            remedy = f"optim_args='power={stored:g}'" if classp else f"memory_power={stored:g}"
+            raise ValueError(f"The continual memory sums |g|^{stored:g}, and this run |g|^{power:g}. Pass {remedy}.")
+
     def reset(self) -> None:
         """Forget all that is known of a model: another one is going to be trained."""
         self.loaded, self.tasks, self._pending, self._gathered, self._kept = False, [], None, {}, {}
@@ -132,17 +191,6 @@ class LiveMemory:
     def forget_accumulators(self) -> None:
         """Drop what was loaded and is not in an optimizer yet."""
         self._pending = None
-
-    def _check_power(self, memory: ContinualMemory, args: Any) -> None:
-        stored = memory.metadata.get("optimizer", {}).get("power")
-        power: float | None = self.power if self.gathers(args) else None
-        if isinstance(self.optimizer, CLASSP):
-            power = self.optimizer.param_groups[0]["power"]
-        elif self.optimizer is None and args.optim == CLASSP_NAME:
-            power = parse_optim_args(args.optim_args)[0].get("power", 2.0)
-        if memory.get("accumulator") and None not in (stored, power) and stored != power:
-            remedy = f"memory_power={stored:g}" if self.gathers(args) else f"optim_args='power={stored:g}'"
-            raise ValueError(f"The continual memory sums |g|^{stored:g}, and this run |g|^{power:g}. Pass {remedy}.")
 
     def memory(self, args: Any = None) -> ContinualMemory:
         """The memory as it stands. If the model is sharded, call it on every rank."""
@@ -158,23 +206,22 @@ class LiveMemory:
             memory.put("initial_head", self.heads.initial)
         if memory.tensors and self.model is not None:
             memory.put("samples", samples(self.model) if self.samples is None else self.samples)
-        described = describe_optimizer(self.optimizer, args) | self._power(args) or self._description
         memory.metadata = {
             "tasks": list(self.tasks),
-            "optimizer": described,
+            "optimizer": self._described(args),
             "method": public_arguments(describe_methods(self.methods)),
         }
         if self.context is not None:
             memory.metadata["task"] = self.context.task
         return memory
 
-    def _power(self, args: Any) -> dict[str, Any]:
-        """What is known of accumulators that an optimizer other than CLASSP has beside it."""
-        if self.optimizer is None or isinstance(self.optimizer, CLASSP):
-            return {}
-        if self.gathers(args):
-            return {"power": self.power}
-        return {k: v for k, v in self._description.items() if k in ("power", "state_dtype")}  # carried along as read
+    def _described(self, args: Any) -> dict[str, Any]:
+        """The optimizer's hyperparameters, with the power of the accumulators; without one those of the last."""
+        if self.optimizer is None:
+            return self._description
+        power = self.adds_to(args)
+        read = {k: v for k, v in self._description.items() if k in ("power", "state_dtype")}  # carried along
+        return describe_optimizer(self.optimizer, args) | (read if power is None else {"power": power})
 
     def write(self, folder: str | Path, args: Any = None) -> None:
         """Write the memory into `folder`, from the main process. If the model is sharded, call it on every rank."""
@@ -191,17 +238,13 @@ class LiveMemory:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        restored = {
-            n: like_parameter(pending[n], p.detach(), torch.float32)
-            for n, p in trainable_parameters(self.model)
-            if n in pending
-        }
+        own = {n: p for n, p in trainable_parameters(self.model) if n in pending}
+        restored = {n: like_parameter(pending[n], p.detach(), torch.float32) for n, p in own.items()}
         if not isinstance(self.optimizer, CLASSP):
             self._gathered = restored
         elif not in_optimizer:
-            for n, p in trainable_parameters(self.model):
-                if n in restored:
-                    self.optimizer.set_accumulator(p, restored[n])
+            for n, s in restored.items():
+                self.optimizer.set_accumulator(own[n], s)
 
     def gather_step(self, found_inf: Tensor | None) -> None:
         """`s <- s + |g|^p`, unless a gradient of this step is not finite or its power would not be."""

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .optim._torch import local as local
+
 # What wrappers put into parameter names: DDP, torch.compile, activation checkpointing, FSDP, PEFT.
 _WRAPPERS = re.compile(
     r"^(?:module\.)+|\b_orig_mod\.|\b_checkpoint_wrapped_module\.|\b_fsdp_wrapped_module\.|^base_model\.model\."
@@ -58,8 +60,7 @@ def bare_model(model: Any) -> Any:
 
 def model_source(model: Any) -> str:
     """Folder or Hub id that the model was loaded from (`config.name_or_path`); "" if unknown."""
-    bare = bare_model(model)
-    return str(getattr(getattr(bare, "config", None), "name_or_path", None) or "")
+    return str(getattr(getattr(bare_model(model), "config", None), "name_or_path", None) or "")
 
 
 def is_language_model(model: Any) -> bool:
@@ -73,11 +74,6 @@ def full_tensor(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def local(t: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, sharing its memory; any other tensor as it is."""
-    return t.to_local() if isinstance(t, DTensor) else t
-
-
 def like_parameter(full: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of `full` on the device of `p`, in `dtype`, sharded as `p` is."""
     full = full.to(device=p.device, dtype=dtype, copy=True)
@@ -87,18 +83,14 @@ def like_parameter(full: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
     return distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)
 
 
-def total(t: Tensor) -> float:
-    """The sum over a tensor, whole or sharded, added up in float64 where the device has it."""
-    return float(full_tensor(t.sum(dtype=torch.float32 if t.device.type == "mps" else torch.float64)))
-
-
 def mean_over_weights(tensors: Iterable[Tensor]) -> float:
-    """The mean over all elements of all tensors; 0.0 for none."""
-    sums, count = 0.0, 0
+    """The mean over all elements of all tensors, whole or sharded, in float64 where the device has it; 0.0 for
+    none."""
+    total, count = 0.0, 0
     for t in tensors:
-        sums += total(t)
+        total += float(full_tensor(t.sum(dtype=torch.float32 if t.device.type == "mps" else torch.float64)))
         count += t.numel()
-    return sums / count if count else 0.0
+    return total / count if count else 0.0
 
 
 def layer_means(accumulators: Mapping[str, Tensor]) -> dict[str, float]:

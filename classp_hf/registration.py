@@ -22,7 +22,7 @@ def register(**options: Any) -> None:
             whatever its script says: `optim`, `learning_rate`, `optim_args`. Default: nothing.
 
     Raises:
-        ImportError: the installed transformers is older than the supported ones, or its private names have moved.
+        ImportError: the private names of the installed transformers have moved.
     """
     ContinualCallback.launched = {k: v for k, v in options.items() if v is not None}
     add_optimizer(CLASSP_NAME, _classp, ContinualCallback)

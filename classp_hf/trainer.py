@@ -24,10 +24,10 @@ from .files import explaining_full_disks
 from .heads import TaskHeads
 from .launch import shard_on_cpus
 from .live import CLASSP_NAME
-from .memory import MEMORY_NAME, ContinualMemory
+from .memory import ContinualMemory, warn_of_unused_memory
 from .methods import Context, Method, make_methods
 from .methods.adapters import folded_state_dict
-from .names import bare_model, is_language_model, model_source, trainable_parameters
+from .names import bare_model, is_language_model, trainable_parameters
 from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .preemption import PreemptionCallback
@@ -145,13 +145,10 @@ class ContinualTrainer(PatchedTrainer):
                     f"The method {part.name!r} adjusts the logits of the trainer's own loss, which is for "
                     "single-label classifiers: pass no compute_loss_func, or leave the method out."
                 )
-        beside = Path(model_source(self.model), MEMORY_NAME)
         if args.memory is not None:
             self.load_memory(ContinualMemory.load(args.memory, args.memory_revision), repr(args.memory))
-        elif args.optim == CLASSP_NAME and model_source(self.model) and beside.is_file():
-            logger.warning(
-                f"{beside}, beside the model, is not used. Pass memory={str(beside.parent)!r} to go on from it."
-            )
+        elif args.optim == CLASSP_NAME:
+            warn_of_unused_memory(self.model, "pass memory=FOLDER to go on from it.")
         self.preemption = PreemptionCallback(self)
         self.add_callback(self.preemption)  # the last: it may end the process
 
@@ -172,7 +169,7 @@ class ContinualTrainer(PatchedTrainer):
     def adapters_folded(self) -> bool:
         """Whether the model's adapters are part of its base weights: it is saved as a plain one."""
         folds = any(method.folds_adapters for method in self.methods)
-        return folds and bool(self.seen_tasks) and not self.engine.training
+        return folds and bool(self.seen_tasks) and self.engine.context is None
 
     def accumulators(self) -> dict[str, Tensor]:
         """Canonical name -> `sum |g|^p` over all training so far: [`ContinualCallback.accumulators`]."""

@@ -18,14 +18,12 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "classp
 CORE = ("trainer", "engine", "registration", "classp", "memory", "methods")
 TOOLS = ("hypothesis", "matplotlib", "pytest", "pytest-xdist")
 
-# torch goes first, and alone: what follows then takes it as it is. "beyond" is below the bounds of pyproject.toml, and
-# the package is installed there without asking pip whether they hold. Later pyarrow and pandas want NumPy 2.
+# torch goes first, and alone: what follows then takes it as it is. Later pyarrow and pandas want NumPy 2.
 _OLDEST = (
     "accelerate==1.11.0 datasets==4.0.0 evaluate==0.4.1 peft==0.18.0 safetensors==0.4.4 numpy==1.26.4 pandas==2.2.3 "
     "pyarrow==18.1.0"
 )
 SETS = {
-    "beyond": f"transformers==4.57.6 huggingface_hub==0.34.0 {_OLDEST}",
     "oldest": f"transformers==5.6.0 huggingface_hub==1.5.0 {_OLDEST}",
     "middle": "transformers==5.17.0 accelerate==1.13.0 datasets==4.8.5 evaluate==0.4.5 peft==0.20.0",
     "newest": "transformers accelerate datasets evaluate peft",
@@ -45,9 +43,8 @@ def build(name: str, python: str, torch: str) -> Path:
         subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
         subprocess.run(install, check=True)
     if not same or "==" not in SETS[name]:
-        checkout = ["--no-deps"] if name == "beyond" else []
         subprocess.run([*install, *SETS[name].split(), *TOOLS], check=True)
-        subprocess.run([*install, *SETS[name].split(), *checkout, "-e", str(ROOT)], check=True)
+        subprocess.run([*install, *SETS[name].split(), "-e", str(ROOT)], check=True)
         made.write_text(pins)
     return interpreter
 

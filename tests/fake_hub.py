@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         commit, files = self.hub.repos[repo, unquote(revision)]
         path = unquote("/".join(rest))
         if action == "resolve":
-            return self.file(commit, files[path]) if path in files else self.error(404, "EntryNotFound")
+            return self.file(commit, files[path]) if path in files else self.error(404, "EntryNotFound", commit)
         if action == "revision":
             siblings = [{"rfilename": name} for name in files]
             return self.json({"id": repo, "sha": commit, "private": False, "tags": [], "siblings": siblings})
@@ -182,8 +182,9 @@ class _Handler(BaseHTTPRequestHandler):
         etag = f'"{hashlib.sha1(content).hexdigest()}"'
         self.reply(200, content, {"ETag": etag, "X-Repo-Commit": commit, "Content-Type": "application/octet-stream"})
 
-    def error(self, status: int, code: str) -> None:
-        self.reply(status, b"", {"X-Error-Code": code, "X-Error-Message": code})
+    def error(self, status: int, code: str, commit: str | None = None) -> None:
+        known = {} if commit is None else {"X-Repo-Commit": commit}  # clients remember that it lacks the file
+        self.reply(status, b"", {"X-Error-Code": code, "X-Error-Message": code, **known})
 
     def reply(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

@@ -16,7 +16,7 @@ FLOORS = [
     {"files", "redaction", "optim", "embedded", "launch", "metrics", "preemption"},
     {"names", "optim_args"},
     {"memory", "heads", "classification", "compat", "tasks"},
-    {"methods", "language"},
+    {"methods", "language", "matching"},
     {"resume", "live"},
     {"engine"},
     {"registration"},

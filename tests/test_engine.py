@@ -97,6 +97,71 @@ def test_the_second_run_finds_the_memory_of_a_model_on_the_hub(make_model, tmp_p
             assert all((s >= 0.5).all() for s in stored.get("accumulator").values()) == (repo == "me/a")
 
 
+def test_offline_the_memory_beside_a_model_comes_from_the_cache(make_model, tmp_path):
+    """The cache holds the memory of one model, knows that another has none, and nothing of a third."""
+    model = make_model()
+    model.save_pretrained(tmp_path / "a")
+    memory = ContinualMemory({f"accumulator/{n}": torch.ones_like(p) for n, p in model.named_parameters()})
+    memory.metadata = {"tasks": ["finance"]}
+    memory.save(tmp_path / "a")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+    without = {n: content for n, content in files.items() if n != "continual_memory.st"}
+    code = """
+        import os
+        from transformers import AutoModelForSequenceClassification
+        from classp_hf.memory import memory_beside
+        for repo in ("me/a", "me/plain", "me/unknown"):
+            model = AutoModelForSequenceClassification.from_pretrained(repo)
+            if os.environ.get("HF_HUB_OFFLINE") or repo != "me/unknown":
+                found = memory_beside(model)
+                print("FOUND", repo, found and found.tasks)
+    """
+    with FakeHub({("me/a", "main"): files, ("me/plain", "main"): without, ("me/unknown", "main"): without}) as hub:
+        for offline in ({}, {"HF_HUB_OFFLINE": "1"}):
+            env = hub.env(tmp_path / "cache") | offline
+            asked = len(hub.requests)
+            run = subprocess.run(
+                [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, env=env
+            )
+            assert run.returncode == 0, run.stderr
+            found = [line for line in run.stdout.splitlines() if line.startswith("FOUND")]
+            assert found[:2] == ["FOUND me/a ['finance']", "FOUND me/plain None"]
+    assert len(hub.requests) == asked and found[2:] == ["FOUND me/unknown None"]
+    assert run.stderr.count("could not be found out, so none is used") == 1 and "me/unknown" in run.stderr
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["AutoModel", "sentence-transformers"])
+def test_a_memory_passes_between_a_base_model_and_the_model_with_a_head(wrapped, make_model, make_args, tmp_path):
+    """Both ways, with a method's state, as `from_pretrained` passes the weights."""
+
+    def engine_that_read(memory, model):
+        engine = ContinualCallback("ewc", memory="none")
+        engine.load(ContinualMemory.load(tmp_path / memory), model, make_args(optim="classp"))
+        return engine
+
+    model = make_model()
+    with_head = ContinualMemory(metadata={"tasks": ["first"], "optimizer": {"power": 2.0}})
+    for kind in ("accumulator", "ewc.anchor", "ewc.importance"):
+        with_head.put(kind, {n: torch.rand_like(p) for n, p in model.named_parameters()})
+    with_head.save(tmp_path / "head")
+    body = [n for n, _ in model.named_parameters() if n.startswith("bert.")]
+
+    base, prefix = model.bert, ""
+    if wrapped:
+        base = torch.nn.Sequential(torch.nn.ModuleDict({"model": base}))
+        prefix = "0.model."
+    engine = engine_that_read("head", base)
+    assert engine.accumulators().keys() == {prefix + n.removeprefix("bert.") for n in body}
+    engine.write(tmp_path / "base")
+    assert "accumulator/classifier.weight" in ContinualMemory.load(tmp_path / "base").tensors  # kept for a head
+
+    engine = engine_that_read("base", make_model())
+    for kind in ("accumulator", "ewc.anchor", "ewc.importance"):
+        kept = engine.memory().get(kind)
+        for n in body:
+            torch.testing.assert_close(kept[n], with_head.get(kind)[n])
+
+
 @pytest.fixture
 def plain(make_model, make_tasks, collator, tmp_path):
     """A plain Trainer on the second task, started from the folder `first`, which ClasspTrainer wrote."""

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from classp_hf import ClasspTrainer, ContinualMemory, ContinualTrainer
-from classp_hf.memory import MEMORY_NAME, match_accumulators
+from classp_hf.matching import match_accumulators
+from classp_hf.memory import MEMORY_NAME
 from classp_hf.resume import read_state
 from classp_hf.sequence import STATE_NAME
 
@@ -47,7 +48,6 @@ ONE = torch.ones(2)
         ("", "Expecting value"),
         ("[" * 100_000, "maximum recursion depth exceeded"),
         ('{"a":' * 500 + "1" + "}" * 500, "nested more than 20 deep"),
-        ('{"tasks": ["a"], "tasks": ["b"]}', "hold a key twice"),
         ('["tasks"]', "the metadata must be a JSON object, got ['tasks']"),
         ('{"tasks": "abc"}', "tasks must be a list of names, got 'abc'"),
         ('{"tasks": {"a": 1}}', "tasks must be a list of names"),
@@ -83,10 +83,7 @@ def test_metadata_that_no_run_writes(tmp_path, content, said):
         ("accumulator/w", torch.ones(2).to(torch.float8_e5m2), "has dtype torch.float8_e5m2"),
         ("ewc.anchor/w", torch.ones(2, dtype=torch.complex64), "has dtype torch.complex64"),
         ("accumulator/w", torch.ones([1] * 70), "has 70 dimensions"),
-        *((key, ONE, "is no name of a tensor") for key in ("w", "accumulator/", "/w", "", "..", "../w")),
-        *((key, ONE, "is no name of a tensor") for key in ("accumulator/../../x", "accumulator//etc/passwd")),
-        *((key, ONE, "is no name of a tensor") for key in ("accumulator/a\\..\\b", "initial_head/./x")),
-        *((key, ONE, "is no name of a tensor") for key in ("head.../w", "head.a%2F..%2F..%2Fb/w", "head.%2Fetc/w")),
+        *((key, ONE, "is no name of a tensor") for key in ("w", "accumulator/", "/w", "", "..")),
         *((key, ONE, "is no name of a tensor") for key in ("accumulator/a\0", "accumulator/a\nb", "x\ny/w")),
     ],
 )
@@ -144,11 +141,8 @@ def test_names_in_a_memory_never_become_paths(make_model, make_tasks, make_args,
     trainer.train_sequence(make_tasks(1))
     memory = ContinualMemory.load(folder)
     memory.metadata["tasks"] = ["../../escaped", "/tmp/escaped", "a/../..", "~"]
-    memory.put("../../escaped.state", {"../../w": torch.ones(1)})  # of a method that this run does not have
-    with pytest.raises(ValueError, match="is no name of a tensor"):
-        ContinualMemory.load(memory.save(tmp_path / "deep" / "memory"))
-    memory.tensors = {k: t for k, t in memory.tensors.items() if "escaped" not in k}
-    memory.put("escaped.state", {"../../w": torch.ones(1)})
+    for kind in ("accumulator", "../../escaped.state", "..", "head.../../escaped", "head.%2Ftmp%2Fescaped"):
+        memory.put(kind, {"../../escaped": torch.ones(1), "/tmp/escaped": torch.ones(1)})
     source = memory.save(tmp_path / "deep" / "memory").parent
     before = {p for p in tmp_path.rglob("*") if "next" not in p.parts}
     args = make_args(output_dir=str(folder.parent / "next"), max_steps=1, memory=str(source))

@@ -1,0 +1,152 @@
+"""Which tensors of a continual memory belong to a model, told by name, shape and a few values of every weight."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .memory import ContinualMemory, shorten
+from .names import bare_model, canonical_name, full_tensor, samples
+
+
+@dataclass
+class Match:
+    """Which accumulators of a memory belong to a model.
+
+    Attributes:
+        accumulators: canonical name -> accumulator of parameters that are trained, in the parameter's shape.
+        kept: of parameters that are frozen now or not in the model: they stay in the file.
+        notes: what was done, one clause each.
+    """
+
+    accumulators: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def named_as_in(model: nn.Module, memory: ContinualMemory) -> ContinualMemory:
+    """`memory` with the names that the parameters have in `model`, which may have gained or lost its head since.
+
+    A base model (`AutoModel`) lacks the `base_model_prefix` of the model with a head, and sentence-transformers puts
+    its base model into a module of a list.
+    """
+    prefixes = (getattr(module, "base_model_prefix", "") for module in model.modules())
+    before = re.compile(rf"^(0\.(auto_)?model\.)?({re.escape(next(filter(None, prefixes), ''))}\.)?")
+    own = [canonical_name(n) for n, _ in model.named_parameters()]
+    new_names = {before.sub("", n): n for n in own} | {n: n for n in own}
+    tensors = {}
+    for key, t in memory.tensors.items():
+        kind, _, name = key.partition("/")
+        tensors[f"{kind}/{new_names.get(name) or new_names.get(before.sub('', name), name)}"] = t
+    return ContinualMemory(tensors, memory.metadata)
+
+
+def match_accumulators(
+    memory: ContinualMemory, model: nn.Module, excluded: frozenset[str] = frozenset(), same_run: bool = False
+) -> Match:
+    """Match the accumulators of `memory` with the parameters of `model`, tensor by tensor.
+
+    Used is what has a trained parameter of its name and shape; of an embedding that gained or lost rows the rows both
+    have. Everything else begins empty: new parameters (a new head), parameters of another shape, and those whose
+    values are not the ones the memory was written with while most others are (a head that was replaced). Parameters
+    that are frozen or gone keep their place in the file. An adapter's memory goes with its adapter: it says nothing of
+    the weights it was merged into, nor of the next adapter of that name (a LoRA whose B is zero has learned nothing
+    yet).
+
+    Args:
+        excluded: parameters that have no memory (per-task heads).
+        same_run: the memory is that of a checkpoint of this run, whose weights may not be in the model yet.
+
+    Raises:
+        ValueError: less than a tenth of it fits: it belongs to another model.
+    """
+    stored = {n: t for n, t in memory.get("accumulator").items() if n not in excluded}
+    parameters = {canonical_name(n): p for n, p in model.named_parameters()}
+    fitting = match_rows(stored, model, zeros=True)
+    written = {} if same_run else memory.get("samples")
+    written = {n: t for n, t in written.items() if n not in stored or fitting.get(n) is stored[n]}  # of its own shape
+    changed, compared = _changed(written, model), sum(n in parameters for n in written)
+    replaced = {n for n, distance in changed.items() if distance > 0.5 and 2 * len(changed) < compared}
+    result, dropped, needed, used = Match(), 0, 0, 0
+    for n, t in stored.items():
+        p, adapter = parameters.get(n), _is_adapter(n)
+        if adapter and not same_run and _is_fresh(n, parameters):
+            dropped += 1
+            continue
+        if p is None:
+            result.kept[n] = t
+        elif n in fitting and n not in replaced:
+            (result.accumulators if p.requires_grad else result.kept)[n] = fitting[n]
+            used += fitting[n].numel()
+            if t.shape != p.shape:
+                result.notes.append(f"{n} keeps {min(len(p), len(t))} rows of {len(t)} and has {len(p)}")
+        needed += 0 if adapter and n in result.kept else t.numel()
+    own = {n for n, p in parameters.items() if p.requires_grad} - excluded
+    if used < 0.1 * needed:
+        raise ValueError(
+            f"The continual memory does not fit this model: of its {len(stored)} tensors "
+            f"({shorten(sorted(stored), 2)}) {len(result.accumulators)} have the name and shape of a parameter that "
+            f"is trained ({shorten(sorted(own), 2)}). It belongs to another model; start without a memory, or load "
+            "that model."
+        )
+    if empty := sorted(own - result.accumulators.keys()) if stored else []:
+        result.notes.append(f"{len(empty)} parameters begin without a memory ({shorten(empty, 2)})")
+    if result.kept:
+        result.notes.append(f"{len(result.kept)} tensors are kept for parameters that are frozen or not in this model")
+    if dropped:
+        result.notes.append(f"that of {dropped} adapter weights is dropped, for that adapter is merged or new")
+    if trained := changed.keys() - replaced:
+        result.notes.append(
+            f"{len(trained)} of {compared} parameters were changed after it was written, by a training or a merge "
+            "that it knows nothing of"
+        )
+    return result
+
+
+def match_rows(stored: Mapping[str, Tensor], model: nn.Module, zeros: bool) -> dict[str, Tensor]:
+    """Of `stored` (canonical name -> tensor of the parameter's shape) what fits `model`; new rows of an embedding, or
+    of an output layer over the vocabulary, are 0 or, unless `zeros`, the parameter's own."""
+    output = getattr(bare_model(model), "get_output_embeddings", lambda: None)()
+    per_token = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    per_token |= {id(getattr(output, "weight", None)), id(getattr(output, "bias", None))}
+    result: dict[str, Tensor] = {}
+    for n, p in ((canonical_name(n), p) for n, p in model.named_parameters()):
+        t = stored.get(n)
+        if t is None or t.shape == p.shape:
+            result |= {} if t is None else {n: t}
+        elif id(p) in per_token and t.ndim == p.ndim and t.shape[1:] == p.shape[1:]:
+            result[n] = torch.zeros(p.shape) if zeros else full_tensor(p.detach()).float().cpu().clone()
+            rows = min(len(t), len(p))
+            result[n][:rows] = t[:rows]
+    return result
+
+
+def _changed(written: Mapping[str, Tensor], model: nn.Module) -> dict[str, float]:
+    """Parameters whose values are not those `written`, up to bfloat16's rounding -> their distance, 1 = as far as from
+    0."""
+    now = samples(model) if written else {}
+    distances = {}
+    for n, t in written.items():
+        if n in now and t.shape == now[n].shape and not torch.allclose(t.float(), now[n], rtol=2**-7, atol=1e-6):
+            distances[n] = float((t.float() - now[n]).norm() / t.float().norm().clamp(min=1e-12))
+    return distances
+
+
+def _is_adapter(name: str) -> bool:
+    # PEFT's own table, without importing it where no adapter can be
+    peft = sys.modules.get("peft")
+    prefixes = tuple(peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING.values()) if peft is not None else ("lora_",)
+    return any(part.startswith(prefixes) for part in name.split("."))
+
+
+def _is_fresh(name: str, parameters: Mapping[str, nn.Parameter]) -> bool:
+    """Whether the adapter is not in the model, or is a LoRA that has not learned yet."""
+    if name not in parameters:
+        return True
+    B = parameters.get(re.sub(r"lora_(embedding_)?[AB]\b", r"lora_\1B", name)) if ".lora_" in name else None
+    return B is not None and not full_tensor(B.detach()).any()
