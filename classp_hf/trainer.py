@@ -27,7 +27,7 @@ from .live import CLASSP_NAME
 from .memory import ContinualMemory, warn_of_unused_memory
 from .methods import Context, Method, make_methods
 from .methods.adapters import folded_state_dict
-from .names import bare_model, is_language_model, trainable_parameters
+from .names import bare_model, is_language_model, model_source, trainable_parameters
 from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .preemption import PreemptionCallback
