@@ -20,7 +20,7 @@ from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
-from .methods import METHODS, Elastic, Merge, Method, make_methods
+from .methods import METHODS, Elastic, Merge, Method, PseudoRehearsal, make_methods
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--method", help="a method, or several joined by '+': "
                         f"{', '.join(m.name for m in here)}")  # fmt: skip
     result.add_argument("--anchor", type=float, metavar="STRENGTH", help="the method `elastic` at this strength")
+    result.add_argument("--rehearse", type=float, metavar="FRACTION", help="the method `pseudo_rehearsal` with this "
+                        "share of the batch")  # fmt: skip
     result.add_argument("--merge", type=float, metavar="WEIGHT", help="the method `merge` at this weight")
     result.add_argument("--optim", help="the optimizer, also of scripts without such a flag: `classp`, or a name that "
                         "Transformers knows")  # fmt: skip
@@ -77,7 +79,7 @@ def _options(own: argparse.Namespace, command: argparse.ArgumentParser) -> dict[
                     "classp_hf.ContinualTrainer"
                 )
         named = {m.name for m in methods}
-        for cls, value in ((Elastic, own.anchor), (Merge, own.merge)):
+        for cls, value in ((Elastic, own.anchor), (Merge, own.merge), (PseudoRehearsal, own.rehearse)):
             if value is not None and cls.name not in named:
                 methods.append(cls(value))
         made = []

@@ -13,10 +13,26 @@ from .lwf import LwF
 from .merge import Merge
 from .olora import OLoRA
 from .osf import OSF
+from .pseudo_rehearsal import PseudoRehearsal
 from .replay import Replay
 
 METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (Method, EWC, L2SP, Elastic, Merge, Interpolate, EMA, LwF, LogitAdjustment, Replay, OLoRA, OSF)
+    m.name: m
+    for m in (
+        Method,
+        EWC,
+        L2SP,
+        Elastic,
+        Merge,
+        Interpolate,
+        EMA,
+        LwF,
+        LogitAdjustment,
+        PseudoRehearsal,
+        Replay,
+        OLoRA,
+        OSF,
+    )
 }
 
 
