@@ -10,7 +10,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..names import bare_model, canonical_name, full_tensor, reshard
+from ..names import bare_model, canonical_name, full_tensor, reshard, trainable_parameters
 from ..rehearsal import (
     Answers,
     answer,
@@ -172,7 +172,7 @@ class PseudoRehearsal(Method):
         start = (self.steps * self.ranks + self.rank) * self.count
         rows = permuted(self.count, start, len(self.answers), self.seed)
         self.steps += 1
-        named = list(self.parameters(model))
+        named = list(trainable_parameters(model))
         grads = [p.grad for _, p in named]
         for _, p in named:
             p.grad = None
@@ -182,18 +182,17 @@ class PseudoRehearsal(Method):
             for part in rows.split(self.batch):
                 loss = divergence(model, self.answers, part, self.temperature)
                 (loss * (weight * len(part) / len(rows))).backward()
-        named = list(self.parameters(model))
-        added = [p for _, p in named if p.grad is not None]
+        named = list(trainable_parameters(model))  # once more: FSDP2 may hold others now
+        added = [p for n, p in named if p.grad is not None and n not in self.excluded]
         if self.ranks > 1 and not reshard(model):  # FSDP2 has averaged them
             for p in added:
                 p.grad = reduce(p.grad, "mean")
-        if scale != 1:
-            for p in added:
-                p.grad.div_(scale)  # type: ignore[union-attr]
+        for p in added if scale != 1 else ():
+            p.grad.div_(scale)  # type: ignore[union-attr]
         norm = nn.utils.clip_grad_norm_(added, self.max_norm or torch.inf)
         overflowed = self.half and not torch.isfinite(norm)
-        for (_, p), grad in zip(named, grads, strict=True):
-            if overflowed or p.grad is None:
+        for (n, p), grad in zip(named, grads, strict=True):
+            if overflowed or p.grad is None or n in self.excluded:
                 p.grad = grad
             elif grad is not None:
                 p.grad = grad.add_(p.grad)
