@@ -77,6 +77,7 @@ AT = f"{ADAMW} --learning_rate 1e-4"  # of the methods on AdamW; `adamw` itself 
 KEPT = f"{CLASSP} --learning_rate 1e-3"
 OURS = f"{KEPT} --prior_strength 0.25"  # with logit adjustment this is what ClasspTrainer does by itself
 LAMBDA, WEIGHT = (0.03, 0.1, 0.3), (0.3, 1, 3)
+REHEARSAL = grid("rehearse_lambda", 0.5, 1, 2)
 SHARE, PRIOR = "interpolation_weight", grid("prior_strength", 0.25, 0.5, 1)
 
 ARMS: dict[str, Arm] = {
@@ -97,8 +98,10 @@ ARMS: dict[str, Arm] = {
     "lwf": Arm(AT, grid("lwf_lambda", 0.5, 1, 2), "lwf"),
     "logit_adjustment": Arm(AT, PRIOR, "logit_adjustment"),
     "merge": Arm(AT, grid("merge_weight", *WEIGHT), "merge"),
+    "pseudo_rehearsal": Arm(AT, REHEARSAL, "pseudo_rehearsal"),
     # CLASSP and the uses of its memory
     "classp": Arm(CLASSP, CLASSP_LR),
+    "classp_pseudo_rehearsal": Arm(KEPT, REHEARSAL, "pseudo_rehearsal"),
     "classp_elastic": Arm(KEPT, grid("anchor_strength", *LAMBDA), "elastic"),
     "classp_merge": Arm(KEPT, grid("merge_weight", *WEIGHT), "merge"),
     "classp_logit_adjustment": Arm(KEPT, PRIOR, "logit_adjustment"),
@@ -192,7 +195,8 @@ def train_first_task(first: Job, cache: Path) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         whole = Path(folder, "run")
-        trainer = build_trainer(parse(first.setting, first.seed, str(whole))[0])
+        # which does nothing in a first task but count its tokens
+        trainer = build_trainer(parse(first.setting, first.seed, str(whole))[0], method="pseudo_rehearsal")
         trainer.train_sequence([prepared_task(first.sequence, first.stage, first.seed)])
         shutil.rmtree(next(whole.glob("00-*")))  # the same model once more
         with suppress(OSError):  # another process was faster
@@ -235,7 +239,7 @@ def run(job: Job, cache: Path) -> dict[str, Any]:
         args, *configured, mofo = parse(flags, job.seed, folder)
         if learned is not None:
             args.learned_tasks = 1
-            if args.optim == "classp" or any(METHODS[name].uses_accumulators for name in names):
+            if args.optim == "classp" or any(METHODS[n].uses_accumulators or n == "pseudo_rehearsal" for n in names):
                 args.memory = str(learned)
         if job.arm == "joint":  # as many steps as the sequence has in all
             args.max_steps *= len(sequence)

@@ -1,6 +1,7 @@
 """`python -m classp_hf [options] SCRIPT ...`: run a script nobody edited as continual learning.
 
 python -m classp_hf run_glue.py --optim classp --learning_rate 1e-3 ...
+python -m classp_hf --rehearse 0.25 run_clm.py ...
 python -m classp_hf --method ewc run_glue.py --optim adamw_torch ...
 python -m classp_hf --optim classp --learning_rate 1e-3 --anchor 0.1 train_sentence_transformer.py
 accelerate launch -m classp_hf --memory previous/output -m trl.scripts.sft --optim classp ...
@@ -21,14 +22,14 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
-from .methods import METHODS, Elastic, Merge, Method, make_methods
+from .methods import METHODS, Elastic, Merge, Method, PseudoRehearsal, make_methods
 from .methods.base import flag
 from .optim_args import parse_optim_args
 
 COMMANDS = {"demo": ".demo"}
 """Subcommand -> the module whose `main()` reads the rest of the command line."""
 
-SHORTCUTS: dict[str, type[Method]] = {"anchor": Elastic, "merge": Merge}
+SHORTCUTS: dict[str, type[Method]] = {"anchor": Elastic, "merge": Merge, "rehearse": PseudoRehearsal}
 """Option -> the method that it adds, with the option's value as its first hyperparameter."""
 
 HERE = [m for m in METHODS.values() if m is not Method and not m.needs_trainer()]
@@ -47,6 +48,7 @@ class Options:
     method: str | None = flag(None, f"A method, or several joined by '+': {', '.join(m.name for m in HERE)}.")
     anchor: float | None = flag(None, "The method `elastic` at this strength.")
     merge: float | None = flag(None, "The method `merge` at this weight.")
+    rehearse: float | None = flag(None, "The method `pseudo_rehearsal` with this share of the batch.")
     optim: str | None = flag(
         None, "The optimizer, also of scripts without such a flag: `classp`, or a name that Transformers knows."
     )

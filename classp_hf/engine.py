@@ -182,6 +182,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             processing_class=processing_class,
             accelerator=self.accelerator,
             per_task_heads=self.heads is not None,
+            max_steps=state.max_steps,
             start=self._starting_weights() if resumed else None,
         )
         self.check(self.context)

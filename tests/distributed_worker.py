@@ -36,6 +36,7 @@ RUNS = {
     "adamw": ({"optim": "adamw_torch", "gather_memory": True, "learning_rate": 1e-3}, "l2sp"),
     "heads": ({"optim": "classp", "heads": "per_task", "optim_args": "density=0.3"}, "interpolate"),
     "ewc": ({"optim": "adamw_torch", "learning_rate": 1e-3}, "ewc"),
+    "rehearsal": ({"optim": "adamw_torch", "learning_rate": 1e-3}, "pseudo_rehearsal"),
 }
 """Arguments and method of the sequences that every number of ranks runs."""
 
@@ -166,7 +167,7 @@ def go_on(source, target, run, keep_checkpoint=False, **changes):
 
 def four_sharded(one, folder):
     """Four ranks; the launcher says FSDP2."""
-    for run in ("classp", "adamw", "heads"):
+    for run in ("classp", "adamw", "heads", "rehearsal"):
         saves = {"save_strategy": "steps", "save_steps": 2} if run == "classp" else {}
         made = trainer(folder / run, run, **saves)
         R = made.train_sequence(make_tasks())["accuracy_matrix"]
@@ -182,6 +183,7 @@ def four_sharded(one, folder):
     write(folder, "refused", message(lambda: sequence(folder / "refused", "ewc")))
     del os.environ["ACCELERATE_USE_FSDP"]
     write(folder, "ewc", {"R": sequence(folder / "ewc", "ewc")["accuracy_matrix"]})  # fewer examples than ranks
+    write(folder, "copies", {"R": sequence(folder / "copies", "rehearsal")["accuracy_matrix"]})
 
 
 def two_copies(four, folder):

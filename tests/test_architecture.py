@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "classp_hf"
 FLOORS = [
     {"files", "redaction", "optim", "embedded", "launch", "metrics", "preemption"},
     {"names", "optim_args"},
-    {"memory", "heads", "classification", "compat", "tasks"},
+    {"memory", "heads", "classification", "compat", "tasks", "rehearsal"},
     {"methods", "language", "matching"},
     {"resume", "live"},
     {"engine"},

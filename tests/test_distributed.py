@@ -91,7 +91,7 @@ def matrix(folder, run):
     return json.loads((folder / run / "results.json").read_text())["accuracy_matrix"]
 
 
-@pytest.mark.parametrize("run", ["classp", "adamw", "heads"])
+@pytest.mark.parametrize("run", ["classp", "adamw", "heads", "rehearsal"])
 def test_four_shards_train_as_one_process(one, four, run):
     ranks = found(four, run)
     assert all(rank["sharded"] for rank in ranks)
@@ -105,6 +105,11 @@ def test_four_copies_count_every_example_of_the_fisher_once(one, four):
     assert_alike(four / "ewc", one / "ewc")
     memory = ContinualMemory.load(four / "ewc")
     assert memory.kinds() == ["ewc.anchor", "ewc.importance", "samples"]
+
+
+def test_four_copies_rehearse_what_one_process_does(one, four):
+    assert all(rank["R"] == matrix(one, "rehearsal") for rank in found(four, "copies"))
+    assert_alike(four / "copies", one / "rehearsal")
 
 
 def test_four_shards_go_on_from_one_process(one, four):

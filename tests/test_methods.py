@@ -19,7 +19,7 @@ from classp_hf.methods import METHODS, Context, describe_methods, make_methods
 from classp_hf.methods.fisher import sum_squared_gradients
 from classp_hf.optim import CLASSP
 
-Method, EWC, L2SP, Elastic, Merge, Interpolate, EMA, LwF, LogitAdjustment, Replay, _, _ = METHODS.values()
+Method, EWC, L2SP, Elastic, Merge, Interpolate, EMA, LwF, LogitAdjustment, Replay, *_ = METHODS.values()
 WITHOUT_ADAPTERS = [name for name, method in METHODS.items() if not method.folds_adapters]  # they: test_adapters.py
 
 
@@ -96,7 +96,8 @@ def test_contract_fields_state_and_gradients(name, engine, make_tasks):
     assert set(method_class.per_parameter) <= set(method_class.parts)
     shapes = {n: p.shape for n, p in trained.model.named_parameters()}
     for part, tensors in state.items():
-        assert all(t.dtype is torch.float32 and t.isfinite().all() for t in tensors.values())
+        assert all(t.dtype is torch.float32 or part in ("tokens", "lengths", "pool") for t in tensors.values())
+        assert all(t.isfinite().all() for t in tensors.values())
         assert part not in method_class.per_parameter or {n: t.shape for n, t in tensors.items()} == shapes
     fresh = method_class()
     fresh.check_state(state, trained.model)
@@ -175,6 +176,8 @@ def test_names_lists_and_methods_become_a_list():
 BAD = {"ewc_lambda": -1, "ewc_gamma": 1.5, "ewc_mode": "both", "fisher_labels": "true", "fisher_samples": 0}
 BAD |= {"lwf_lambda": -1, "lwf_temperature": 0, "l2sp_alpha": float("nan"), "anchor_strength": -1, "merge_weight": -1}
 BAD |= {"prior_strength": 1.1, "ema_decay": 1, "interpolation_weight": 2, "replay_fraction": 0, "olora_lambda": -1}
+BAD |= {f"rehearse_{name}": 0 for name in ("fraction", "temperature", "samples", "length", "top_k")}
+BAD |= {"rehearse_lambda": -1, "rehearse_counts": "no"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -539,6 +542,7 @@ def test_the_first_task_trains_freely(train, make_tasks, tmp_path):
         LwF(lwf_lambda=100),
         LogitAdjustment(),
         Replay(),
+        METHODS["pseudo_rehearsal"](rehearse_lambda=100),
     ]
     assert len(strong) == len(WITHOUT_ADAPTERS)
     finals = [
@@ -548,7 +552,9 @@ def test_the_first_task_trains_freely(train, make_tasks, tmp_path):
         assert all(torch.equal(finals[0][n], w) for n, w in other.items())
 
 
-@pytest.mark.parametrize("method", ["elastic+merge", "lwf+logit_adjustment", "ema+interpolate", "l2sp+replay", "ewc"])
+@pytest.mark.parametrize(
+    "method", ["elastic+merge", "lwf+logit_adjustment", "ema+interpolate", "l2sp+replay", "ewc", "pseudo_rehearsal"]
+)
 @pytest.mark.parametrize("optim", ["classp", "adamw_torch"])
 def test_a_resumed_sequence_is_the_undisturbed_one(method, optim, train, make_tasks, tmp_path):
     """Stopped in the middle of the second task, after a checkpoint, and begun again in a new trainer."""

@@ -13,11 +13,12 @@ from .lwf import LwF
 from .merge import Merge
 from .olora import OLoRA
 from .osf import OSF
+from .pseudo_rehearsal import PseudoRehearsal
 from .replay import Replay
 
 METHODS: dict[str, type[Method]] = {
     m.name: m for m in (Method, EWC, L2SP, Elastic, Merge, Interpolate, EMA, LwF, LogitAdjustment, Replay, OLoRA, OSF)
-}
+} | {PseudoRehearsal.name: PseudoRehearsal}
 
 
 def make_methods(method: Method | str | Sequence[Method | str | Sequence] | None) -> list[Method]:

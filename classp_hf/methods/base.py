@@ -33,6 +33,7 @@ class Context:
         processing_class: tokenizer, image processor or None.
         accelerator: None in scripts that build a Trainer of their own.
         per_task_heads: whether each task has a head of its own.
+        max_steps: optimizer steps of this training in all; 0 before it.
         start: canonical name -> weights at the start of the task, on the CPU, where the model holds later ones; {} if
             no method needs them. None unless the task is resumed.
     """
@@ -49,6 +50,7 @@ class Context:
     processing_class: Any = None
     accelerator: Accelerator | None = None
     per_task_heads: bool = False
+    max_steps: int = 0
     start: dict[str, Tensor] | None = None
 
     @property

@@ -1,0 +1,247 @@
+"""Pseudo-rehearsal: the model keeps its own answers to texts that need no earlier data (Robins 1995)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from ..names import bare_model, canonical_name, full_tensor, reshard, trainable_parameters
+from ..rehearsal import (
+    Answers,
+    answer,
+    count_tokens,
+    divergence,
+    draw_samples,
+    frame,
+    kind_of_model,
+    permuted,
+    pseudo_texts,
+    read_texts,
+)
+from .base import Context, Method, flag
+
+logger = logging.get_logger(__name__)
+
+POOL = 2048
+"""Pseudo-texts of a classifier at most; longer trainings see them again."""
+
+
+@dataclass
+class PseudoRehearsal(Method):
+    """Gradient of `lambda * T^2 * KL(old || new)` on texts that are not the new task's, added at every step.
+
+    When a task begins, the model as it stands answers a pool of texts; while it trains, it is held to those answers.
+    No copy of the weights is kept, and no text of earlier tasks. The texts are
+
+    - of classifiers and masked language models: independent tokens with the frequencies that tokens had in earlier
+      tasks (Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal"). Kept of the data are counts: how
+      often each token and each length occurred. A first task has nothing to rehearse;
+    - of causal language models: samples of the model itself, at the first training too (LAMOL, arXiv 1909.03329;
+      self-synthesized rehearsal, arXiv 2403.01244). New ones are added at each later task;
+    - or `rehearse_texts`.
+
+    A step costs `rehearse_fraction` of a step more, the beginning a forward pass over the pool. The gradient is
+    clipped by `max_grad_norm`, apart from the task's.
+    """
+
+    name = "pseudo_rehearsal"
+    ranges = {
+        "rehearse_fraction": ("> 0", lambda v: v > 0),
+        "rehearse_lambda": (">= 0", lambda v: v >= 0),
+        "rehearse_temperature": ("> 0", lambda v: v > 0),
+        "rehearse_samples": (">= 1", lambda v: v >= 1),
+        "rehearse_length": (">= 8", lambda v: v >= 8),
+        "rehearse_top_k": (">= 1", lambda v: v >= 1),
+        "rehearse_counts": ("on or off", lambda v: v in ("on", "off")),
+    }
+
+    rehearse_fraction: float = flag(0.5, "Texts rehearsed in a step, as a share of the batch.")
+    rehearse_lambda: float = flag(1.0, "Strength of the rehearsal.")
+    rehearse_temperature: float = flag(2.0, "Temperature T of a classifier's answers; language models answer at 1.")
+    rehearse_samples: int = flag(256, "Samples that a language model draws of itself before a task.")
+    rehearse_length: int = flag(128, "Tokens of a sample or a given text at most.")
+    rehearse_top_k: int = flag(32, "Outcomes kept of an answer; all others count as one.")
+    rehearse_counts: Literal["on", "off"] = flag(
+        "on", "Keep how often tokens occur in a task. off: draw them by the memory of the input embedding's rows."
+    )
+    rehearse_texts: str | None = flag(None, "Texts to rehearse instead: a file or a Hub id, with `:column`.")
+
+    tokens: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    lengths: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    pool: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    steps: int = field(default=0, init=False, repr=False)
+
+    answers: Answers | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.uses_accumulators = self.rehearse_counts == "off"  # type: ignore[misc]
+
+    def check(self, context: Context, others: Sequence[Method]) -> None:
+        if context.per_task_heads:
+            raise ValueError(
+                "The method 'pseudo_rehearsal' compares answers of one head; heads='per_task' has several."
+            )
+        kind = kind_of_model(context.model)
+        if self.rehearse_texts is None and kind != "causal" and context.task_dataset is not None:
+            if "input_ids" not in (getattr(context.task_dataset, "column_names", None) or ()):
+                raise ValueError(
+                    "The method 'pseudo_rehearsal' counts the tokens of a task: its dataset needs a column "
+                    "`input_ids`, and a length. Tokenise it, or give texts to rehearse (rehearse_texts)."
+                )
+            if kind == "masked" and getattr(context.processing_class, "mask_token_id", None) is None:
+                raise ValueError(
+                    "Rehearsing a masked language model needs its tokenizer as Trainer's processing_class."
+                )
+
+    def before_task(self, context: Context) -> None:
+        args = context.args
+        self.kind, self.seed = kind_of_model(context.model), args.seed + 7919 * len(context.seen_tasks)
+        self.batch = args.per_device_train_batch_size
+        self.count = max(round(self.rehearse_fraction * self.batch * args.gradient_accumulation_steps), 1)
+        self.max_norm, self.half = args.max_grad_norm, args.fp16
+        self.ranks, self.rank = args.world_size, args.process_index
+        self.temperature = 1.0 if self.kind in ("causal", "masked") else self.rehearse_temperature
+        if not (context.resumed and "values" in self.pool):
+            self.steps = 0
+            texts = self._texts(context) if self.rehearse_lambda else []
+            if not texts:
+                self.answers, self.pool = None, {}
+                return
+            self.pool = vars(answer(context.model, texts, self.rehearse_top_k, self.temperature))
+        self.answers = Answers(**self.pool)
+        logger.info(f"Pseudo-rehearsal of {len(self.answers)} texts, {self.count} a step.")
+
+    def _texts(self, context: Context) -> list[list[int]]:
+        tokenizer, needed = context.processing_class, self.count * self.ranks * max(context.max_steps, 1)
+        if self.rehearse_texts is not None:
+            return read_texts(self.rehearse_texts, tokenizer, self.rehearse_samples, self.rehearse_length)
+        if self.kind == "causal":
+            old = zip(self.pool["ids"].tolist(), self.pool["lengths"].tolist(), strict=True) if self.pool else ()
+            texts = [ids[:length] for ids, length in old]
+            missing = self.rehearse_samples * (1 + len(context.seen_tasks)) - len(texts)
+            if missing > 0:
+                texts += draw_samples(context.model, tokenizer, missing, self.rehearse_length, self.seed)
+            return texts
+        special, padding = self._special(context)
+        example = context.task_dataset[0]["input_ids"]
+        generator = torch.Generator().manual_seed(self.seed)
+        tokens, lengths = list(self.tokens.values()), list(self.lengths.values())
+        if self.rehearse_counts == "off":
+            rows = self._embedding_rows(context, special)
+            own = count_tokens(context.task_dataset, special, self._vocabulary(context))[1]
+            tokens, lengths = ([rows], [own]) if rows is not None else ([], [])
+        if not tokens:
+            logger.warning("Nothing to rehearse yet: this model has learned no task that its memory counts tokens of.")
+            return []
+        texts = pseudo_texts(min(needed, POOL), tokens, lengths, frame(example, special, padding), generator)
+        if self.kind == "masked":
+            mask = tokenizer.mask_token_id
+            hidden = [torch.rand(len(t), generator=generator) < 0.15 for t in texts]
+            texts = [
+                [mask if m and i not in special else i for i, m in zip(t, h.tolist(), strict=True)]
+                for t, h in zip(texts, hidden, strict=True)
+            ]
+        return texts
+
+    def _special(self, context: Context) -> tuple[list[int], int | None]:
+        tokenizer, config = context.processing_class, bare_model(context.model).config
+        ids = set(getattr(tokenizer, "all_special_ids", []))
+        return sorted(ids), getattr(tokenizer, "pad_token_id", getattr(config, "pad_token_id", None))
+
+    def _vocabulary(self, context: Context) -> int:
+        return bare_model(context.model).get_input_embeddings().weight.shape[0]
+
+    def _embedding_rows(self, context: Context, special: list[int]) -> Tensor | None:
+        weight = bare_model(context.model).get_input_embeddings().weight
+        name = next(canonical_name(n) for n, p in context.model.named_parameters() if p is weight)
+        accumulator = context.accumulators().get(name)
+        if accumulator is None or not context.seen_tasks:
+            return None
+        rows = full_tensor(accumulator).float().sum(-1).cpu()
+        rows[special] = 0
+        return rows if rows.sum() > 0 else None
+
+    def before_step(self, model: nn.Module) -> None:
+        if self.answers is None:
+            return
+        start = (self.steps * self.ranks + self.rank) * self.count
+        rows = permuted(self.count, start, len(self.answers), self.seed)
+        self.steps += 1
+        named = list(trainable_parameters(model))
+        grads = [p.grad for _, p in named]
+        for _, p in named:
+            p.grad = None
+        scale = 1024.0 if self.half else 1.0  # of float16's small gradients
+        weight = scale * self.rehearse_lambda * self.temperature**2
+        with torch.enable_grad():
+            for part in rows.split(self.batch):
+                loss = divergence(model, self.answers, part, self.temperature)
+                (loss * (weight * len(part) / len(rows))).backward()
+        named = list(trainable_parameters(model))  # once more: FSDP2 may hold others now
+        added = [p for n, p in named if p.grad is not None and n not in self.excluded]
+        if self.ranks > 1 and not reshard(model):  # FSDP2 has averaged them
+            for p in added:
+                p.grad = reduce(p.grad, "mean")
+        for p in added if scale != 1 else ():
+            p.grad.div_(scale)  # type: ignore[union-attr]
+        norm = nn.utils.clip_grad_norm_(added, self.max_norm or torch.inf)
+        overflowed = self.half and not torch.isfinite(norm)
+        for (n, p), grad in zip(named, grads, strict=True):
+            if overflowed or p.grad is None or n in self.excluded:
+                p.grad = grad
+            elif grad is not None:
+                p.grad = grad.add_(p.grad)
+
+    def after_task(self, context: Context) -> None:
+        self.answers = None
+        if self.kind == "causal":
+            self.pool = {k: v for k, v in self.pool.items() if k in ("ids", "lengths")}
+            return
+        self.pool = {}
+        if self.rehearse_counts == "on" and self.rehearse_texts is None:
+            special, _ = self._special(context)
+            counted = count_tokens(context.task_dataset, special, self._vocabulary(context))
+            self.tokens[context.task], self.lengths[context.task] = counted
+
+    def check_state(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
+        vocabulary = bare_model(model).get_input_embeddings().weight.shape[0]
+        tokens, lengths, pool = (state.get(part, {}) for part in ("tokens", "lengths", "pool"))
+        right = tokens.keys() == lengths.keys() and all(
+            _integers(t, (None,)) for t in (*tokens.values(), *lengths.values())
+        )
+        right = right and all(len(t) <= vocabulary for t in tokens.values())
+        if pool and right:
+            ids, sizes = pool.get("ids", torch.empty(0)), pool.get("lengths", torch.empty(0))
+            right = _integers(ids, (None, None), vocabulary) and _integers(sizes, (len(ids),), ids.shape[-1] + 1)
+            right = right and int(sizes.min()) > 0 and _integers(pool.get("steps", sizes[0]), ())
+            if "values" in pool or "indices" in pool:
+                values, indices = pool.get("values", torch.empty(0)), pool.get("indices", torch.empty(0))
+                right = right and values.shape == indices.shape and values.shape[:-1] in (ids.shape[:1], ids.shape)
+                right = right and _integers(indices, values.shape)
+        if not right:
+            raise ValueError(
+                "The continual memory's samples or counts of tokens are not of this model and its tokenizer. Use the "
+                "memory that a run wrote, or start without a memory."
+            )
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        pool = {**self.pool, "steps": torch.tensor(self.steps)} if self.pool else {}
+        return {k: v for k, v in (("tokens", self.tokens), ("lengths", self.lengths), ("pool", pool)) if v}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.tokens, self.lengths = dict(state.get("tokens", {})), dict(state.get("lengths", {}))
+        self.pool = dict(state.get("pool", {}))
+        self.steps = int(self.pool.pop("steps", 0))
+
+
+def _integers(t: Tensor, shape: Sequence[int | None], below: int = 2**62) -> bool:
+    """Whether `t` has that shape and holds integers from 0 to `below` - 1."""
+    fits = t.ndim == len(shape) and all(n in (None, size) for n, size in zip(shape, t.shape, strict=True))
+    return fits and not t.is_floating_point() and t.numel() > 0 and 0 <= int(t.min()) <= int(t.max()) < below

@@ -1,0 +1,322 @@
+"""What a model is rehearsed on when earlier data are gone: pseudo-texts, own samples, given texts; and its answers.
+
+Token ids are lists of int. Answers are what a model said of the next token, or of the label, at every position.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from .names import bare_model, is_language_model, reshard
+
+TEXT_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".csv", ".parquet")
+
+
+def kind_of_model(model: Any) -> str:
+    """`"causal"`, `"masked"`, `"sequence"` (a label a text) or `"token"` (a label a token).
+
+    Raises:
+        ValueError: another kind, which has no answers that could be compared.
+    """
+    bare = bare_model(model)
+    config, name = getattr(bare, "config", None), type(bare).__name__
+    if config is not None and not getattr(config, "is_encoder_decoder", False):
+        if is_language_model(bare):
+            return "causal"
+        for ending, kind in (("MaskedLM", "masked"), ("TokenClassification", "token")):
+            if ending in name:
+                return kind
+        several = getattr(config, "num_labels", 0) > 1
+        if (
+            several
+            and "SequenceClassification" in name
+            and config.problem_type in (None, "single_label_classification")
+        ):
+            return "sequence"
+    raise ValueError(
+        f"{name} cannot be rehearsed: supported are causal and masked language models, and classifiers of texts or "
+        "tokens with one of several labels; not encoder-decoders, regression or several labels at once."
+    )
+
+
+# ---- Pseudo-texts: independent tokens with the frequencies of earlier tasks ----
+
+
+def count_tokens(examples: Any, special: Sequence[int], vocabulary: int) -> tuple[Tensor, Tensor]:
+    """How often each token occurs in the `input_ids` of `examples`, and how often each length; without special tokens.
+
+    Returns two int64 tensors: (vocabulary,) and (longest text + 1,).
+    """
+    special_ids = np.fromiter(special, dtype=np.int64)
+    tokens, lengths = np.zeros(vocabulary, dtype=np.int64), []
+    for row in examples["input_ids"]:
+        ids = np.asarray(row, dtype=np.int64)
+        ids = ids[~np.isin(ids, special_ids)]
+        np.add.at(tokens, ids, 1)
+        lengths.append(len(ids))
+    return torch.from_numpy(tokens), torch.from_numpy(np.bincount(lengths))
+
+
+def frame(ids: Sequence[int], special: Sequence[int], padding: int | None) -> tuple[list[int], list[int]]:
+    """The special tokens that a text of this tokenizer begins and ends with, taken from one."""
+    ids = [i for i in map(int, ids) if i != padding]
+    inner = [k for k, i in enumerate(ids) if i not in special]
+    return (ids[: inner[0]], ids[inner[-1] + 1 :]) if inner else (ids, [])
+
+
+def pseudo_texts(
+    count: int,
+    tokens: Sequence[Tensor],
+    lengths: Sequence[Tensor],
+    ends: tuple[list[int], list[int]],
+    generator: torch.Generator,
+) -> list[list[int]]:
+    """`count` texts of independent tokens. Each takes the frequencies of one task, chosen at random.
+
+    Args:
+        tokens: for each task, the weight of every token, (vocabulary,).
+        lengths: for each task, the weight of every length.
+        ends: special tokens at the start and at the end.
+    """
+    chosen = torch.randint(len(tokens), (count,), generator=generator)
+    texts: list[list[int]] = [[] for _ in range(count)]
+    for task, (frequencies, sizes) in enumerate(zip(tokens, lengths, strict=True)):
+        rows = (chosen == task).nonzero().flatten().tolist()
+        if not rows:
+            continue
+        drawn = torch.multinomial(sizes.double(), len(rows), replacement=True, generator=generator)
+        ids = torch.multinomial(frequencies.double(), int(drawn.sum()) or 1, replacement=True, generator=generator)
+        for row, text in zip(rows, ids[: int(drawn.sum())].split(drawn.tolist()), strict=True):
+            texts[row] = [*ends[0], *text.tolist(), *ends[1]]
+    return texts
+
+
+# ---- A language model's own samples, and given texts ----
+
+
+def draw_samples(
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, count: int, length: int, seed: int, batch_size: int = 16
+) -> list[list[int]]:
+    """`count` texts of at most `length` tokens that a causal language model writes at temperature 1.
+
+    Half of a chat model's begin where its template has the user speak: the model writes the question and the answer
+    (Xu et al. 2024, arXiv 2406.08464). All others begin with the beginning-of-text token.
+    """
+    begin = _first_token(model, tokenizer)
+    chat = _chat_frame(tokenizer)
+    answered = count // 2 if chat is not None else 0
+    device, was_training = next(model.parameters()).device, model.training
+    fork = [device] if device.type == "cuda" else []
+    texts: list[list[int]] = []
+    model.eval()
+    try:
+        with torch.random.fork_rng(fork), tqdm(total=count, desc="Drawing the model's own samples") as bar:
+            torch.manual_seed(seed)
+            while len(texts) < count:
+                chatting = chat is not None and len(texts) < answered
+                size = min(batch_size, (answered if chatting else count) - len(texts))
+                if chatting:
+                    before, between = chat  # type: ignore[misc]
+                    room = max((length - len(between) - len(before)) // 2, 1)
+                    asked = _generate(model, [before] * size, room, stop=True)
+                    asked = [[*ids, *between] for ids in asked]
+                    texts += _generate(model, asked, max(length - max(map(len, asked)), 1), stop=True, keep_end=True)
+                else:
+                    texts += _generate(model, [[begin]] * size, length - 1, stop=False)
+                bar.update(size)
+    finally:
+        model.train(was_training)
+        reshard(model)
+    return [ids[:length] for ids in texts]
+
+
+def _first_token(model: Any, tokenizer: Any) -> int:
+    config = bare_model(model).config
+    ends = (getattr(source, f"{end}_token_id", None) for end in ("bos", "eos") for source in (tokenizer, config))
+    begin = next((end for end in ends if isinstance(end, int)), None)
+    if begin is None:
+        raise ValueError("Neither tokenizer nor config names a beginning-of-text token to draw samples from.")
+    return begin
+
+
+def _chat_frame(tokenizer: Any) -> tuple[list[int], list[int]] | None:
+    """The template's tokens before what the user says, and between that and the answer."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    marker = "\u2603"
+    whole = tokenizer.apply_chat_template(
+        [{"role": "user", "content": marker}], tokenize=False, add_generation_prompt=True
+    )
+    before, found, between = whole.partition(marker)
+    parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, between)]
+    return (parts[0], parts[1]) if found and all(parts) else None
+
+
+@torch.no_grad()
+def _generate(
+    model: Any, prompts: list[list[int]], new: int, *, stop: bool, keep_end: bool = False
+) -> list[list[int]]:
+    """`prompts` with what the model writes after them; `stop`: up to its end-of-text token."""
+    bare = bare_model(model)
+    ends = bare.generation_config.eos_token_id if bare.generation_config is not None else None
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    width, device = max(map(len, prompts)), next(model.parameters()).device
+    padding = ends[0] if ends else 0
+    ids = torch.tensor([[padding] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, pad_token_id=padding,
+        eos_token_id=ends if stop and ends else None,
+    )  # fmt: skip
+    synced = {"synced_gpus": True} if reshard(model) else {}
+    written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **synced)[:, width:]
+    texts = []
+    for prompt, row in zip(prompts, written.tolist(), strict=True):
+        end = next((k for k, i in enumerate(row) if i in ends), len(row)) if stop else len(row)
+        texts.append([*prompt, *row[: end + keep_end]])
+    return texts
+
+
+def read_texts(source: str, tokenizer: Any, count: int, length: int, seed: int = 0) -> list[list[int]]:
+    """Token ids of up to `count` texts, at most `length` tokens each.
+
+    Args:
+        source: a file (.txt: a text a paragraph; .json, .jsonl, .csv, .parquet) or a dataset's Hub id; of columns the
+            one after the colon (`wiki.jsonl:body`), default `text`.
+
+    Raises:
+        ValueError: no tokenizer, no such column or no texts.
+        FileNotFoundError: a file that is not there.
+    """
+    if tokenizer is None:
+        raise ValueError(f"Texts ({source!r}) need the tokenizer: pass it to Trainer as processing_class.")
+    name, column = source, "text"
+    if ":" in source and not os.path.exists(source):
+        name, _, column = source.rpartition(":")
+    suffix = Path(name).suffix
+    if suffix in TEXT_SUFFIXES and not os.path.isfile(name):
+        raise FileNotFoundError(f"There is no file {name!r} with texts.")
+    if suffix in (".txt", ".md"):
+        texts = [part.strip() for part in Path(name).read_text(encoding="utf-8").split("\n\n")]
+    else:
+        from datasets import load_dataset
+
+        form = {".jsonl": "json"}.get(suffix, suffix[1:])
+        rows = load_dataset(form, data_files=name, split="train") if suffix else load_dataset(name, split="train")
+        if column not in rows.column_names:
+            raise ValueError(f"{name!r} has no column {column!r}, but {rows.column_names}. Name one: {name}:COLUMN.")
+        texts = rows.shuffle(seed=seed)[: 4 * count][column]
+    encoded = [tokenizer(t, truncation=True, max_length=length)["input_ids"] for t in texts if t and t.strip()]
+    order = np.random.default_rng(seed).permutation(len(encoded))
+    found = [encoded[i] for i in order if len(encoded[i]) > 1][:count]
+    if not found:
+        raise ValueError(f"{source!r} holds no texts.")
+    return found
+
+
+# ---- Answers ----
+
+
+@dataclass
+class Answers:
+    """A model's answers to some texts.
+
+    Attributes:
+        ids: (texts, longest) int32, padded with 0 on the right.
+        lengths: (texts,) int32.
+        values: log-probabilities of the most probable outcomes, (texts[, longest], k) float16.
+        indices: which outcomes these are, int32, in the same shape.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    values: Tensor
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def inputs(self, rows: Tensor, device: Any) -> dict[str, Tensor]:
+        """What the model is given of these rows."""
+        width = int(self.lengths[rows].max())
+        ids, lengths = self.ids[rows, :width].long(), self.lengths[rows]
+        mask = torch.arange(width) < lengths[:, None]
+        return {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}
+
+
+def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids (texts, longest) and lengths (texts,), int32."""
+    lengths = torch.tensor([len(t) for t in texts], dtype=torch.int32)
+    ids = torch.zeros(len(texts), int(lengths.max()), dtype=torch.int32)
+    for row, text in zip(ids, texts, strict=True):
+        row[: len(text)] = torch.tensor(text, dtype=torch.int32)
+    return ids, lengths
+
+
+@torch.no_grad()
+def answer(
+    model: nn.Module, texts: Sequence[Sequence[int]], k: int, temperature: float = 1.0, batch_size: int = 16
+) -> Answers:
+    """What `model` answers to `texts`, in evaluation mode: the `k` most probable outcomes at each position.
+
+    Args:
+        temperature: the logits are divided by it.
+    """
+    ids, lengths = padded(texts)
+    result = Answers(ids, lengths, torch.empty(0), torch.empty(0))
+    device, was_training = next(model.parameters()).device, model.training
+    values: list[Tensor] = []
+    indices: list[Tensor] = []
+    model.eval()
+    try:
+        for rows in tqdm(torch.arange(len(ids)).split(batch_size), desc="The model's answers", leave=False):
+            logits = model(**result.inputs(rows, device))["logits"].float() / temperature
+            top = F.log_softmax(logits, -1).topk(min(k, logits.shape[-1]))
+            extra = (0, 0, 0, ids.shape[1] - logits.shape[1]) if logits.ndim == 3 else (0, 0)
+            values.append(F.pad(top.values, extra).half().cpu())
+            indices.append(F.pad(top.indices, extra).int().cpu())
+    finally:
+        model.train(was_training)
+        reshard(model)
+    result.values, result.indices = torch.cat(values), torch.cat(indices)
+    return result
+
+
+def divergence(model: nn.Module, answers: Answers, rows: Tensor, temperature: float = 1.0) -> Tensor:
+    """`KL(answers || model)` in nats, the mean over the positions of `rows`, with its graph; a 0-dim tensor.
+
+    Outcomes beyond the stored ones count as one.
+    """
+    device = next(model.parameters()).device
+    inputs = answers.inputs(rows, device)
+    logits = model(**inputs)["logits"].float() / temperature
+    new = F.log_softmax(logits, -1)
+    old, indices = (t[rows].to(device) for t in (answers.values.float(), answers.indices.long()))
+    if logits.ndim == 3:
+        kept = inputs["attention_mask"].bool()
+        new, old, indices = new[kept], old[:, : kept.shape[1]][kept], indices[:, : kept.shape[1]][kept]
+    found = new.gather(-1, indices)
+    terms = (old.exp() * (old - found)).sum(-1)
+    if indices.shape[-1] < new.shape[-1]:
+        rest_old, rest_new = ((1 - p.exp().sum(-1)).clamp(min=1e-6) for p in (old, found))
+        terms = terms + rest_old * (rest_old.log() - rest_new.log())
+    return terms.mean()
+
+
+def permuted(count: int, start: int, total: int, seed: int) -> Tensor:
+    """Numbers `start` to `start + count` of an endless stream that goes through `range(total)` in ever new orders."""
+    rounds: Iterator[int] = iter(range(start // total, (start + count - 1) // total + 1))
+    stream = torch.cat([torch.randperm(total, generator=torch.Generator().manual_seed(seed + r)) for r in rounds])
+    first = start % total
+    return stream[first : first + count]
