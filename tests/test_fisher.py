@@ -81,7 +81,7 @@ def examples(kind, count=13):
     return made
 
 
-def by_definition(model, given, seeds=None):
+def by_definition(model, given, seeds=()):
     """Sum of squared gradients, each of one backward pass over one example."""
     model.eval()
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -92,7 +92,7 @@ def by_definition(model, given, seeds=None):
         if logits.ndim == 3:
             decoder = not getattr(model.config, "is_encoder_decoder", False)
             logits, labels = (logits[0, :-1], labels[0, 1:]) if decoder else (logits[0], labels[0])
-        if seeds is not None:
+        if seeds:
             drawn = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(seeds[i]))[:, 0]
             labels = torch.where(labels == -100, labels, drawn)
         loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -103,7 +103,7 @@ def by_definition(model, given, seeds=None):
     return total, parameters
 
 
-def in_batches(model, given, size, seeds=None):
+def in_batches(model, given, size, seeds=()):
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     return sum_squared_gradients(model, given, parameters, size, seeds)
 
@@ -122,7 +122,7 @@ def forward_sizes(monkeypatch):
     sizes = []
     original = fisher.log_likelihood
 
-    def counting(model, batch, seeds=None):
+    def counting(model, batch, seeds=()):
         sizes.append(len(batch["labels"]))
         return original(model, batch, seeds)
 
@@ -134,7 +134,7 @@ def forward_sizes(monkeypatch):
 @pytest.mark.parametrize("kind", ["bert", "lora", "gpt2", "tied gpt2", "llama", "t5"])
 def test_batches_give_the_sum_of_the_squared_gradients_of_single_examples(kind, labels, make, forward_sizes):
     model, given = make(kind), examples(kind)
-    seeds = list(range(100, 100 + len(given))) if labels == "sampled" else None
+    seeds = list(range(100, 100 + len(given))) if labels == "sampled" else ()
     expected, parameters = by_definition(model, given, seeds)
     assert sum(t.any() for t in expected.values()) >= len(expected) - 1
     for size in (1, 3, 8):
@@ -230,6 +230,45 @@ class Replaced(Layers):
         self.first.forward = lambda input: 2 * forward(input)
 
 
+class Recurrent(Layers):
+    """A layer that returns a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent = nn.GRU(6, 6, batch_first=True)
+
+    def hidden(self, x):
+        return self.recurrent(super().hidden(x))[0]
+
+
+class Bare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self):
+        return self.weight
+
+
+class Added(Layers):
+    """A layer without an input."""
+
+    def __init__(self):
+        super().__init__()
+        self.bare = Bare()
+
+    def hidden(self, x):
+        return super().hidden(x) * self.bare()
+
+
+class Hooked(Layers):
+    """What is done to a layer's output after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale.register_forward_hook(lambda module, args, output: 2 * output)
+
+
 class Seldom(Layers):
     """One use in the first examples, another in later ones."""
 
@@ -237,10 +276,10 @@ class Seldom(Layers):
         return super().hidden(x) + (self.first.weight.sum() if x.shape[1] == 5 else 0)
 
 
-APART = [Repeated, Functional, Tied, Parametrized, Flattened, TokensFirst, Replaced]
+APART = [Recurrent, Added, Repeated, Functional, Tied, Parametrized, Flattened, TokensFirst, Replaced]
 
 
-@pytest.mark.parametrize("cls", [Layers, Convolved, Partly, Seldom, *APART])
+@pytest.mark.parametrize("cls", [Layers, Convolved, Hooked, Partly, Seldom, *APART])
 def test_whatever_is_done_with_a_weight(cls, forward_sizes):
     model, given = cls(), examples("bert", 16)
     expected, _ = by_definition(model, given)

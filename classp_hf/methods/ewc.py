@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import reduce
@@ -97,7 +97,7 @@ class EWC(AnchoredMethod):
         generator = torch.Generator().manual_seed(args.seed)
         chosen = torch.randperm(len(context.task_dataset), generator=generator)[: self.fisher_samples].tolist()
         mine = list(enumerate(chosen))[args.process_index :: args.world_size]
-        seeds = [args.seed + number for number, _ in mine] if self.fisher_labels == "sampled" else None
+        seeds = [args.seed + number for number, _ in mine] if self.fisher_labels == "sampled" else ()
         hidden = args.disable_tqdm or args.local_process_index > 0
         shown = tqdm([i for _, i in mine], desc=f"Fisher of {context.task}", disable=hidden, leave=False)
         # a forward pass in evaluation mode does not checkpoint
@@ -109,9 +109,10 @@ class EWC(AnchoredMethod):
 
 def _examples(context: Context, numbers: Iterable[int]) -> Iterator[dict[str, Tensor]]:
     """The inputs of single examples of the task, as Trainer gives them to the model."""
+    collate: Any = context.collate  # there is one while training
     taken = {*inspect.signature(bare_model(context.model).forward).parameters, "label", "label_ids"}
     for i in numbers:
         row = context.task_dataset[i]
         if context.args.remove_unused_columns and isinstance(row, Mapping):
             row = {k: v for k, v in row.items() if k in taken}
-        yield {k: t.to(context.args.device) for k, t in context.collate([row]).items()}
+        yield {k: t.to(context.args.device) for k, t in collate([row]).items()}

@@ -23,7 +23,7 @@ def sum_squared_gradients(
     examples: Iterable[Batch],
     parameters: Mapping[str, nn.Parameter],
     size: int = 1,
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """Sum over examples of the squared gradient of log p(y|x), float32, by parameter name.
 
@@ -38,46 +38,44 @@ def sum_squared_gradients(
         examples: inputs of single examples, with a first dimension of 1, and their `labels`.
         parameters: what to differentiate.
         size: examples that may share a pass. Nothing is padded, so each example stays what it is alone.
-        seeds: one an example: draw y from the model's p(y|x) instead of taking the example's labels.
+        seeds: one an example: draw y from the model's p(y|x). Default: y is the example's labels.
 
     Raises:
         ValueError: the model has no such likelihood.
     """
     totals = {p: torch.zeros(p.shape, device=p.device) for p in parameters.values()}
     layers, limit, was_training = _layers(model, totals), 1, model.training
-    waiting: dict[Any, list[tuple[int, Batch]]] = defaultdict(list)
+    waiting: dict[Any, list[tuple[Batch, list[int]]]] = defaultdict(list)
 
-    def add(numbers: Sequence[int], group: Sequence[Batch]) -> None:
-        batch = {k: torch.cat([example[k] for example in group]) for k in group[0]}
-        drawn = None if seeds is None else [seeds[i] for i in numbers]
-        if layers and _add_together(model, batch, drawn, totals, layers):
+    def add(group: list[tuple[Batch, list[int]]]) -> None:
+        batch = {k: torch.cat([example[k] for example, _ in group]) for k in group[0][0]}
+        if layers and _add_together(model, batch, [i for _, seed in group for i in seed], totals, layers):
             return
         layers.clear()  # once and for all
-        for i, example in zip(numbers, group):
-            likelihood = log_likelihood(model, example, None if seeds is None else [seeds[i]])
-            for p, g in zip(totals, _gradients(likelihood, list(totals))):
+        for example, seed in group:
+            for p, g in zip(totals, _gradients(log_likelihood(model, example, seed), list(totals))):
                 if g is not None:
                     totals[p].addcmul_(g.float(), g.float())
 
     model.eval()
     try:
-        for number, example in enumerate(examples):
+        for i, example in enumerate(examples):
             same = waiting[tuple((k, t.shape) for k, t in example.items())]
-            same.append((number, example))
+            same.append((example, list(seeds[i : i + 1])))
             if len(same) >= limit:
-                add(*zip(*same))
+                add(same)
                 same.clear()
                 # in one example of several tokens, a first dimension of 1 can be the examples' only
                 limit = size if all(t[0].numel() > 1 for t in example.values() if t.ndim > 1) else limit
         for same in filter(None, waiting.values()):
-            add(*zip(*same))
+            add(same)
     finally:
         model.train(was_training)
     return {n: totals[p] for n, p in parameters.items()}
 
 
 @torch.enable_grad()
-def log_likelihood(model: nn.Module, batch: Batch, seeds: Sequence[int] | None = None) -> Tensor:
+def log_likelihood(model: nn.Module, batch: Batch, seeds: Sequence[int] = ()) -> Tensor:
     """The sum over the examples of `batch` of log p(y|x), as the model's own cross-entropy has it.
 
     Args:
@@ -95,9 +93,8 @@ def log_likelihood(model: nn.Module, batch: Batch, seeds: Sequence[int] | None =
     labels = inputs.pop("labels", torch.empty(0))
     generates = is_language_model(model)
     encoder_decoder = generates and bare_model(model).config.is_encoder_decoder
-    outputs = model(
-        **inputs, **({"labels": labels} if encoder_decoder else {})
-    )  # the decoder's inputs are made of them
+    given = {"labels": labels} if encoder_decoder else {}  # the decoder's inputs are made from them
+    outputs = model(**inputs, **given)
     logits = outputs["logits"].float() if "logits" in outputs else torch.empty(0)
     if generates and not encoder_decoder:  # a causal model's logits are the next token's
         logits, labels = logits[:, :-1], labels[:, 1:]
@@ -108,7 +105,7 @@ def log_likelihood(model: nn.Module, batch: Batch, seeds: Sequence[int] | None =
             f"got logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}, {labels.dtype}. "
             "Use --method l2sp, elastic or replay."
         )
-    if seeds is not None:  # one generator an example: the others change nothing
+    if len(seeds):  # one generator an example: the others change nothing
         p = [torch.atleast_2d(example.softmax(-1).cpu()) for example in logits.detach()]
         drawn = [torch.multinomial(q, 1, generator=torch.Generator().manual_seed(seed)) for q, seed in zip(p, seeds)]
         labels = torch.where(labels.cpu() == -100, labels.cpu(), torch.stack(drawn).view(labels.shape))
@@ -130,10 +127,11 @@ def _layers(model: nn.Module, totals: Totals) -> Layers:
     return layers if simple and sum(map(len, layers.values())) == len(totals) else {}
 
 
-def _add_together(model: nn.Module, batch: Batch, seeds: Sequence[int] | None, totals: Totals, layers: Layers) -> bool:
+def _add_together(model: nn.Module, batch: Batch, seeds: Sequence[int], totals: Totals, layers: Layers) -> bool:
     """Add the squares of all examples of `batch`, or nothing if they cannot be told apart (False)."""
     examples = len(next(iter(batch.values())))
     calls: list[tuple[nn.Module, Tensor, Any]] = []
+    strange: list[nn.Module] = []
     zero = torch.zeros((), requires_grad=True)  # so that every output has a gradient
 
     def before(module: nn.Module, args: Any) -> None:
@@ -145,11 +143,15 @@ def _add_together(model: nn.Module, batch: Batch, seeds: Sequence[int] | None, t
             p.requires_grad_(True)
         if not torch.is_grad_enabled():
             return output
-        given, *others = (*args, *kwargs.values())
-        if isinstance(module, nn.Embedding) and given.shape[:1] == (1,):  # positions, for all alike
-            given, output = (t.expand(examples, *t.shape[1:]) for t in (given, output))
-        output = output + zero.to(output.device)
-        calls.append((module, given.detach() if not others else zero, get_gradient_edge(output)))
+        tensors = [*args, *kwargs.values(), output]
+        simple = len(tensors) == 2 and all(isinstance(t, Tensor) for t in tensors)
+        if simple and isinstance(module, nn.Embedding) and tensors[0].shape[:1] == (1,):  # positions, for all alike
+            tensors = [t.expand(examples, *t.shape[1:]) for t in tensors]
+        if not simple or any(t.shape[:1] != (examples,) for t in tensors):
+            strange.append(module)
+            return output
+        output = tensors[1] + zero.to(output.device)
+        calls.append((module, tensors[0].detach(), get_gradient_edge(output)))
         return output
 
     hooks = [m.register_forward_pre_hook(before) for m in layers]
@@ -161,7 +163,7 @@ def _add_together(model: nn.Module, batch: Batch, seeds: Sequence[int] | None, t
             hook.remove()
         for p in totals:
             p.requires_grad_(True)
-    if len({m for m, *_ in calls}) < len(calls) or any(given.shape[:1] != (examples,) for _, given, _ in calls):
+    if strange or len({m for m, *_ in calls}) < len(calls):
         return False
     gradients = _gradients(likelihood, [*(edge for *_, edge in calls), *totals])
     if any(g is not None for g in gradients[len(calls) :]):
@@ -187,7 +189,7 @@ def _add_squares(layer: Any, own: Mapping[str, nn.Parameter], given: Tensor, g: 
     else:
         with torch.enable_grad():
             given = given.to(next(iter(own.values())).dtype) if given.is_floating_point() else given
-            output = layer(given[None])[0]
-        gradients = torch.autograd.grad(output, list(own.values()), g.to(output.dtype))
+            output = layer.forward(given[None])[0]  # without the hooks of others
+        gradients = list(torch.autograd.grad(output, list(own.values()), g.to(output.dtype)))
     for p, gradient in zip(own.values(), gradients):
         totals[p].addcmul_(gradient.float(), gradient.float())
