@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from classp_hf import embedded, report
-from classp_hf.methods.fisher import batches_of_equal_shape, sum_squared_gradients
+from classp_hf.methods.fisher import sum_squared_gradients
 
 VMAPPED = 4
 
@@ -64,12 +64,18 @@ def one_by_one(model, examples, size):
 
 
 def by_batches(model, examples, size):
-    batches = (batch for _, batch in batches_of_equal_shape(enumerate(examples), size))
-    return sum_squared_gradients(model, batches, dict(model.named_parameters()))
+    return sum_squared_gradients(model, examples, dict(model.named_parameters()), size)
+
+
+def batches_of_equal_shape(examples, size):
+    for length in {e["input_ids"].shape[1] for e in examples}:
+        same = [e for e in examples if e["input_ids"].shape[1] == length]
+        for some in (same[i : i + size] for i in range(0, len(same), size)):
+            yield {k: torch.cat([e[k] for e in some]) for k in some[0]}
 
 
 def ordinary(model, examples, size):
-    for _, batch in batches_of_equal_shape(enumerate(examples), size):
+    for batch in batches_of_equal_shape(examples, size):
         inputs = {k: t for k, t in batch.items() if k != "labels"}
         torch.autograd.grad(F.cross_entropy(model(**inputs).logits, batch["labels"]), list(model.parameters()))
 
@@ -85,7 +91,7 @@ def by_vmap(model, examples, size):
         return F.cross_entropy(logits, example["labels"][None])
 
     gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
-    for _, batch in batches_of_equal_shape(enumerate(examples), min(size, VMAPPED)):
+    for batch in batches_of_equal_shape(examples, min(size, VMAPPED)):
         for n, g in gradients(parameters, batch).items():
             total[n] += g.square().sum(0)
     return total

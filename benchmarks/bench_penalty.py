@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from classp_hf import CLASSP, EWC, L2SP, ContinualTrainingArguments, Elastic, embedded, report
 from classp_hf.methods import Context
-from classp_hf.methods.fisher import batches_of_equal_shape, sum_squared_gradients
+from classp_hf.methods.fisher import sum_squared_gradients
 
 
 def main() -> None:
@@ -45,8 +45,7 @@ def main() -> None:
         {**tokenizer(t, truncation=True, max_length=32, return_tensors="pt").to(device), "labels": label[None]}
         for t, label in zip(texts, labels)
     ]
-    batches = (batch for _, batch in batches_of_equal_shape(enumerate(examples), 16))
-    fisher = sum_squared_gradients(model, batches, parameters)
+    fisher = sum_squared_gradients(model, examples, parameters, size=16)
     mean = sum(f.sum() for f in fisher.values()) / sum(f.numel() for f in fisher.values())
     small = tokenizer(texts[:16], truncation=True, max_length=32, padding="max_length", return_tensors="pt").to(device)
     large = tokenizer(texts[:32], truncation=True, max_length=64, padding=True, return_tensors="pt").to(device)

@@ -7,22 +7,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import weights
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    BertForMaskedLM,
+    BertForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    default_data_collator,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+import classp_hf  # ContinualTrainer is used by name
 from classp_hf.methods import EWC, Context, fisher
-from classp_hf.methods.fisher import batches_of_equal_shape, sum_squared_gradients
+from classp_hf.methods.fisher import sum_squared_gradients
 
 WORDS = 40
 
@@ -76,7 +81,7 @@ def examples(kind, count=13):
     return made
 
 
-def by_definition(model, given, seeds=None):
+def by_definition(model, given, seeds=()):
     """Sum of squared gradients, each of one backward pass over one example."""
     model.eval()
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -87,7 +92,7 @@ def by_definition(model, given, seeds=None):
         if logits.ndim == 3:
             decoder = not getattr(model.config, "is_encoder_decoder", False)
             logits, labels = (logits[0, :-1], labels[0, 1:]) if decoder else (logits[0], labels[0])
-        if seeds is not None:
+        if seeds:
             drawn = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(seeds[i]))[:, 0]
             labels = torch.where(labels == -100, labels, drawn)
         loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -98,17 +103,9 @@ def by_definition(model, given, seeds=None):
     return total, parameters
 
 
-def in_batches(model, given, size, seeds=None):
-    drawn = [] if seeds is not None else None
-
-    def batches():
-        for numbers, batch in batches_of_equal_shape(enumerate(given), size):
-            if drawn is not None:
-                drawn.extend(seeds[i] for i in numbers)
-            yield batch
-
+def in_batches(model, given, size, seeds=()):
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    return sum_squared_gradients(model, batches(), parameters, drawn)
+    return sum_squared_gradients(model, given, parameters, size, seeds)
 
 
 def assert_equal(found, expected, rtol=1e-4, atol=1e-6):
@@ -123,31 +120,28 @@ def assert_equal(found, expected, rtol=1e-4, atol=1e-6):
 def forward_sizes(monkeypatch):
     """Number of examples of every forward pass."""
     sizes = []
-    original = fisher._log_likelihood
+    original = fisher.log_likelihood
 
-    def counting(model, batch, seeds):
+    def counting(model, batch, seeds=()):
         sizes.append(len(batch["labels"]))
         return original(model, batch, seeds)
 
-    monkeypatch.setattr(fisher, "_log_likelihood", counting)
+    monkeypatch.setattr(fisher, "log_likelihood", counting)
     return sizes
 
 
 @pytest.mark.parametrize("labels", ["empirical", "sampled"])
 @pytest.mark.parametrize("kind", ["bert", "lora", "gpt2", "tied gpt2", "llama", "t5"])
-def test_batches_give_the_sum_of_the_squared_gradients_of_single_examples(
-    kind, labels, make, forward_sizes, monkeypatch
-):
+def test_batches_give_the_sum_of_the_squared_gradients_of_single_examples(kind, labels, make, forward_sizes):
     model, given = make(kind), examples(kind)
-    seeds = list(range(100, 100 + len(given))) if labels == "sampled" else None
+    seeds = list(range(100, 100 + len(given))) if labels == "sampled" else ()
     expected, parameters = by_definition(model, given, seeds)
     assert sum(t.any() for t in expected.values()) >= len(expected) - 1
     for size in (1, 3, 8):
         forward_sizes.clear()
-        monkeypatch.setattr(fisher, "_PIECE", 10 ** (2 * size))  # a row or two, or all examples
         assert_equal(in_batches(model, given, size, seeds), expected)
-        # tied weights and norms of the models' own are not told apart in a batch
-        assert max(forward_sizes) == (min(size, 4) if kind in ("bert", "lora", "gpt2") else 1), forward_sizes
+        # tied weights are not told apart in a batch
+        assert max(forward_sizes) == (1 if kind in ("tied gpt2", "t5") else min(size, 4)), forward_sizes
     assert model.training and all(p.grad is None and p.requires_grad for p in parameters.values())
     assert not any("forward" in vars(m) for m in model.modules())
 
@@ -236,6 +230,45 @@ class Replaced(Layers):
         self.first.forward = lambda input: 2 * forward(input)
 
 
+class Recurrent(Layers):
+    """A layer that returns a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent = nn.GRU(6, 6, batch_first=True)
+
+    def hidden(self, x):
+        return self.recurrent(super().hidden(x))[0]
+
+
+class Bare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self):
+        return self.weight
+
+
+class Added(Layers):
+    """A layer without an input."""
+
+    def __init__(self):
+        super().__init__()
+        self.bare = Bare()
+
+    def hidden(self, x):
+        return super().hidden(x) * self.bare()
+
+
+class Hooked(Layers):
+    """What is done to a layer's output after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale.register_forward_hook(lambda module, args, output: 2 * output)
+
+
 class Seldom(Layers):
     """One use in the first examples, another in later ones."""
 
@@ -243,10 +276,10 @@ class Seldom(Layers):
         return super().hidden(x) + (self.first.weight.sum() if x.shape[1] == 5 else 0)
 
 
-APART = [Convolved, Repeated, Functional, Tied, Parametrized, Flattened, TokensFirst, Replaced]
+APART = [Recurrent, Added, Repeated, Functional, Tied, Parametrized, Flattened, TokensFirst, Replaced]
 
 
-@pytest.mark.parametrize("cls", [Layers, Partly, Seldom, *APART])
+@pytest.mark.parametrize("cls", [Layers, Convolved, Hooked, Partly, Seldom, *APART])
 def test_whatever_is_done_with_a_weight(cls, forward_sizes):
     model, given = cls(), examples("bert", 16)
     expected, _ = by_definition(model, given)
@@ -256,26 +289,11 @@ def test_whatever_is_done_with_a_weight(cls, forward_sizes):
 
 
 def test_examples_of_one_token_do_not_vouch_for_longer_ones():
-    model = TokensFirst()
-    given = examples("bert", 16)
+    model, given = TokensFirst(), examples("bert", 16)
     for key in ("input_ids", "attention_mask"):
         given[0][key] = given[0][key][:, :1]
-    ordered = [given[0], *sorted(given[1:], key=lambda e: e["input_ids"].shape[1])]
-    batches = [ordered[0], {k: torch.cat([e[k] for e in ordered[1:4]]) for k in given[0]}]
-    found = sum_squared_gradients(model, iter(batches), dict(model.named_parameters()))
-    expected, _ = by_definition(model, ordered[:4])
-    assert_equal(found, expected)
-
-
-def test_only_examples_of_equal_shapes_share_a_batch():
-    given = examples("gpt2", 10)
-    seen = []
-    for numbers, batch in batches_of_equal_shape(enumerate(given), 2):
-        assert 1 <= len(numbers) <= 2
-        for i, ids, labels in zip(numbers, batch["input_ids"], batch["labels"]):
-            assert torch.equal(ids[None], given[i]["input_ids"]) and torch.equal(labels[None], given[i]["labels"])
-        seen += numbers
-    assert sorted(seen) == list(range(10))
+    ordered = [given[0], *sorted(given[1:], key=lambda e: e["input_ids"].shape[1])][:4]
+    assert_equal(in_batches(model, ordered, 3), by_definition(model, ordered)[0])
 
 
 class LargestTensor(TorchDispatchMode):
@@ -290,17 +308,15 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_no_gradient_of_a_layer_is_made_for_all_examples_at_once(make_model, monkeypatch):
-    monkeypatch.setattr(fisher, "_PIECE", 1536)  # the largest layer: 32 x 48
+def test_no_gradient_of_a_layer_is_made_for_all_examples_at_once(make_model):
     model = make_model()
     model.resize_token_embeddings(3000)  # 96,000 weights, of which a text touches 160
     given = [e for e in examples("bert", 60) if e["input_ids"].shape[1] == 5]
-    batch = {k: torch.cat([e[k] for e in given]) for k in given[0]}
     with LargestTensor() as made:
-        totals = sum_squared_gradients(model, iter([batch]), dict(model.bert.encoder.named_parameters()))
+        totals = sum_squared_gradients(model, given, dict(model.bert.encoder.named_parameters()), len(given))
     assert sum(t.numel() for t in totals.values()) > 15_000 and made.numbers <= len(given) * 5 * 48
     with LargestTensor() as made:
-        sum_squared_gradients(model, iter([batch]), dict(model.named_parameters()))
+        sum_squared_gradients(model, given, dict(model.named_parameters()), len(given))
     assert made.numbers == 96_000  # the total, and no dense gradient of each example
 
 
@@ -314,7 +330,7 @@ def task_fisher(make_model, make_tasks, collator):
         args = SimpleNamespace(
             seed=3, process_index=0, local_process_index=0, world_size=1, device="cpu", disable_tqdm=True
         )
-        vars(args).update({"per_device_train_batch_size": 4, "gradient_checkpointing": None, **changes})
+        vars(args).update({"per_device_train_batch_size": 4, "remove_unused_columns": True, **changes})
         method = EWC(fisher_samples=20, fisher_labels=labels)
         dataset = make_tasks(1)[0].train_dataset if dataset is None else dataset
         context = Context(make_model(), args, task_dataset=dataset, collate=collate)
@@ -347,3 +363,56 @@ def test_a_tasks_fisher_of_datasets_of_any_kind(task_fisher, make_tasks):
     for endless in (IterableDataset.from_generator(lambda: iter(rows)), Dataset.from_dict({"input_ids": []})):
         with pytest.raises(ValueError, match="needs one of known length, with examples, got a .*Dataset"):
             task_fisher("empirical", endless)
+
+
+def test_models_with_a_label_a_token(make_model):
+    """Token classifiers and masked language models: the sum over the tokens that have a label."""
+    config = make_model().config
+    for cls, classes in ((BertForTokenClassification, 3), (BertForMaskedLM, WORDS)):
+        torch.manual_seed(0)
+        model, given = cls(config), examples("gpt2")
+        for i, example in enumerate(given):
+            example["labels"] = torch.where(example["labels"] == -100, -100, example["labels"] % classes)
+            example["labels"][:, 1 + i % 2] = -100
+        model.eval()
+        parameters = dict(model.named_parameters())
+        expected = {n: torch.zeros_like(p) for n, p in parameters.items()}
+        for example in given:
+            loss = model(**example).loss * (example["labels"] != -100).sum()  # the model's mean over its labels
+            for n, g in zip(parameters, torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)):
+                expected[n] += 0 if g is None else g.square()
+        assert_equal(in_batches(model, given, 4), expected)
+        assert not torch.allclose(
+            in_batches(model, given, 4, list(range(13)))["bert.embeddings.LayerNorm.weight"],
+            expected["bert.embeddings.LayerNorm.weight"],
+        )
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "labels", "shown"),
+    [
+        (1, 0.5, r"\(1, 1\) .*float32"),
+        (3, [0.0, 1.0, 1.0], r"\(1, 3\) .*float32"),
+        (3, [0, 1, 1], r"\(1, 3\) .*int64"),
+    ],
+)
+def test_models_without_a_likelihood_are_refused_before_they_train(num_labels, labels, shown, make_model, make_args):
+    rows = Dataset.from_dict({"input_ids": [[1, 5, 9]] * 8, "labels": [labels] * 8})
+    trainer = classp_hf.ContinualTrainer(
+        make_model(num_labels=num_labels), make_args(optim="adamw_torch"), default_data_collator, rows, method="ewc"
+    )
+    before = weights(trainer.model)
+    with pytest.raises(ValueError, match=f"needs log p.*got logits of shape {shown}. Use --method l2sp, elastic or"):
+        trainer.train()
+    assert all(torch.equal(w, before[n]) for n, w in weights(trainer.model).items()) and not trainer.state.log_history
+
+
+def test_a_look_at_the_first_example_changes_no_random_number(make_model, make_tasks, collator, make_args):
+    def masked_at_random(rows):
+        return {**collator(rows), "attention_mask": (torch.rand(1, len(rows[0]["input_ids"])) < 0.8).long()}
+
+    rows = make_tasks(1)[0].train_dataset
+    context = Context(make_model().train(), make_args(), task_dataset=rows, collate=masked_at_random)
+    state = torch.get_rng_state()
+    EWC().before_task(context)
+    assert torch.equal(state, torch.get_rng_state()) and context.model.training

@@ -120,6 +120,9 @@ class Method:
     """Parts of the state that hold one number a weight. Of these a run that goes on from a memory takes what fits its
     model: rows that an embedding gained get 0 in `importance`, the weight itself elsewhere."""
 
+    positive: ClassVar[Mapping[str, str]] = {}
+    """Parts of the state that hold one number > 0 a name -> what the number is, for messages."""
+
     excluded: frozenset[str] = field(default=frozenset(), init=False, repr=False)
     """Canonical names the method must leave alone: the parameters of per-task heads."""
 
@@ -179,6 +182,13 @@ class Method:
 
     def check_state(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
         """Raise a ValueError if `state`, of `state_dict`'s form, cannot be this method's on `model`."""
+        for part, what in self.positive.items():
+            for name, t in state.get(part, {}).items():
+                if t.ndim or not 0 < float(t) < float("inf"):
+                    raise ValueError(
+                        f"The continual memory's {what} of {name!r} is {t.tolist()!r:.80}, not a number > 0. Use the "
+                        "memory that a run wrote, or start without a memory."
+                    )
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Part of the state -> canonical name -> tensor; of one number a weight where the part is `per_parameter`."""
@@ -205,19 +215,10 @@ class Method:
 
 def describe_methods(methods: Sequence[Method]) -> dict[str, Any]:
     """Names and hyperparameters of all methods, for JSON; of several also `parts`, each described alone."""
-    described: dict[str, Any] = {k: v for m in methods for k, v in m.hyperparameters().items()}
+    parts = [m.describe() for m in methods]
+    described = {k: v for part in parts for k, v in part.items()}
     described["name"] = "+".join(m.name for m in methods) or Method.name
-    return {**described, "parts": [m.describe() for m in methods]} if len(methods) > 1 else described
-
-
-def check_positive(numbers: Mapping[str, Tensor], what: str) -> None:
-    """Raise a ValueError unless all of a memory's `numbers` are finite, 0-dim and > 0."""
-    for name, t in numbers.items():
-        if t.ndim or not 0 < float(t) < float("inf"):
-            raise ValueError(
-                f"The continual memory's {what} of {name!r} is {t.tolist()!r:.80}, not a number > 0. Use the memory "
-                "that a run wrote, or start without a memory."
-            )
+    return {**described, "parts": parts} if len(parts) > 1 else described
 
 
 def placed(tensors: dict[str, Tensor], name: str, p: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers.utils import logging
 
 from ..names import local, mean_over_weights
 from ..optim import CLASSP
-from .base import Context, Method, check_positive, flag
+from .base import Context, Method, flag
 
 logger = logging.get_logger(__name__)
 
@@ -37,6 +36,7 @@ class Elastic(Method):
     uses_accumulators = True
     needs_start = True
     parts = ("means",)
+    positive = {"means": "mean accumulator"}
     ranges = {"anchor_strength": (">= 0", lambda v: v >= 0)}
 
     anchor_strength: float = flag(0.1, "Strength of the pull towards the weights of the last task boundary.")
@@ -80,6 +80,3 @@ class Elastic(Method):
 
     def after_task(self, context: Context) -> None:
         self.anchor, self.means, self.context = {}, {}, None
-
-    def check_state(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
-        check_positive(state.get("means", {}), "mean accumulator")

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import reduce
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..names import bare_model, mean_over_weights
 from .base import AnchoredMethod, Context, Method, flag
-from .fisher import batches_of_equal_shape, sum_squared_gradients
+from .fisher import sum_squared_gradients
 
 logger = logging.get_logger(__name__)
 
@@ -69,6 +68,9 @@ class EWC(AnchoredMethod):
                 "EWC chooses examples of the training dataset at random: it needs one of known length, with examples, "
                 f"got a {type(context.task_dataset).__name__}. Load it without streaming, or use --method l2sp."
             )
+        with torch.random.fork_rng(devices=[]):  # collators that mask at random draw from it
+            first = next(_examples(context, [0]))
+        sum_squared_gradients(context.model, [first], {})  # refuses models without a likelihood before they train
 
     @torch.no_grad()
     def after_task(self, context: Context) -> None:
@@ -90,33 +92,27 @@ class EWC(AnchoredMethod):
 
     def task_fisher(self, context: Context) -> dict[str, Tensor]:
         """The raw diagonal Fisher of the task's own examples on the model as it is, equal on every rank."""
-        args, dataset = context.args, context.task_dataset
+        args, model = context.args, context.model
         # numbered before they are shared out, so that the result does not depend on the number of ranks
         generator = torch.Generator().manual_seed(args.seed)
-        chosen = list(enumerate(torch.randperm(len(dataset), generator=generator)[: self.fisher_samples].tolist()))
-        mine = chosen[args.process_index :: args.world_size]
-        computed = getattr(dataset, "format", {}).get("type") == "custom"  # columns made when they are read
-        columns = (
-            getattr(dataset, "column_names", None)
-            if getattr(args, "remove_unused_columns", True) and not computed
-            else None
-        )
-        if columns:
-            taken = {*inspect.signature(bare_model(context.model).forward).parameters, "label", "label_ids"}
-            dataset = dataset.select_columns([c for c in columns if c in taken])
-        loaded = DataLoader(Subset(dataset, [i for _, i in mine]), batch_size=1, collate_fn=context.collate)
+        chosen = torch.randperm(len(context.task_dataset), generator=generator)[: self.fisher_samples].tolist()
+        mine = list(enumerate(chosen))[args.process_index :: args.world_size]
+        seeds = [args.seed + number for number, _ in mine] if self.fisher_labels == "sampled" else ()
         hidden = args.disable_tqdm or args.local_process_index > 0
-        shown = tqdm(loaded, desc=f"Fisher of {context.task}", disable=hidden, leave=False)
+        shown = tqdm([i for _, i in mine], desc=f"Fisher of {context.task}", disable=hidden, leave=False)
         # a forward pass in evaluation mode does not checkpoint
-        checkpoints = getattr(args, "activation_checkpointing", False) or args.gradient_checkpointing
-        size = 1 if checkpoints else args.per_device_train_batch_size
-        seeds: list[int] | None = [] if self.fisher_labels == "sampled" else None
-
-        def batches() -> Iterator[dict[str, Tensor]]:
-            for numbers, batch in batches_of_equal_shape(zip((number for number, _ in mine), shown), size):
-                if seeds is not None:
-                    seeds.extend(args.seed + number for number in numbers)
-                yield {k: t.to(args.device) for k, t in batch.items()}
-
-        total = sum_squared_gradients(context.model, batches(), dict(self.parameters(context.model)), seeds)
+        checkpoints = (getattr(args, f"{kind}_checkpointing", False) for kind in ("activation", "gradient"))
+        size = 1 if any(checkpoints) else args.per_device_train_batch_size
+        total = sum_squared_gradients(model, _examples(context, shown), dict(self.parameters(model)), size, seeds)
         return {n: reduce(t, "sum") / len(chosen) for n, t in total.items()}
+
+
+def _examples(context: Context, numbers: Iterable[int]) -> Iterator[dict[str, Tensor]]:
+    """The inputs of single examples of the task, as Trainer gives them to the model."""
+    collate: Any = context.collate  # there is one while training
+    taken = {*inspect.signature(bare_model(context.model).forward).parameters, "label", "label_ids"}
+    for i in numbers:
+        row = context.task_dataset[i]
+        if context.args.remove_unused_columns and isinstance(row, Mapping):
+            row = {k: v for k, v in row.items() if k in taken}
+        yield {k: t.to(context.args.device) for k, t in collate([row]).items()}

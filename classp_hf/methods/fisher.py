@@ -2,117 +2,110 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from transformers.pytorch_utils import Conv1D
 
 from ..names import bare_model, is_language_model
 
-# Per-example gradients are made in pieces of about so many numbers: what a CPU's cache holds, what keeps a GPU busy.
-_PIECE, _PIECE_GPU = 2**18, 2**24
-
 Batch = Mapping[str, Tensor]
 Totals = dict[nn.Parameter, Tensor]
-
-
-def batches_of_equal_shape(
-    examples: Iterable[tuple[int, Batch]], size: int
-) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Join examples, `(number, inputs with a first dimension of 1)`, to `(numbers, batch)` of up to `size`.
-
-    Only examples of equal shapes are joined: nothing is padded, so each stays what it is alone.
-    """
-    waiting: dict[Any, list[tuple[int, Batch]]] = defaultdict(list)
-
-    def joined(key: Any) -> tuple[list[int], dict[str, Tensor]]:
-        numbers, group = zip(*waiting.pop(key))
-        return list(numbers), {k: torch.cat([example[k] for example in group]) for k in group[0]}
-
-    for number, example in examples:
-        key = tuple((k, t.shape) for k, t in example.items())
-        waiting[key].append((number, example))
-        if len(waiting[key]) == size:
-            yield joined(key)
-    yield from map(joined, list(waiting))
+Layers = dict[nn.Module, dict[str, nn.Parameter]]
 
 
 def sum_squared_gradients(
     model: nn.Module,
-    batches: Iterable[Batch],
+    examples: Iterable[Batch],
     parameters: Mapping[str, nn.Parameter],
-    seeds: Sequence[int] | None = None,
+    size: int = 1,
+    seeds: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """Sum over examples of the squared gradient of log p(y|x), float32, by parameter name.
 
-    If every parameter is that of one linear, embedding or layer norm layer, called once and with the examples in the
-    first dimension, a batch takes one forward and one backward pass, in which no weight's gradient is computed:
-    squares are made in small pieces from the layers' inputs and their outputs' gradients. Otherwise (any other layer,
-    tied weights, functions of a weight) examples are taken one at a time. Both are exact; which it has to be shows in
-    every batch.
+    Up to `size` examples of equal shapes share one forward and one backward pass if every parameter is that of one
+    layer (a module without modules in it), called once, with one input that has the examples in the first dimension:
+    each example's gradients then follow from the layer's input and its output's gradient. Otherwise (tied weights,
+    functions of a weight) every example takes a pass of its own. Both are exact; which it has to be shows in every
+    batch.
 
     Args:
-        model: with `logits` of shape (examples, classes), or a language model's (examples, tokens, words): then log
-            p(y|x) is summed over tokens. It runs in evaluation mode; no example's logits may depend on the others'.
-        batches: dicts of inputs, examples first, with integer `labels`, one an example or a token, -100: none.
+        model: as `log_likelihood` needs it. It runs in evaluation mode; no example's logits may depend on the others'.
+        examples: inputs of single examples, with a first dimension of 1, and their `labels`.
         parameters: what to differentiate.
-        seeds: one an example: draw y from the model's p(y|x), of a language model every token given the example's
-            tokens before it, instead of taking the example's label.
+        size: examples that may share a pass. Nothing is padded, so each example stays what it is alone.
+        seeds: one an example: draw y from the model's p(y|x). Default: y is the example's labels.
 
     Raises:
-        ValueError: the model is no such model.
+        ValueError: the model has no such likelihood.
     """
     totals = {p: torch.zeros(p.shape, device=p.device) for p in parameters.values()}
-    layers = _layers(model, totals)
-    sure, done, was_training = False, 0, model.training
+    layers, limit, was_training = _layers(model, totals), 1, model.training
+    waiting: dict[Any, list[tuple[Batch, list[int]]]] = defaultdict(list)
+
+    def add(group: list[tuple[Batch, list[int]]]) -> None:
+        batch = {k: torch.cat([example[k] for example, _ in group]) for k in group[0][0]}
+        if layers and _add_together(model, batch, [i for _, seed in group for i in seed], totals, layers):
+            return
+        layers.clear()  # once and for all
+        for example, seed in group:
+            for p, g in zip(totals, _gradients(log_likelihood(model, example, seed), list(totals))):
+                if g is not None:
+                    totals[p].addcmul_(g.float(), g.float())
+
     model.eval()
     try:
-        for batch in batches:
-            start, count = 0, len(next(iter(batch.values())))
-            while start < count:
-                end = count if sure and layers is not None else start + 1
-                some = {k: t[start:end] for k, t in batch.items()}
-                drawn = None if seeds is None else seeds[done + start : done + end]
-                if layers is not None and not _add_together(model, some, drawn, totals, layers):
-                    layers = None  # once and for all
-                    continue
-                if layers is None:
-                    for p, g in zip(totals, _gradients(_log_likelihood(model, some, drawn), list(totals))):
-                        if g is not None:
-                            totals[p].addcmul_(g.float(), g.float())
+        for i, example in enumerate(examples):
+            same = waiting[tuple((k, t.shape) for k, t in example.items())]
+            same.append((example, list(seeds[i : i + 1])))
+            if len(same) >= limit:
+                add(same)
+                same.clear()
                 # in one example of several tokens, a first dimension of 1 can be the examples' only
-                sure |= all(t[0].numel() > 1 for t in some.values() if t.ndim > 1)
-                start = end
-            done += count
+                limit = size if all(t[0].numel() > 1 for t in example.values() if t.ndim > 1) else limit
+        for same in filter(None, waiting.values()):
+            add(same)
     finally:
         model.train(was_training)
     return {n: totals[p] for n, p in parameters.items()}
 
 
 @torch.enable_grad()
-def _log_likelihood(model: nn.Module, batch: Batch, seeds: Sequence[int] | None) -> Tensor:
-    """The sum over the examples of `batch` of log p(y|x)."""
+def log_likelihood(model: nn.Module, batch: Batch, seeds: Sequence[int] = ()) -> Tensor:
+    """The sum over the examples of `batch` of log p(y|x), as the model's own cross-entropy has it.
+
+    Args:
+        model: its `logits` have the classes in the last dimension and one row a label: an example's (sequence
+            classifiers), a token's (token classifiers, masked language models), or the next token's (causal ones).
+            log p(y|x) is the sum over an example's rows.
+        batch: inputs, examples first, with integer `labels`; -100 marks a row without one.
+        seeds: one an example: draw the labels from the model's p(y|x), of a language model every token given the
+            example's tokens before it.
+
+    Raises:
+        ValueError: regression, several labels an example, or other outputs that are no rows of classes.
+    """
     inputs = dict(batch)
     labels = inputs.pop("labels", torch.empty(0))
     generates = is_language_model(model)
     encoder_decoder = generates and bare_model(model).config.is_encoder_decoder
     given = {"labels": labels} if encoder_decoder else {}  # the decoder's inputs are made from them
-    logits = _wide(model(**inputs, **given)["logits"])
-    tokens = generates and logits.ndim == 3
-    if tokens and not encoder_decoder:  # a causal model's logits are the next token's
+    outputs = model(**inputs, **given)
+    logits = outputs["logits"].float() if "logits" in outputs else torch.empty(0)
+    if generates and not encoder_decoder:  # a causal model's logits are the next token's
         logits, labels = logits[:, :-1], labels[:, 1:]
-    if logits.ndim != 2 + tokens or logits.shape[-1] < 2 or labels.is_floating_point():
+    classes = logits.shape[-1]
+    if classes < 2 or labels.is_floating_point() or labels.numel() * classes != logits.numel():
         raise ValueError(
-            f"EWC's Fisher needs a single-label classifier or a language model, got logits of shape "
-            f"{tuple(logits.shape)} and labels of dtype {labels.dtype}. Use --method l2sp or replay for other models."
+            "EWC's Fisher needs log p(y|x) of classes, which regression and several labels an example do not give: "
+            f"got logits of shape {tuple(logits.shape)} and labels of shape {tuple(labels.shape)}, {labels.dtype}. "
+            "Use --method l2sp, elastic or replay."
         )
-    if seeds is not None:  # one generator an example: the others change nothing
+    if len(seeds):  # one generator an example: the others change nothing
         p = [torch.atleast_2d(example.softmax(-1).cpu()) for example in logits.detach()]
         drawn = [torch.multinomial(q, 1, generator=torch.Generator().manual_seed(seed)) for q, seed in zip(p, seeds)]
         labels = torch.where(labels.cpu() == -100, labels.cpu(), torch.stack(drawn).view(labels.shape))
@@ -124,111 +117,79 @@ def _gradients(likelihood: Tensor, inputs: Sequence[Any]) -> Sequence[Tensor | N
     return torch.autograd.grad(likelihood, inputs, allow_unused=True) if reached else [None] * len(inputs)
 
 
-def _wide(t: Tensor) -> Tensor:
-    return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def _layers(model: nn.Module, totals: Totals) -> dict[nn.Module, dict[str, nn.Parameter]] | None:
-    """Layer -> its parameters by name; None if some parameter is not that of one layer with a rule."""
+def _layers(model: nn.Module, totals: Totals) -> Layers:
+    """Layer -> its parameters by name; empty unless every parameter is that of one module without modules in it."""
     owned = {m: {n: p for n, p in m.named_parameters(recurse=False) if p in totals} for m in model.modules()}
-    owned = {m: own for m, own in owned.items() if own}
-    owners = Counter(p for own in owned.values() for p in own.values())
-    known = all(
-        type(m).forward in _RULES
-        and own.keys() <= {"weight", "bias"}
-        and "forward" not in vars(m)  # nobody replaced it
-        for m, own in owned.items()
+    layers = {m: own for m, own in owned.items() if own}
+    simple = not any(
+        [*m.children()] or "forward" in vars(m) or getattr(m, "scale_grad_by_freq", False) for m in layers
     )
-    counted = any(getattr(m, "scale_grad_by_freq", False) for m in owned)
-    return owned if known and not counted and all(owners[p] == 1 for p in totals) else None
+    return layers if simple and sum(map(len, layers.values())) == len(totals) else {}
 
 
-def _add_together(model: nn.Module, batch: Batch, seeds: Sequence[int] | None, totals: Totals, layers: Any) -> bool:
+def _add_together(model: nn.Module, batch: Batch, seeds: Sequence[int], totals: Totals, layers: Layers) -> bool:
     """Add the squares of all examples of `batch`, or nothing if they cannot be told apart (False)."""
     examples = len(next(iter(batch.values())))
-    calls: list[tuple[Any, Tensor, Any]] = []
+    calls: list[tuple[nn.Module, Tensor, Any]] = []
+    strange: list[nn.Module] = []
     zero = torch.zeros((), requires_grad=True)  # so that every output has a gradient
 
-    def forward(module: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def before(module: nn.Module, args: Any) -> None:
         for p in layers[module].values():  # a gradient that reaches it all the same is of another use
             p.requires_grad_(False)
-        output = type(module).forward(module, *args, **kwargs)
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         for p in layers[module].values():
             p.requires_grad_(True)
         if not torch.is_grad_enabled():
             return output
-        given = next(iter((*args, *kwargs.values()))).detach()
-        if isinstance(module, nn.Embedding) and given.shape[:1] == (1,):  # positions, for all alike
-            given, output = (t.expand(examples, *t.shape[1:]) for t in (given, output))
-        output = output + zero.to(output.device)
-        calls.append((module, given, get_gradient_edge(output)))
+        tensors = [*args, *kwargs.values(), output]
+        simple = len(tensors) == 2 and all(isinstance(t, Tensor) for t in tensors)
+        if simple and isinstance(module, nn.Embedding) and tensors[0].shape[:1] == (1,):  # positions, for all alike
+            tensors = [t.expand(examples, *t.shape[1:]) for t in tensors]
+        if not simple or any(t.shape[:1] != (examples,) for t in tensors):
+            strange.append(module)
+            return output
+        output = tensors[1] + zero.to(output.device)
+        calls.append((module, tensors[0].detach(), get_gradient_edge(output)))
         return output
 
+    hooks = [m.register_forward_pre_hook(before) for m in layers]
+    hooks += [m.register_forward_hook(after, with_kwargs=True, prepend=True) for m in layers]
     try:
-        for m in layers:
-            m.forward = partial(forward, m)
-        likelihood = _log_likelihood(model, batch, seeds)
+        likelihood = log_likelihood(model, batch, seeds)
     finally:
-        for m in layers:
-            del m.forward
+        for hook in hooks:
+            hook.remove()
         for p in totals:
             p.requires_grad_(True)
-    if len({m for m, *_ in calls}) < len(calls) or any(given.shape[:1] != (examples,) for _, given, _ in calls):
+    if strange or len({m for m, *_ in calls}) < len(calls):
         return False
     gradients = _gradients(likelihood, [*(edge for *_, edge in calls), *totals])
     if any(g is not None for g in gradients[len(calls) :]):
         return False
     for (m, given, _), g in zip(calls, gradients):
-        if g is not None:
-            given = _wide(given) if given.is_floating_point() else given
-            _RULES[type(m).forward](m, given, _wide(g), {n: totals[p] for n, p in layers[m].items()})
+        for example, g_of_it in zip(given, g) if g is not None else ():
+            _add_squares(m, layers[m], example, g_of_it.float(), totals)
     return True
 
 
-# What a layer's input and its output's gradient `g`, both examples first, add to the totals of its weights
-
-
-def _linear(module: Any, given: Tensor, g: Tensor, totals: dict[str, Tensor]) -> None:
-    a, g = (t.reshape(len(t), -1, t.shape[-1]) for t in (given, g))
-    used = torch.linalg.vector_norm(g, dim=-1).any(0).nonzero()[:, 0]  # behind a pooled token there is but one
-    a, g = a[:, used], g[:, used]
-    if "bias" in totals:
-        totals["bias"].add_(g.sum(1).square().sum(0))
-    if "weight" in totals:
-        _add_squared_products(totals["weight"], *((a, g) if isinstance(module, Conv1D) else (g, a)))
-
-
-def _add_squared_products(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add the sum over examples of `(left[example].T @ right[example])^2`; (examples, tokens, rows or columns)."""
-    if left.shape[1] == 1:
-        total.add_(left[:, 0].square().T @ right[:, 0].square())
+def _add_squares(layer: Any, own: Mapping[str, nn.Parameter], given: Tensor, g: Tensor, totals: Totals) -> None:
+    """Add the squares of one example's gradients, from the layer's input and its output's gradient `g`."""
+    if type(layer).forward is nn.Embedding.forward:
+        ids, rows = given.flatten(), g.flatten(0, -2)
+        rows = rows if layer.padding_idx is None else rows.masked_fill((ids == layer.padding_idx)[:, None], 0)
+        found, of = ids.unique(return_inverse=True)  # few of all words, and some of them twice
+        sums = rows.new_zeros(len(found), rows.shape[-1]).index_add_(0, of, rows)
+        totals[layer.weight].index_add_(0, found, sums.square_())
         return
-    rows = max(1, (_PIECE if total.device.type == "cpu" else _PIECE_GPU) // total.shape[1])
-    for some, part in zip(total.split(rows), left.split(rows, -1)):
-        examples = max(1, rows // len(some))
-        for a, b in zip(part.split(examples), right.split(examples)):
-            for product in torch.bmm(a.mT, b).float():
-                some.addcmul_(product, product)
-
-
-def _embedding(module: Any, given: Tensor, g: Tensor, totals: dict[str, Tensor]) -> None:
-    g = g.masked_fill((given == (-1 if module.padding_idx is None else module.padding_idx))[..., None], 0)
-    for ids, rows in zip(given.reshape(len(g), -1), g.reshape(len(g), -1, g.shape[-1])):
-        found, of = ids.unique(return_inverse=True)
-        sums = rows.new_zeros(len(found), rows.shape[-1]).index_add_(0, of, rows)  # of a word that comes twice
-        totals["weight"].index_add_(0, found, sums.float().square_())
-
-
-def _layer_norm(module: Any, given: Tensor, g: Tensor, totals: dict[str, Tensor]) -> None:
-    shape = module.normalized_shape
-    for name, factor in (("weight", F.layer_norm(given, shape, eps=module.eps)), ("bias", 1.0)):
-        if name in totals:
-            totals[name].add_((g * factor).reshape(len(g), -1, *shape).sum(1).square().sum(0))
-
-
-_RULES: dict[Any, Callable[[Any, Tensor, Tensor, dict[str, Tensor]], None]] = {
-    nn.Linear.forward: _linear,
-    Conv1D.forward: _linear,
-    nn.Embedding.forward: _embedding,
-    nn.LayerNorm.forward: _layer_norm,
-}
+    if type(layer).forward is nn.Linear.forward:
+        a, g = (t.float().reshape(-1, t.shape[-1]) for t in (given, g))
+        gradients = [g.T @ a if name == "weight" else g.sum(0) for name in own]
+    else:
+        with torch.enable_grad():
+            given = given.to(next(iter(own.values())).dtype) if given.is_floating_point() else given
+            output = layer.forward(given[None])[0]  # without the hooks of others
+        gradients = list(torch.autograd.grad(output, list(own.values()), g.to(output.dtype)))
+    for p, gradient in zip(own.values(), gradients):
+        totals[p].addcmul_(gradient.float(), gradient.float())

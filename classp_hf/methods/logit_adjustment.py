@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..classification import is_single_label_classifier
 from ..names import bare_model
-from .base import Context, Method, check_positive, flag
+from .base import Context, Method, flag
 
 
 @dataclass
@@ -31,6 +31,7 @@ class LogitAdjustment(Method):
 
     name = "logit_adjustment"
     parts = ("frequencies",)
+    positive = {"frequencies": "frequency"}
     ranges = {"prior_strength": ("in [0, 1]", lambda v: 0 <= v <= 1)}
 
     prior_strength: float = flag(
@@ -63,15 +64,11 @@ class LogitAdjustment(Method):
         self.frequencies |= {n: self.frequencies.get(n, 0) + f for n, f in new.items()}
         self.correction = None
 
-    def check_state(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
-        check_positive(state.get("frequencies", {}), "frequency")
-
 
 def label_column(dataset: Any) -> str | None:
     """The column that holds the labels of a dataset of known length; None if there is none."""
-    columns = getattr(dataset, "column_names", None) or ()
-    found = next((c for c in ("labels", "label", "label_ids") if c in columns), None)
-    return found if isinstance(dataset, Sized) else None
+    columns = (getattr(dataset, "column_names", None) or ()) if isinstance(dataset, Sized) else ()
+    return next((c for c in ("labels", "label", "label_ids") if c in columns), None)
 
 
 def _frequencies(dataset: Any, model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
@@ -84,6 +81,5 @@ def _frequencies(dataset: Any, model: nn.Module) -> tuple[dict[str, Tensor], Ten
             "Leave it out of --method."
         )
     id2label = bare_model(model).config.id2label
-    labels = torch.as_tensor(dataset[column][:])
-    counts = torch.bincount(labels, minlength=len(id2label)).float() + 1
+    counts = torch.bincount(torch.as_tensor(dataset[column][:]), minlength=len(id2label)).float() + 1
     return {id2label[i]: f for i, f in enumerate(counts / counts.sum())}, 1 / counts.sum()

@@ -37,13 +37,12 @@ class LwF(Method):
     autocast: Any = field(default=None, init=False, repr=False)
 
     def check(self, context: Context, others: Sequence[Method]) -> None:
+        labels = getattr(getattr(context.model, "config", None), "num_labels", 2)
         if context.sharded:
             raise ValueError("The method 'lwf' keeps a whole copy of the model, which FSDP's shards are not. Use DDP.")
         if context.per_task_heads:
             raise ValueError("The method 'lwf' compares the outputs of one head; heads='per_task' has several.")
-        if getattr(getattr(context.model, "config", None), "num_labels", 2) == 1 and not is_language_model(
-            context.model
-        ):
+        if labels == 1 and not is_language_model(context.model):
             raise ValueError("The method 'lwf' compares probabilities of labels, and the model has one label.")
 
     def before_task(self, context: Context) -> None:
