@@ -145,9 +145,9 @@ class ContinualTrainer(PatchedTrainer):
                     f"The method {part.name!r} adjusts the logits of the trainer's own loss, which is for "
                     "single-label classifiers: pass no compute_loss_func, or leave the method out."
                 )
-        if args.memory is not None:
+        if args.memory not in (None, NONE):
             self.load_memory(ContinualMemory.load(args.memory, args.memory_revision), repr(args.memory))
-        elif args.optim == CLASSP_NAME:
+        elif args.memory is None and args.optim == CLASSP_NAME:
             warn_of_unused_memory(self.model, "pass memory=FOLDER to go on from it.")
         self.preemption = PreemptionCallback(self)
         self.add_callback(self.preemption)  # the last: it may end the process

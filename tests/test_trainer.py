@@ -602,3 +602,9 @@ def test_eval_strategy_uses_the_tasks_validation_split(make_model, make_tasks, m
     trainer.train_sequence(make_tasks(2))
     assert seen.count(4) == 2  # in the middle of each task
     assert trainer.eval_dataset is not None
+
+
+def test_memory_none_begins_an_empty_one(make_model, make_args, make_tasks, collator):
+    trainer = ContinualTrainer(make_model(), make_args(optim="classp", memory="none"), collator)
+    trainer.train_sequence(make_tasks(1))
+    assert trainer.seen_tasks == ["first"]
