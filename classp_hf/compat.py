@@ -37,7 +37,7 @@ def add_optimizer(name: str, factory: Callable[[Any], tuple[type, dict[str, Any]
     """Make `--optim name` known to transformers in this process, and give every Trainer a callback. Once a process.
 
     There is no public way to add an optimizer's name: `OptimizerNames` is a closed enum, the table of handlers private
-    (transformers 5.6 to 5.24).
+    (transformers 4.57 to 5.24).
 
     Args:
         factory: training arguments -> optimizer class and its keyword arguments.
@@ -51,9 +51,18 @@ def add_optimizer(name: str, factory: Callable[[Any], tuple[type, dict[str, Any]
         return
     try:
         from transformers.trainer import DEFAULT_CALLBACKS
-        from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 
-        _OPTIMIZER_HANDLERS[name] = lambda context: factory(context.args)  # type: ignore[index]
+        try:
+            from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+        except ImportError:  # 4.57: a chain of comparisons in one static method
+            of_transformers = Trainer.get_optimizer_cls_and_kwargs
+
+            def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+                return factory(args) if args.optim == name else of_transformers(args, model)
+
+            Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)  # type: ignore[assignment]
+        else:
+            _OPTIMIZER_HANDLERS[name] = lambda context: factory(context.args)  # type: ignore[index]
         member: Any = _OptimizerName(name)
         OptimizerNames._member_map_[name.upper()] = member
         OptimizerNames._member_names_.append(name.upper())

@@ -24,6 +24,7 @@ _OLDEST = (
     "pyarrow==18.1.0"
 )
 SETS = {
+    "4.57": f"transformers==4.57.6 huggingface_hub==0.34.0 {_OLDEST}",
     "oldest": f"transformers==5.6.0 huggingface_hub==1.5.0 {_OLDEST}",
     "middle": "transformers==5.17.0 accelerate==1.13.0 datasets==4.8.5 evaluate==0.4.5 peft==0.20.0",
     "newest": "transformers accelerate datasets evaluate peft",
