@@ -24,7 +24,7 @@ def cuts_for_density(grads: list[Tensor], density: float) -> Tensor:
     found, rows with more nonzeros count for more. Where none was found c is infinite, and nothing passes.
 
     Args:
-        grads: not empty, of one device. DTensors are gathered for it, one at a time: a collective call.
+        grads: of one device. DTensors are gathered for it, one at a time: a collective call.
         density: in (0, 1).
 
     Returns:
@@ -41,7 +41,7 @@ def cuts_for_density(grads: list[Tensor], density: float) -> Tensor:
 
 def _sample(g: Tensor) -> Tensor:
     if g.numel() <= EXACT:
-        return g.reshape(-1)
+        return g.reshape(-1) if g.numel() else g.new_zeros(1)
     order = sorted(range(g.ndim), key=g.stride, reverse=True)  # as it lies in memory: no copy
     columns, flat = g.shape[order[-1]], g.permute(order).reshape(-1)
     step = _coprime(max(1, min(columns - 1, flat.numel() // SAMPLE)), columns, -1)  # so that it visits all columns
