@@ -17,10 +17,9 @@ from reference_classp import ReferenceCLASSP, ReleasedCLASSP
 from torch import nn
 
 from classp_hf import CLASSP
-from classp_hf.optim import classp as classp_module
 from classp_hf.optim import density as density_module
 from classp_hf.optim import step as step_module
-from classp_hf.optim.density import cut_for_threshold, cuts_for_density
+from classp_hf.optim.density import cuts_for_density
 
 # One table drives every path: (kwargs, desc).
 TABLE = [
@@ -49,15 +48,14 @@ def path(request, monkeypatch):
 
     `unread`: as on a GPU, where the host does not look at gradients.
     """
-    monkeypatch.setattr(step_module, "CPU_BLOCK", 256)
-    monkeypatch.setattr(step_module, "BLOCK", 512)
+    monkeypatch.setattr(step_module, "CPU_CALL", 256)
+    monkeypatch.setattr(step_module, "CALL", 512)
     return take(request.param, monkeypatch)
 
 
 def take(path, monkeypatch):
     if path.startswith("unread"):
-        for module in (classp_module, step_module):
-            monkeypatch.setattr(module, "reads_back", lambda device: False)
+        monkeypatch.setattr(step_module, "reads_back", lambda device: False)
     if path.endswith("unfused"):
         return {"fused": False}
     return {"foreach": {"foreach": True}, "one by one": {"foreach": False}}.get(path, {})
@@ -234,10 +232,6 @@ def test_groups_keep_their_own_hyperparameters(path):
 
 
 def test_the_threshold_is_strict():
-    for threshold in (1e-12, 1e-6, 0.1, 0.25, 0.3, 2.0, 1e38, 1e300):
-        cut = cut_for_threshold(threshold)
-        above = float(torch.nextafter(torch.tensor(cut), torch.tensor(torch.inf)))
-        assert cut**2 <= threshold < above**2
     p = nn.Parameter(torch.zeros(3))
     p.grad = torch.tensor([0.5, 0.50001, -0.50001])
     CLASSP([p], lr=1.0, threshold=0.25).step()
@@ -315,12 +309,15 @@ def test_density_of_small_tensors_is_exact():
             assert round(passing(g, density) * (n - n // 2)) == expected
 
 
-def test_the_shortcut_for_dense_gradients_takes_the_same_sample(monkeypatch):
-    g = torch.randn(700, 33)
+def test_the_shortcut_for_dense_gradients_takes_a_like_sample(monkeypatch):
+    """It is not taken when compiled; both samples are spread over all rows and columns."""
+    g = torch.arange(1.0, 700 * 33 + 1).view(700, 33)
     short = density_module._sample(g)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert torch.equal(short, density_module._sample(g))
-    assert len(short) == density_module.SAMPLE and len(short.unique()) == density_module.SAMPLE
+    for sample in (short, density_module._sample(g)):
+        assert density_module.SAMPLE <= len(sample) == len(sample.unique())
+        assert len((sample // 33).unique()) > 650 and len((sample % 33).unique()) == 33
+        assert torch.quantile(sample, 0.9) == pytest.approx(0.9 * g.numel(), rel=0.01)
 
 
 def test_density_is_the_share_of_nonzero_gradients_that_update(path):
@@ -390,9 +387,8 @@ def test_bad_gradients_reach_neither_weights_nor_memory(value, kwargs, path):
     optimizer.step()
     before = [p.detach().clone() for p in (good, bad)] + [optimizer.accumulator(p).clone() for p in (good, bad)]
     bad.grad[1, 1] = value
-    if classp_module.reads_back(good.device):
-        match = r"overflowing gradients in 1 of 2 tensors \(first shape: \(30, 30\)\). Nothing was updated"
-        with pytest.raises(RuntimeError, match=match):
+    if step_module.reads_back(good.device):
+        with pytest.raises(RuntimeError, match="NaN, infinite or overflowing gradients. Nothing was updated"):
             optimizer.step()
     else:
         optimizer.step()
@@ -402,13 +398,13 @@ def test_bad_gradients_reach_neither_weights_nor_memory(value, kwargs, path):
     assert bad.isfinite().all() and optimizer.accumulator(bad).isfinite().all()
     good.grad, bad.grad = torch.ones(3), torch.ones(30, 30)
     optimizer.step()
-    assert optimizer.skipped_steps() == (0 if classp_module.reads_back(good.device) else 1)
+    assert optimizer.skipped_steps() == (0 if step_module.reads_back(good.device) else 1)
 
 
 def test_large_gradients_that_do_not_overflow_are_good(path):
     p, q = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
     optimizer = CLASSP([{"params": [p], "power": 1.0}, {"params": [q], "power": 2.0}], lr=1e-3, **path)
-    p.grad, q.grad = torch.full((3,), 1e25), torch.full((3,), 1e15)  # the squares of p's overflow, not their roots
+    p.grad, q.grad = torch.full((3,), 1e18 / 2), torch.full((3,), 1e15)  # of p the root is not taken
     optimizer.step()
     for w in (p, q):
         torch.testing.assert_close(w.detach(), torch.full((3,), -1e-3))
@@ -492,7 +488,6 @@ def test_a_state_of_an_older_version_goes_on():
     step_once(twin, restored, 9)
     for p, q in zip(model.parameters(), twin.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
-    assert restored.param_groups[0]["offset"] == 1e-6
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "uint8"])
@@ -521,7 +516,6 @@ def test_a_changed_eps_or_power_does_not_change_the_memory():
     torch.testing.assert_close(optimizer.accumulator(p), p.grad**2)
     optimizer.step()
     torch.testing.assert_close(optimizer.accumulator(p), 2 * p.grad**2)
-    assert optimizer.param_groups[0]["offset"] == 0.25
     optimizer.param_groups[0]["power"] = 1.0
     optimizer.step()
     torch.testing.assert_close(optimizer.accumulator(p), 2 * p.grad**2 + p.grad)
@@ -594,7 +588,7 @@ def test_sharded_parameters_take_the_step_of_whole_ones(kwargs, path, mesh):
             assert torch.equal(optimizer.accumulator(p).full_tensor(), other.accumulator(q))
     before = params[0].full_tensor().clone()
     params[0].grad = sharded(torch.full((100, 70), math.nan))
-    if classp_module.reads_back(torch.device("cpu")):
+    if step_module.reads_back(torch.device("cpu")):
         with pytest.raises(RuntimeError, match="NaN, infinite"):
             optimizer.step()
     else:
@@ -624,8 +618,8 @@ def test_sharded_parameters_take_the_step_of_whole_ones(kwargs, path, mesh):
         ({"weight_decay": -0.1}, r"weight_decay must be finite and >= 0, got -0.1"),
         ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
         ({"density": 1.5}, r"density must be in \(0, 1\], got 1.5"),
-        ({"foreach": True, "fused": True}, r"foreach=True and fused=True exclude each other"),
-        ({"fused": True, "power": 1.0}, r"fused=True is PyTorch's Adagrad, which needs power=2.*got power=1.0"),
+        ({"foreach": True, "fused": True}, r"fused=True is PyTorch's Adagrad.* no foreach, got .* foreach=True"),
+        ({"fused": True, "power": 1.0}, r"fused=True is PyTorch's Adagrad.* needs power=2.*got power=1.0"),
         ({"fused": True, "apply_decay": False}, r"fused=True .* apply_decay=False"),
         ({"fused": True, "state_dtype": "uint8"}, r"fused=True .* state_dtype='uint8'"),
         ({"state_dtype": "int4"}, r"state_dtype must be one of float32, bfloat16, uint8, got 'int4'"),
@@ -642,9 +636,8 @@ def test_bad_hyperparameters(kwargs, match):
 
 
 def test_fused_where_there_is_none():
-    for p in (torch.ones(1, dtype=torch.float64), torch.ones(1, device="meta")):
-        with pytest.raises(ValueError, match=f"fused=True is not possible for a {p.dtype} parameter on {p.device}"):
-            CLASSP([nn.Parameter(p)], fused=True)
+    with pytest.raises(ValueError, match="fused=True is PyTorch's Adagrad .* on meta. Leave fused out"):
+        CLASSP([nn.Parameter(torch.ones(1, device="meta"))], fused=True)
 
 
 def test_closure_runs_with_gradients():

@@ -78,7 +78,7 @@ def test_ten_thousand_small_increments_are_not_lost(name):
 def test_a_tensor_in_blocks_rounds_as_the_whole_one(name, shape, monkeypatch):
     results = []
     for block in (2**19, 512):
-        monkeypatch.setattr(step, "CPU_BLOCK", block)
+        monkeypatch.setattr(step, "CPU_CALL", block)
         generator = torch.Generator().manual_seed(0)
         p = nn.Parameter(torch.randn(shape, generator=generator))
         optimizer = CLASSP([p], lr=0.1, state_dtype=name)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
-_BLOCK, _SHIFT, _GOLDEN = 256, 19, 0x9E3779B1 - 2**32
+BLOCK, _SHIFT, _GOLDEN = 256, 19, 0x9E3779B1 - 2**32
 
 
 def random_bits(grad: Tensor, param: Tensor, start: int = 0) -> Tensor:
@@ -37,24 +37,30 @@ def compress(values: Tensor, dtype: torch.dtype, random: Tensor) -> tuple[Tensor
 
     `random`: an integer with 32 random bits a weight. What `expand` gave comes out as it was, whatever they are.
     """
-    if dtype == torch.float32:
-        return values, None
     values, random = values.contiguous(), random.int()
     bits, shape = values.view(-1).view(torch.int32), values.shape
     if dtype == torch.bfloat16:
         return (bits + (random >> 16 & 0xFFFF) & ~0xFFFF).view(torch.float32).to(dtype).view(shape), None
     code = torch.where(bits == 0, 0, bits + (random >> 32 - _SHIFT & 2**_SHIFT - 1) >> _SHIFT)
-    base = (F.pad(code, (0, -code.numel() % _BLOCK)).view(-1, _BLOCK).amax(1) - 255).clamp_(min=0)
-    b = base[:, None].expand(-1, _BLOCK).reshape(-1)[: code.numel()]
+    base = (F.pad(code, (0, -code.numel() % BLOCK)).view(-1, BLOCK).amax(1) - 255).clamp_(min=0)
+    b = base[:, None].expand(-1, BLOCK).reshape(-1)[: code.numel()]
     u = random * _GOLDEN >> 8 & 0xFFFFFF
     up = u.float() * 2.0**-24 * (b + 1 << _SHIFT).view(torch.float32) < values.reshape(-1)
     return torch.where(code > b, code - b, up.int()).to(torch.uint8).view(shape), base.to(torch.int16)
+
+
+def store(accumulator: Tensor, base: Tensor | None, values: Tensor, random: Tensor) -> None:
+    """Put `values` into a low-bit accumulator; arguments as of `compress`."""
+    compressed, new_base = compress(values, accumulator.dtype, random)
+    accumulator.copy_(compressed)
+    if base is not None:
+        base.copy_(new_base)  # type: ignore[arg-type]
 
 
 def expand(accumulator: Tensor, base: Tensor | None) -> Tensor:
     """The float32 values of an accumulator: itself if it is kept in float32."""
     if base is None:
         return accumulator.float()
-    b = base.int()[:, None].expand(-1, _BLOCK).reshape(-1)[: accumulator.numel()]
+    b = base.int()[:, None].expand(-1, BLOCK).reshape(-1)[: accumulator.numel()]
     code = accumulator.reshape(-1).int()
     return torch.where(code > 0, code + b << _SHIFT, 0).view(torch.float32).view(accumulator.shape)

@@ -1,163 +1,178 @@
-"""A step of CLASSP on tensors: what goes into one call, what may not go in, and Algorithm 1 itself."""
+"""A step of CLASSP on tensors: what must not go in, what goes into one call, and Algorithm 1 itself."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._torch import FUSED_DEVICES, fused_adagrad_, is_sharded, local, over_shards
-from .density import cut_for_threshold, cuts_for_density
-from .state import compress, expand, random_bits
+from .density import cuts_for_density
+from .shards import local, over_shards
+from .state import BLOCK, expand, random_bits, store
 
-# Weights in one call that needs temporaries of their size, which on a CPU should stay in the cache.
-CPU_BLOCK, BLOCK = 2**19, 2**24
+FUSED_DEVICES = ("cpu", "cuda") if torch.__version__ >= (2, 13) else ()  # type: ignore[operator]
+"""Where `torch._fused_adagrad_` runs, with a tensor as learning rate too (CUDA: pytorch#153038)."""
+
+CPU_CALL, CALL = 2**18, 2**24
+"""Weights in one call that needs temporaries of their size; on a CPU those should stay in the cache."""
 
 
-class Piece(NamedTuple):
+class _Piece(NamedTuple):
     """Consecutive coordinates of one parameter, which are updated in one call."""
 
-    param: Tensor
     weight: Tensor
     grad: Tensor
     accumulator: Tensor
     base: Tensor | None  # of a uint8 accumulator
     start: int
     cut: float | Tensor | None  # |g| up to it is ignored
-    fused: bool
+
+    def is_contiguous(self) -> bool:
+        return self.weight.is_contiguous() and self.grad.is_contiguous() and self.accumulator.is_contiguous()
+
+    def split(self, most: int) -> list[_Piece]:
+        """Pieces of at most `most` weights, if they can be views."""
+        count = self.weight.numel()
+        if count <= most or not self.is_contiguous():
+            return [self]
+        views = [t.view(-1).split(most) for t in self[:3]]
+        bases = itertools.repeat(None) if self.base is None else self.base.split(most // BLOCK)
+        return [
+            _Piece(weight, grad, accumulator, base, start, self.cut)
+            for weight, grad, accumulator, base, start in zip(*views, bases, range(0, count, most))
+        ]
+
+
+def find_bad(work: list[tuple[dict[str, Any], list[Tensor]]]) -> Tensor | None:
+    """1.0 if a gradient, of parameters with their group, is bad on any rank; else 0.0. Collective.
+
+    On CPUs it raises RuntimeError for a bad one, and else returns None.
+    """
+    found = []
+    for group, params in work:
+        grads = [local(p.grad) for p in params]  # type: ignore[arg-type]
+        dtype = torch.promote_types(grads[0].dtype, torch.float32)
+        norms = torch.stack(torch._foreach_norm(grads, 2, dtype))
+        # of a norm up to this 2**24 additions of |g|^p stay finite; the norm's own squares do up to 2**63
+        bad = (~(norms <= 2.0 ** min(104 / group["power"], 63))).any().float()
+        found.append(over_shards(bad, params[0], "max"))  # one verdict on all ranks
+    if not found:
+        return None
+    worst = torch.stack([bad.to(found[0].device) for bad in found]).amax()
+    if not all(reads_back(bad.device) for bad in found):
+        return worst
+    if worst:
+        raise RuntimeError(
+            "CLASSP got NaN, infinite or overflowing gradients. Nothing was updated. Lower the learning rate, "
+            "clip the gradients, or check data and loss."
+        )
+    return None
+
+
+def batches(params: list[Tensor], group: dict[str, Any], states: Mapping[Tensor, Any]) -> Iterator[list[_Piece]]:
+    """What goes into one call: pieces whose temporaries fit; with `foreach=False` one piece.
+
+    The parameters, of `group`, have one device, dtype and sharding, and so have their gradients.
+    """
+    device = params[0].device
+    fused, most = may_fuse(group, device), CPU_CALL if reads_back(device) else CALL
+    batch: list[_Piece] = []
+    filled = 0
+    for p, cut in zip(params, cuts(params, group)):
+        state = states[p]
+        whole = _Piece(local(p), local(p.grad), local(state["accumulator"]), state.get("base"), 0, cut)  # type: ignore[arg-type]
+        in_place = fused and cut is None and whole.is_contiguous() and p.dtype == p.grad.dtype == torch.float32  # type: ignore[union-attr]
+        for piece in [whole] if in_place else whole.split(most):
+            size = 0 if in_place else piece.weight.numel()
+            if batch and (group["foreach"] is False or filled + size > most):
+                yield batch
+                batch, filled = [], 0
+            batch.append(piece)
+            filled += size
+    if batch:
+        yield batch
+
+
+def update(batch: list[_Piece], group: dict[str, Any], found_inf: Tensor | None) -> None:
+    """Algorithm 1 on a batch in place, and nothing if `found_inf` is 1."""
+    device, lr = batch[0].weight.device, group["lr"]
+    fused = may_fuse(group, device)
+    dtype = torch.promote_types(batch[0].weight.dtype, torch.float32)
+    w = [piece.weight.to(dtype).contiguous() for piece in batch]
+    s = [expand(piece.accumulator, piece.base).to(dtype).contiguous() for piece in batch]
+    g = [piece.grad.to(dtype).contiguous() for piece in batch]
+    if found_inf is None:
+        lr = float(lr)
+        decay = lr * group["weight_decay"]
+    else:
+        if isinstance(lr, Tensor):  # never read back: a Python float would synchronise, and recompile
+            lr = lr.reshape(()).to(device, torch.float32)
+        found_inf = found_inf.to(device)
+        decay = lr * group["weight_decay"] * (1 - found_inf)
+        if not fused:
+            g = [x.masked_fill(found_inf > 0, 0.0) for x in g]
+    g = [_hardshrink(x, piece.cut) for x, piece in zip(g, batch)]
+
+    if group["weight_decay"]:
+        torch._foreach_mul_(w, 1 - decay)
+    if fused:
+        steps = [torch.ones((), device=device)] * len(w)  # they matter only if lr decays with them
+        constants: dict[str, Any] = {"lr_decay": 0.0, "weight_decay": 0.0, "eps": 0.0}
+        torch._fused_adagrad_(w, g, s, steps, lr=lr, **constants, maximize=group["maximize"], found_inf=found_inf)
+    else:
+        signed = lr if group["maximize"] else -lr
+        classp_(w, g, s, signed, group["power"], group["eps"] - group["offset"], group["apply_decay"])
+
+    for piece, new_w, new_s, x in zip(batch, w, s, g):
+        if new_w is not piece.weight:
+            piece.weight.copy_(new_w)
+        if piece.accumulator.dtype != torch.float32:
+            store(piece.accumulator, piece.base, new_s.float(), random_bits(x, new_w, piece.start))
+        elif new_s is not piece.accumulator:
+            piece.accumulator.copy_(new_s)
 
 
 def classp_(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    accumulators: list[Tensor],
-    *,
-    lr: float | Tensor,
-    power: float,
-    eps: float,
-    apply_decay: bool,
-    maximize: bool,
+    w: list[Tensor], g: list[Tensor], s: list[Tensor], lr: float | Tensor, p: float, eps: float, apply_decay: bool
 ) -> None:
-    """Algorithm 1 on tensors of one device and dtype; changes `weights` and `accumulators` in place.
-
-    Args:
-        weights: float32 or float64.
-        grads: float32, zero where g^2 does not exceed the threshold. Such coordinates do not change.
-        accumulators: float32; accumulator + eps > 0.
-    """
-    if power == 2:
-        torch._foreach_addcmul_(accumulators, grads, grads)
+    """Algorithm 1 with `w + lr g ...`, in place, on tensors of one dtype. g is 0 where the threshold masks it."""
+    if p == 2:
+        torch._foreach_addcmul_(s, g, g)
     else:
-        powers = torch._foreach_abs(grads)
-        if power != 1:
-            torch._foreach_pow_(powers, power)
-        torch._foreach_add_(accumulators, powers)
+        powers = torch._foreach_abs(g)
+        if p != 1:
+            torch._foreach_pow_(powers, p)
+        torch._foreach_add_(s, powers)
         del powers  # so that the roots take their place in memory
-    sign, steps = 1 if maximize else -1, grads
-    if apply_decay:
-        roots = torch._foreach_add(accumulators, eps)
-        if power == 2:
-            torch._foreach_sqrt_(roots)
-        elif power != 1:
-            torch._foreach_pow_(roots, 1 / power)
-        if not isinstance(lr, Tensor) and weights[0].dtype == grads[0].dtype:
-            torch._foreach_addcdiv_(weights, grads, roots, value=sign * lr)
-            return
-        steps = list(torch._foreach_div(grads, roots))
     if isinstance(lr, Tensor):
-        torch._foreach_add_(weights, torch._foreach_mul(steps, lr.float()), alpha=sign)
-    else:
-        torch._foreach_add_(weights, steps, alpha=sign * lr)
-
-
-def update(batch: list[Piece], group: dict[str, Any], found: Tensor | None) -> None:
-    """Algorithm 1 on a batch in place, and nothing if `found` is 1."""
-    grads = [piece.grad.float() for piece in batch]
-    weights, fused = [piece.weight for piece in batch], batch[0].fused
-    wide = weights if weights[0].dtype in (torch.float32, torch.float64) else [w.float() for w in weights]
-    low_bit = batch[0].accumulator.dtype != torch.float32
-    random = [random_bits(g, w, piece.start) for g, w, piece in zip(grads, weights, batch)] if low_bit else []
-    grads = [_shrink(g, piece.cut, None if fused else found) for g, piece in zip(grads, batch)]
-    accumulators = [expand(piece.accumulator, piece.base) for piece in batch]
-
-    lr = float(group["lr"]) if found is None else group["lr"]
-    if isinstance(lr, Tensor):  # never read back: a Python float would synchronise, and recompile
-        lr = lr.reshape(()).to(weights[0].device)
-    if group["weight_decay"]:
-        decay = lr * group["weight_decay"]
-        torch._foreach_mul_(wide, 1 - (decay if found is None else decay * (1 - found)))
-    if fused:
-        fused_adagrad_(wide, grads, accumulators, lr, group["maximize"], found)
-    else:
-        names, eps = ("power", "apply_decay", "maximize"), group["eps"] - group["offset"]
-        classp_(wide, grads, accumulators, lr=lr, eps=eps, **{name: group[name] for name in names})
-    if wide is not weights:
-        torch._foreach_copy_(weights, wide)
-    for piece, values, bits in zip(batch, accumulators, random):
-        store(piece.accumulator, piece.base, values, bits)
-
-
-def store(accumulator: Tensor, base: Tensor | None, values: Tensor, random: Tensor) -> None:
-    """Put `values` into a low-bit accumulator."""
-    compressed, new_base = compress(values, accumulator.dtype, random)
-    accumulator.copy_(compressed)
-    if base is not None:
-        base.copy_(new_base)  # type: ignore[arg-type]
-
-
-def pieces(params: list[Tensor], states: dict[Tensor, Any], group: dict[str, Any]) -> Iterator[Piece]:
-    """The parameters, of one device, in pieces of at most a block of weights where the step needs temporaries."""
-    may_fuse, block = _may_fuse(group, params[0].device), _block(params[0].device)
-    for p, cut in zip(params, cuts(params, group)):
-        state = states[p]
-        weight, grad = local(p), local(p.grad)  # type: ignore[arg-type]
-        accumulator, base, count = local(state["accumulator"]), state.get("base"), weight.numel()
-        if count == 0:
-            continue
-        if not (weight.is_contiguous() and grad.is_contiguous() and accumulator.is_contiguous()):
-            if accumulator.dtype == torch.float32:  # else its rounding knows the order of the coordinates
-                order = sorted(range(weight.ndim), key=weight.stride, reverse=True)
-                weight, grad, accumulator = weight.permute(order), grad.permute(order), accumulator.permute(order)
-            if not (weight.is_contiguous() and accumulator.is_contiguous()):
-                yield Piece(p, weight, grad, accumulator, base, 0, cut, False)
-                continue
-            grad = grad.contiguous()
-        fused = may_fuse and weight.dtype != torch.float64
-        if count <= block or (fused and cut is None and weight.dtype == grad.dtype == torch.float32):
-            yield Piece(p, weight, grad, accumulator, base, 0, cut, fused)
-            continue
-        weight, grad, accumulator = weight.view(-1), grad.view(-1), accumulator.view(-1)
-        for start in range(0, count, block):
-            here = slice(start, start + block)
-            bases = None if base is None else base[start // 256 : (start + block) // 256]
-            yield Piece(p, weight[here], grad[here], accumulator[here], bases, start, cut, fused)
-
-
-def batches(pieces: Iterable[Piece], group: dict[str, Any]) -> Iterator[list[Piece]]:
-    """What goes into one call: pieces of one dtype and form of the step; a block of weights if with temporaries."""
-    filling: dict[Any, tuple[list[Piece], int]] = {}
-    for piece in pieces:
-        kind = piece.weight.dtype, piece.grad.dtype, piece.fused
-        in_place = piece.fused and piece.cut is None and kind[0] == kind[1] == torch.float32
-        count, block = 0 if in_place else piece.weight.numel(), _block(piece.weight.device)
-        batch, filled = filling.get(kind, ([], 0))
-        if batch and (group["foreach"] is False or filled + count > block):
-            yield batch
-            batch, filled = [], 0
-        batch.append(piece)
-        filling[kind] = batch, filled + count
-    yield from (batch for batch, _ in filling.values())
+        g, lr = list(torch._foreach_mul(g, lr)), 1.0
+    if not apply_decay:
+        torch._foreach_add_(w, g, alpha=lr)
+        return
+    roots = torch._foreach_add(s, eps)
+    if p == 2:
+        torch._foreach_sqrt_(roots)
+    elif p != 1:
+        torch._foreach_pow_(roots, 1 / p)
+    torch._foreach_addcdiv_(w, g, roots, value=lr)
 
 
 def cuts(params: list[Tensor], group: dict[str, Any]) -> list[Any]:
     """What |g| has to exceed, for parameters of one device: a float, or a tensor if not read back; None if nothing."""
     if group["density"] in (None, 1):
-        return [cut_for_threshold(group["threshold"]) if group["threshold"] else None] * len(params)
+        return [math.sqrt(group["threshold"]) or None] * len(params)
     found = cuts_for_density([p.grad for p in params], group["density"])  # type: ignore[misc]
     return found.tolist() if reads_back(found.device) else list(found.unbind())
+
+
+def _hardshrink(g: Tensor, cut: float | Tensor | None) -> Tensor:
+    if isinstance(cut, Tensor):
+        return torch.where(g.abs() > cut, g, 0.0)
+    return g if cut is None else torch.hardshrink(g, cut)
 
 
 def reads_back(device: torch.device) -> bool:
@@ -165,63 +180,8 @@ def reads_back(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _block(device: torch.device) -> int:
-    return CPU_BLOCK if reads_back(device) else BLOCK
-
-
-def largest_gradient(power: float) -> float:
-    """The largest |g| of which 2**24 additions of |g|^power stay finite in float32."""
-    largest = torch.finfo(torch.float32).max
-    return min((largest * 2.0**-24) ** (1 / power), largest)
-
-
-def refuse_bad(grads: list[tuple[Tensor, float]]) -> None:
-    """Raise RuntimeError if a gradient, given with its power, is not finite or too large, on any rank. Reads back."""
-    shards, limits = [local(g) for g, _ in grads], [largest_gradient(power) for _, power in grads]
-    # The norm bounds the largest and takes a twentieth of its time on a CPU. It may overflow for good gradients.
-    norms = [float(norm) for norm in torch._foreach_norm(shards)] if shards else []
-    bad = [
-        not norm <= limit and not float(shard.abs().max()) <= limit
-        for norm, shard, limit in zip(norms, shards, limits)
-    ]
-    if any(is_sharded(g) for g, _ in grads):  # every rank must come to the same verdict
-        flags = over_shards([torch.tensor(float(b)) for b in bad], [g for g, _ in grads], "max")
-        bad = [bool(flag) for flag in flags]
-    if any(bad):
-        shape = tuple(next(g.shape for (g, _), b in zip(grads, bad) if b))
-        raise RuntimeError(
-            f"CLASSP got NaN, infinite or overflowing gradients in {sum(bad)} of {len(bad)} tensors (first shape: "
-            f"{shape}). Nothing was updated. Lower the learning rate, clip the gradients, or check data and loss."
-        )
-
-
-def bad_flags(grads: list[tuple[Tensor, float]]) -> list[Tensor]:
-    """For every gradient, given with its power: 1.0 if it is not finite or too large, on any rank; else 0.0."""
-    alike: dict[Any, dict[int, Tensor]] = {}
-    for i, (grad, power) in enumerate(grads):
-        shard = local(grad)
-        if shard.numel():  # an empty one has no maximum
-            alike.setdefault((shard.device, shard.dtype, power), {})[i] = shard
-    flags = [torch.zeros((), device=g.device) for g, _ in grads]
-    for (_, _, power), shards in alike.items():
-        largest = torch.stack(torch._foreach_norm(list(shards.values()), math.inf)).float()
-        for i, flag in zip(shards, (~(largest <= largest_gradient(power))).float().unbind()):
-            flags[i] = flag
-    return over_shards(flags, [g for g, _ in grads], "max")
-
-
-def _shrink(g: Tensor, cut: float | Tensor | None, found: Tensor | None) -> Tensor:
-    """Zero where |g| <= `cut`, and everywhere if `found` is 1."""
-    if found is not None:
-        cut = cut if isinstance(cut, Tensor) else torch.full_like(found, -1.0 if cut is None else cut)
-        cut = cut.masked_fill(found > 0, math.inf)
-    if isinstance(cut, Tensor):
-        return torch.where(g.abs() > cut, g, 0.0)
-    return g if cut is None else torch.hardshrink(g, cut)
-
-
-def _may_fuse(group: dict[str, Any], device: torch.device) -> bool:
-    """Whether PyTorch's fused Adagrad is this step."""
-    possible = group["power"] == 2 and group["apply_decay"] and group["state_dtype"] == "float32"
-    needed = group["fused"] is not False and not group["foreach"] and not torch.compiler.is_compiling()
-    return possible and needed and device.type in FUSED_DEVICES
+def may_fuse(group: dict[str, Any], device: torch.device) -> bool:
+    """Whether PyTorch's fused Adagrad takes the step."""
+    wanted = group["fused"] is not False and not group["foreach"] and not torch.compiler.is_compiling()
+    holds_eps = group["offset"] == group["eps"]  # not if eps was changed, or after a state of an older version
+    return wanted and holds_eps and group["power"] == 2 and group["apply_decay"] and device.type in FUSED_DEVICES
