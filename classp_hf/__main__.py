@@ -4,6 +4,8 @@ python -m classp_hf run_glue.py --optim classp --learning_rate 1e-3 ...
 python -m classp_hf --method ewc run_glue.py --optim adamw_torch ...
 python -m classp_hf --optim classp --learning_rate 1e-3 --anchor 0.1 train_sentence_transformer.py
 accelerate launch -m classp_hf --memory previous/output -m trl.scripts.sft --optim classp ...
+python -m classp_hf --memory pretrained --method ewc run_clm.py ...
+python -m classp_hf remember MODEL --output_dir DIR
 python -m classp_hf demo
 
 The script's name ends the options. Those given here hold for every Trainer that the script builds, whatever it says
@@ -30,13 +32,16 @@ def parser() -> argparse.ArgumentParser:
     here = [m for m in METHODS.values() if m is not Method and not m.needs_trainer()]
     result = argparse.ArgumentParser(
         prog="python -m classp_hf",
-        usage="python -m classp_hf [options] (SCRIPT | -m MODULE) [arguments of the script ...], or: demo [arguments]",
+        usage="python -m classp_hf [options] (SCRIPT | -m MODULE) [arguments of the script ...], or: demo, remember",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     result.add_argument("--memory", help="the continual memory to go on from: a file, a model's folder or a Hub id; "
-                        "`none` begins an empty one. Default: the one beside the model")  # fmt: skip
+                        "`none` begins an empty one, `pretrained` that of a model without one, from its own samples. "
+                        "Default: the one beside the model")  # fmt: skip
+    result.add_argument("--memory_strength", type=float, metavar="STEPS", help="training steps' worth that a memory "
+                        "of `pretrained` or `remember` counts; default: those it is of")  # fmt: skip
     result.add_argument("--method", help="a method, or several joined by '+': "
                         f"{', '.join(m.name for m in here)}")  # fmt: skip
     result.add_argument("--anchor", type=float, metavar="STRENGTH", help="the method `elastic` at this strength")
@@ -68,6 +73,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _options(own: argparse.Namespace, command: argparse.ArgumentParser) -> dict[str, Any]:
     """What `register` is given."""
+    from .live import check_strength
     from .optim_args import parse_optim_args
 
     try:
@@ -91,11 +97,13 @@ def _options(own: argparse.Namespace, command: argparse.ArgumentParser) -> dict[
             parse_optim_args(own.optim_args)
         if own.learning_rate is not None and not own.learning_rate > 0:
             raise ValueError(f"--learning_rate must be > 0, got {own.learning_rate}")
+        check_strength(own.memory_strength)
     except ValueError as error:
         command.error(str(error))
     return {
         "method": made or None,
         "memory": own.memory,
+        "memory_strength": own.memory_strength,
         "optim": own.optim,
         "learning_rate": own.learning_rate,
         "optim_args": own.optim_args,
@@ -129,6 +137,11 @@ def main() -> None:
 
         sys.argv = ["demo", *script[1:]]
         demo()
+        return
+    if script[0] == "remember" and not os.path.isfile("remember"):
+        from .remember import main as remember
+
+        remember(script[1:])
         return
     as_module = script[0] == "-m"
     if as_module and len(script) < 2:

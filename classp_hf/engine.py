@@ -16,13 +16,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .compat import refuse_sharding, watch_saving
-from .live import CLASSP_LEARNING_RATE, CLASSP_NAME, LiveMemory, describe_optimizer
+from .live import CLASSP_LEARNING_RATE, CLASSP_NAME, LiveMemory, check_strength, describe_optimizer
 from .memory import MEMORY_NAME, ContinualMemory, NoMemoryError, find_memory
 from .methods import Context, Elastic, Merge, Method, make_methods
 from .names import bare_model, model_source, reshard, samples, trainable_parameters
 from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .redaction import UNPRINTABLE
+from .remember import PRETRAINED, pretrained_memory
 from .resume import load_optimizer_state
 
 logger = logging.get_logger(__name__)
@@ -50,8 +51,11 @@ class ContinualCallback(LiveMemory, TrainerCallback):
     Args:
         method: a [`~classp_hf.methods.Method`], the name of one, or several (`"ewc+elastic"`, a list). Methods that
             change the data or the loss need [`ContinualTrainer`].
-        memory: a file, the folder of a model saved with one, a Hub id, `"none"` for an empty one. Default: the memory
+        memory: a file, the folder of a model saved with one, a Hub id, `"none"` for an empty one; `"pretrained"` for
+            that of the model as it is loaded, if it has none ([`remember.pretrained_memory`]). Default: the memory
             beside the model, wherever it was loaded from.
+        memory_strength: steps' worth that a memory of `remember` counts: its accumulators are scaled so that their
+            mean is that of so many steps. Default: as many as it is of.
         revision: branch, tag or commit of a Hub repository given as `memory`.
         gather: keep a memory under other optimizers than CLASSP too, even if no method reads it.
         power: the p of the gathered `sum |g|^p`; CLASSP has its own.
@@ -74,11 +78,13 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         revision: str | None = None,
         gather: bool = False,
         power: float = 2.0,
+        memory_strength: float | None = None,
     ) -> None:
         options = {} if method or memory or gather else type(self).launched
         self.from_launcher = bool(options)
         super().__init__(make_methods(copy.deepcopy(options.get("method", method))), gather, power)
         self.source = options.get("memory") or memory or BESIDE
+        self.memory_strength = check_strength(options.get("memory_strength", memory_strength))
         self.options = options
         self.revision = revision
         self.task: str | None = None
@@ -154,7 +160,11 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             if previous.control is control and previous.methods and not previous.from_launcher:
                 return  # two on one Trainer: that with a method works
             previous.stop()  # also one whose training was interrupted
-            if previous.control is control and self.source != BESIDE and isinstance(optimizer, CLASSP):
+            if (
+                previous.control is control
+                and self.source not in (BESIDE, PRETRAINED)
+                and isinstance(optimizer, CLASSP)
+            ):
                 optimizer.state.clear()  # that engine has put another memory into it
         self.control = control
         ContinualCallback.applied |= self.from_launcher
@@ -179,7 +189,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
                 f"CLASSP trains with learning_rate={args.learning_rate:g}, which is far too small for it (AdamW's "
                 f"are). Pass --learning_rate; {CLASSP_LEARNING_RATE} is a good start."
             )
-        self._find(model, args, state, previous, resumed)
+        self._find(model, args, state, previous, resumed, processing_class)
         self.put(resumed and is_classp)
         if self.optimizer_file is not None and not resumed:
             load_optimizer_state(optimizer, model, torch.load(self.optimizer_file, "cpu", weights_only=True))
@@ -204,6 +214,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             accelerator=self.accelerator,
             per_task_heads=self.heads is not None,
             max_steps=state.max_steps,
+            fisher_steps=self.fisher_steps,
             start=self._starting_weights() if resumed else None,
         )
         self.check(self.context)
@@ -312,7 +323,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
 
     # ---- Where the memory comes from, and where it goes ----
 
-    def _find(self, model: Any, args: Any, state: Any, previous: Any, resumed: bool) -> None:
+    def _find(self, model: Any, args: Any, state: Any, previous: Any, resumed: bool, tokenizer: Any) -> None:
         """Read the memory that this training goes on from."""
         if resumed:
             given = args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None
@@ -330,17 +341,24 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         if self.loaded:
             return
         self.loaded = True
-        if previous is not None and previous is not self and self.source == BESIDE:
-            self.load(previous.memory(), model, args, where="this process (the model was trained in it)")
+        known = " (memory='pretrained' is for models that have none)" if self.source == PRETRAINED else ""
+        follows = self.source == BESIDE or (self.source == PRETRAINED and previous is not None and previous.tasks)
+        if previous is not None and previous is not self and follows:
+            self.load(previous.memory(), model, args, where=f"this process (the model was trained in it){known}")
             return
         start = model_source(model)
-        memory = None
-        if self.source not in (BESIDE, NONE):
+        memory, where = None, repr(self.source)
+        if self.source not in (BESIDE, NONE, PRETRAINED):
             memory = ContinualMemory.load(self.source, self.revision)
-        elif self.source == BESIDE and start:
+        elif self.source != NONE and start:
             memory = _beside(start, getattr(getattr(bare_model(model), "config", None), "_commit_hash", None))
+            where = f"{start!r}{known}"
+        if self.source == PRETRAINED and memory is None:
+            power = self.optimizer.param_groups[0]["power"] if isinstance(self.optimizer, CLASSP) else self.power
+            memory = pretrained_memory(model, tokenizer, power, args.local_process_index == 0)
+            where = f"{start or 'this model'!r} as it was loaded (memory='pretrained')"
         if memory is not None:
-            self.load(memory, model, args, where=repr(start if self.source == BESIDE else self.source))
+            self.load(memory, model, args, where=where)
         elif args.process_index == 0 and self.source == BESIDE:
             logger.warning(f"There is no continual memory beside {start or 'this model'!r}: this run begins one.")
 

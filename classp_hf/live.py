@@ -38,6 +38,9 @@ class LiveMemory:
 
     def __init__(self, methods: list[Method], gather: bool, power: float) -> None:
         self.methods, self.gather, self.power = methods, gather, power
+        self.memory_strength: float | None = None
+        """Steps' worth that a memory counts which says of how many steps it is. None: as many."""
+        self.fisher_steps: float | None = None
         self.tasks: list[str] = []
         """Names of the tasks seen so far."""
         self.heads: TaskHeads | None = None
@@ -107,7 +110,11 @@ class LiveMemory:
                 self.heads.initial = memory.get("initial_head") or self.heads.initial
         except ValueError as error:
             raise ValueError(f"{error}{at}") from None
-        self._pending, self._kept = match.accumulators, match.kept
+        steps = None if same_run else memory.metadata.get("steps")  # that `remember` wrote
+        scale = self.memory_strength / steps if self.memory_strength and steps else 1.0
+        self._pending, self._kept = ({n: t * scale for n, t in m.items()} for m in (match.accumulators, match.kept))
+        is_fisher = memory.metadata.get("optimizer", {}).get("power") == 2
+        self.fisher_steps = steps * scale if steps and is_fisher else None
         self._description = memory.metadata.get("optimizer", {})
         unfinished = [] if same_run or memory.metadata.get("task") is None else [memory.metadata["task"]]
         self.tasks = [*memory.tasks, *unfinished]
@@ -229,6 +236,13 @@ class LiveMemory:
             g = torch.where(bad.to(p.device) > 0, 0.0, g)
             local(s).add_(g.square() if self.power == 2 else g.abs().pow_(self.power))
             self._gathered[n] = s
+
+
+def check_strength(strength: float | None) -> float | None:
+    """`memory_strength` as it was given, or a ValueError."""
+    if strength is not None and not 0 < strength < float("inf"):
+        raise ValueError(f"memory_strength is in steps' worth and must be > 0, got {strength}")
+    return strength
 
 
 def describe_optimizer(optimizer: Any, args: Any) -> dict[str, Any]:

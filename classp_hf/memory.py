@@ -373,6 +373,9 @@ def _check_metadata(metadata: Any) -> None:
         raise ValueError(
             f"the optimizer's state_dtype must be one of {', '.join(STATE_DTYPES)}, got {_quoted(state_dtype)}"
         )
+    steps = metadata.get("steps", 1)
+    if type(steps) not in (int, float) or not 0 < steps <= sys.float_info.max:
+        raise ValueError(f"steps must be a finite number > 0, got {_quoted(steps)}")
     if _is_nested(metadata, 20):
         raise ValueError("the metadata are nested more than 20 deep")
 

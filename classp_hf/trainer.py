@@ -33,6 +33,7 @@ from .names import bare_model, is_language_model, model_source, trainable_parame
 from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .preemption import PreemptionCallback
+from .remember import PRETRAINED
 from .report import write_model_card
 from .resume import last_complete_checkpoint
 from .sequence import SequenceRun
@@ -114,6 +115,7 @@ class ContinualTrainer(PatchedTrainer):
             revision=args.memory_revision,
             gather=args.gather_memory,
             power=args.memory_power,
+            memory_strength=args.memory_strength,
         )
         self.engine.trainer = self
         self.run_folder: Path | None = None
@@ -153,9 +155,9 @@ class ContinualTrainer(PatchedTrainer):
                     f"The method {method.name!r} adjusts the logits of the trainer's own loss, which is for "
                     "single-label classifiers: pass no compute_loss_func, or leave the method out."
                 )
-        if self.args.memory is not None:
+        if self.args.memory not in (None, PRETRAINED):
             self.load_memory(ContinualMemory.load(self.args.memory, self.args.memory_revision), repr(self.args.memory))
-        elif self.args.optim == CLASSP_NAME:
+        elif self.args.memory is None and self.args.optim == CLASSP_NAME:
             self._note_memory_beside()
         for callback in self.callback_handler.callbacks:
             if type(callback) in INTEGRATION_TO_CALLBACK.values():

@@ -84,10 +84,17 @@ class ContinualTrainingArguments(TrainingArguments):
     # The memory
     memory: str | None = field(
         default=None,
-        metadata={"help": "Go on from this continual memory: a file, the folder of a model, or a Hub id."},
+        metadata={
+            "help": "Go on from this continual memory: a file, the folder of a model, or a Hub id. `pretrained`: of a "
+            "language model that has none, one made of its own samples before the first training."
+        },
     )
     memory_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the Hub repository given as `memory`."}
+    )
+    memory_strength: float | None = field(
+        default=None,
+        metadata={"help": "Steps' worth that a memory of `remember` or `pretrained` counts; default: those it is of."},
     )
     gather_memory: bool = field(
         default=False,

@@ -15,9 +15,9 @@ PACKAGE = Path(__file__).parents[1] / "classp_hf"
 FLOORS = [
     {"files", "redaction", "optim", "embedded", "launch", "metrics", "preemption"},
     {"names", "optim_args", "hub"},
-    {"memory", "heads", "classification", "compat", "tasks"},
+    {"memory", "heads", "classification", "compat", "tasks", "rehearsal"},
     {"methods", "language"},
-    {"resume", "live"},
+    {"resume", "live", "remember"},
     {"engine"},
     {"registration"},
     {"training_args"},
