@@ -411,7 +411,7 @@ def test_the_command_and_an_unedited_script(tokenizer, tmp_path):
     assert_close(memory.get("accumulator"), remember(llama(), tokenizer, **SMALL).get("accumulator"))
     assert AutoTokenizer.from_pretrained(tmp_path / "kept").bos_token == "<s>"
     card = (tmp_path / "kept" / "README.md").read_text()
-    assert "`sum |g|^2` over 3\nbatches of 8 samples of the model" in card and "It holds the samples." in card
+    assert "`sum |g|^2` over\n3 batches of 8 samples of the model" in card and "It holds the samples." in card
     common = ("--max_steps", 1, "--use_cpu", "--report_to", "none", "--optim", "classp", "--learning_rate", "1e-2")
     script = (tmp_path / "unedited.py", tmp_path / "kept", "--output_dir", tmp_path / "out", *common)
     told = run("--memory_strength", 6, "--method", "ewc", *script)
