@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -423,6 +424,47 @@ def test_the_command_and_an_unedited_script(tokenizer, tmp_path):
     assert "samples, batch_size" in run(
         "remember", tmp_path / "start", "--output_dir", tmp_path / "x", "--samples", 0, code=2
     )
+
+
+RANKS = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+import torch
+from test_remember import SMALL, data, llama
+from transformers import Trainer, TrainingArguments
+import classp_hf, classp_hf.remember
+
+rank = int(os.environ["RANK"])
+os.environ["CLASSP_HF_CACHE"] = f"{sys.argv[1]}/cache{rank}"  # as on two machines
+original = classp_hf.remember.remember
+
+def noisy(*args, **kwargs):
+    memory = original(*args, **{**SMALL, **kwargs})
+    for key in memory.tensors:
+        memory.tensors[key] *= 1 + rank  # as sums on GPUs differ, only more
+    return memory
+
+noisy.__kwdefaults__ = original.__kwdefaults__
+classp_hf.remember.remember = noisy
+classp_hf.register(memory="pretrained", optim="classp", learning_rate=1e-2)
+args = TrainingArguments(f"{sys.argv[1]}/run", max_steps=2, use_cpu=True, report_to="none", save_strategy="no")
+trainer = Trainer(llama(), args, train_dataset=data())
+trainer.train()
+state = trainer.optimizer.optimizer.state
+torch.save([state[p]["accumulator"] for p in trainer.model.parameters()], f"{sys.argv[1]}/{rank}.pt")
+"""
+
+
+def test_all_ranks_begin_with_the_same_memory(tmp_path):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(tmp_path / "ranks.py"), str(tmp_path), str(Path(__file__).parent)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, second)) and sum(float(t.sum()) for t in first) > 0
+    kept = [next((tmp_path / f"cache{rank}").rglob("*.st"), None) for rank in (0, 1)]
+    assert kept[0] is not None and kept[1] is None  # of one machine, one rank writes
 
 
 def test_smollm2_remembers_itself(monkeypatch):
