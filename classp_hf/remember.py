@@ -147,9 +147,7 @@ def pretrained_memory(model: Any, tokenizer: Any, power: float, writes: bool = T
     """
     by_hand = "run `python -m classp_hf remember MODEL --output_dir DIR` and pass --memory DIR"
     if bare_model(model) is not model or kind_of_model(model) != "causal":
-        raise ValueError(
-            f"memory='pretrained' is of causal language models without adapters; for classifiers {by_hand}."
-        )
+        raise ValueError(f"memory='pretrained' is of causal language models without adapters; else {by_hand}.")
     trained = {n: str(p.dtype) for n, p in trainable_parameters(model)}
     settings = [remember.__kwdefaults__, power, str(getattr(tokenizer, "chat_template", "")), trained]
     digest = hashlib.sha256(json.dumps(settings).encode())
