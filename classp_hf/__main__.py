@@ -5,6 +5,8 @@ python -m classp_hf --rehearse 0.25 run_clm.py ...
 python -m classp_hf --method ewc run_glue.py --optim adamw_torch ...
 python -m classp_hf --optim classp --learning_rate 1e-3 --anchor 0.1 train_sentence_transformer.py
 accelerate launch -m classp_hf --memory previous/output -m trl.scripts.sft --optim classp ...
+python -m classp_hf --memory pretrained --method ewc run_clm.py ...
+python -m classp_hf remember MODEL --output_dir DIR
 python -m classp_hf demo
 
 The script's name ends the options. Those given here hold for every Trainer that the script builds, whatever it says
@@ -22,11 +24,12 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
+from .live import check_strength
 from .methods import METHODS, Elastic, Merge, Method, PseudoRehearsal, make_methods
 from .methods.base import flag
 from .optim_args import parse_optim_args
 
-COMMANDS = {"demo": ".demo"}
+COMMANDS = {"demo": ".demo", "remember": ".remember"}
 """Subcommand -> the module whose `main()` reads the rest of the command line."""
 
 SHORTCUTS: dict[str, type[Method]] = {"anchor": Elastic, "merge": Merge, "rehearse": PseudoRehearsal}
@@ -42,8 +45,11 @@ class Options:
 
     memory: str | None = flag(
         None,
-        "The continual memory to go on from: a file, a model's folder or a Hub id; `none` begins an empty one. "
-        "Default: the one beside the model.",
+        "The continual memory to go on from: a file, a model's folder or a Hub id; `none` begins an empty one, "
+        "`pretrained` that of a model without one, from its own samples. Default: the one beside the model.",
+    )
+    memory_strength: float | None = flag(
+        None, "Training steps' worth that a memory of `pretrained` or `remember` counts. Default: those it is of."
     )
     method: str | None = flag(None, f"A method, or several joined by '+': {', '.join(m.name for m in HERE)}.")
     anchor: float | None = flag(None, "The method `elastic` at this strength.")
@@ -95,6 +101,7 @@ def for_register(own: argparse.Namespace, command: argparse.ArgumentParser) -> d
         parse_optim_args(own.optim_args)
     if own.learning_rate is not None and not own.learning_rate > 0:
         raise ValueError(f"--learning_rate must be > 0, got {own.learning_rate}")
+    check_strength(own.memory_strength)
     options = {f.name: getattr(own, f.name) for f in fields(Options) if f.name not in SHORTCUTS}
     return {k: v for k, v in (options | {"method": list(methods.values()) or None}).items() if v is not None}
 

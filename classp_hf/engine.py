@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .compat import refuse_sharding, watch_saving
-from .live import BESIDE, CLASSP_LEARNING_RATE, CLASSP_NAME, LiveMemory
+from .live import BESIDE, CLASSP_LEARNING_RATE, CLASSP_NAME, LiveMemory, check_strength
 from .live import NONE as NONE
 from .memory import MEMORY_NAME, ContinualMemory, warn_of_unused_memory
 from .methods import Context, Elastic, Merge, Method, make_methods
@@ -24,6 +24,7 @@ from .names import bare_model, reshard, samples, trainable_parameters
 from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .redaction import UNPRINTABLE
+from .remember import PRETRAINED
 from .resume import load_optimizer_state
 
 logger = logging.get_logger(__name__)
@@ -50,8 +51,11 @@ class ContinualCallback(LiveMemory, TrainerCallback):
     Args:
         method: a [`~classp_hf.methods.Method`], the name of one, or several (`"ewc+elastic"`, a list). Methods that
             change the data or the loss need [`ContinualTrainer`].
-        memory: a file, the folder of a model saved with one, a Hub id, `"none"` for an empty one. Default: the memory
+        memory: a file, the folder of a model saved with one, a Hub id, `"none"` for an empty one; `"pretrained"` for
+            that of the model as it is loaded, if it has none ([`remember.pretrained_memory`]). Default: the memory
             beside the model, wherever it was loaded from.
+        memory_strength: steps' worth that a memory of `remember` counts: its accumulators are scaled so that their
+            mean is that of so many steps. Default: as many as it is of.
         revision: branch, tag or commit of a Hub repository given as `memory`.
         gather: keep a memory under other optimizers than CLASSP too, even if no method reads it.
         power: the p of the gathered `sum |g|^p`; CLASSP has its own.
@@ -74,11 +78,13 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         revision: str | None = None,
         gather: bool = False,
         power: float = 2.0,
+        memory_strength: float | None = None,
     ) -> None:
         self.options = {} if method or memory or gather else type(self).launched
         """Of the launcher, if nothing else was asked for."""
         methods = make_methods(copy.deepcopy(self.options.get("method", method)))
         super().__init__(methods, self.options.get("memory") or memory or BESIDE, revision, gather, power)
+        self.memory_strength = check_strength(self.options.get("memory_strength", memory_strength))
         self.task: str | None = None
         """Name of the next training's task. Default: after its output folder."""
         self.task_dataset: Any = None
@@ -145,7 +151,11 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             if previous.control is control and previous.methods and not previous.options:
                 return  # two on one Trainer: that with a method works
             previous.stop()  # also one whose training was interrupted
-            if previous.control is control and self.source != BESIDE and isinstance(optimizer, CLASSP):
+            if (
+                previous.control is control
+                and self.source not in (BESIDE, PRETRAINED)
+                and isinstance(optimizer, CLASSP)
+            ):
                 optimizer.state.clear()  # that engine has put another memory into it
         if self.args is not None and self.model is not model:  # `model_init` has made another one
             self.reset()
@@ -158,7 +168,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             return
         refuse_sharding(args, model)
         self.stop()  # what an interrupted training left
-        self.find(previous, args, state)
+        self.find(previous, args, state, processing_class)
         self.put(resumed and isinstance(optimizer, CLASSP))
         if self.optimizer_file is not None and not resumed:
             load_optimizer_state(optimizer, model, torch.load(self.optimizer_file, "cpu", weights_only=True))
@@ -183,6 +193,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             accelerator=self.accelerator,
             per_task_heads=self.heads is not None,
             max_steps=state.max_steps,
+            fisher_steps=self.fisher_steps,
             start=self._starting_weights() if resumed else None,
         )
         self.check(self.context)

@@ -29,6 +29,7 @@ from .names import (
 from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .redaction import public_arguments
+from .remember import PRETRAINED, pretrained_memory
 
 logger = logging.get_logger(__name__)
 
@@ -52,6 +53,9 @@ class LiveMemory:
 
     def __init__(self, methods: list[Method], source: str, revision: str | None, gather: bool, power: float) -> None:
         self.methods, self.source, self.revision, self.gather, self.power = methods, source, revision, gather, power
+        self.memory_strength: float | None = None
+        """Steps' worth that a memory counts which says of how many steps it is. None: as many."""
+        self.fisher_steps: float | None = None
         self.tasks: list[str] = []
         """Names of the tasks seen so far."""
         self.heads: TaskHeads | None = None
@@ -101,7 +105,7 @@ class LiveMemory:
         """The folder of the present training."""
         return Path(args.output_dir)
 
-    def find(self, previous: LiveMemory | None, args: Any, state: Any) -> None:
+    def find(self, previous: LiveMemory | None, args: Any, state: Any, tokenizer: Any) -> None:
         """Read the memory that this training goes on from; `previous` trained the model before, in this process."""
         if state.global_step:
             step = self.folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -119,13 +123,20 @@ class LiveMemory:
         if self.loaded or self.source == NONE:
             return
         self.loaded = True
-        where = repr(self.source)
-        if self.source != BESIDE:
+        makes = self.source == PRETRAINED
+        known = " (memory='pretrained' is for models that have none)" if makes else ""
+        if self.source not in (BESIDE, PRETRAINED):
             memory: ContinualMemory | None = ContinualMemory.load(self.source, self.revision)
-        elif previous is not None:
-            memory, where = previous.memory(), "this process (the model was trained in it)"
+            where = repr(self.source)
+        elif previous is not None and (previous.tasks or not makes):
+            memory, where = previous.memory(), f"this process (the model was trained in it){known}"
         else:
-            memory, where = memory_beside(self.model), repr(model_source(self.model) or "this model")
+            start = repr(model_source(self.model) or "this model")
+            memory, where = memory_beside(self.model), f"{start}{known}"
+            if makes and memory is None:
+                power = self.adds_to(args) or self.power
+                memory = pretrained_memory(self.model, tokenizer, power, args.local_process_index == 0)
+                where = f"{start} as it was loaded (memory='pretrained')"
         if memory is not None:
             self.load(memory, self.model, args, where=where)
         elif args.process_index == 0:
@@ -159,7 +170,11 @@ class LiveMemory:
         except ValueError as error:
             at = f"\nThe memory was read from {where}; memory=none begins with an empty one." if where else ""
             raise ValueError(f"{error}{at}") from None
-        self._pending, self._kept = match.accumulators, match.kept
+        steps = None if same_run else memory.metadata.get("steps")  # that `remember` wrote
+        scale = self.memory_strength / steps if self.memory_strength and steps else 1.0
+        self._pending, self._kept = ({n: t * scale for n, t in m.items()} for m in (match.accumulators, match.kept))
+        is_fisher = memory.metadata.get("optimizer", {}).get("power") == 2
+        self.fisher_steps = steps * scale if steps and is_fisher else None
         self._description = memory.metadata.get("optimizer", {})
         unfinished = [] if same_run or memory.metadata.get("task") is None else [memory.metadata["task"]]
         self.tasks = [*memory.tasks, *unfinished]
@@ -272,6 +287,13 @@ class LiveMemory:
             g = torch.where(bad.to(p.device) > 0, 0.0, g)
             local(s).add_(g.square() if self.power == 2 else g.abs().pow_(self.power))
             self._gathered[n] = s
+
+
+def check_strength(strength: float | None) -> float | None:
+    """`memory_strength` as it was given, or a ValueError."""
+    if strength is not None and not 0 < strength < float("inf"):
+        raise ValueError(f"memory_strength is in steps' worth and must be > 0, got {strength}")
+    return strength
 
 
 def describe_optimizer(optimizer: Any, args: Any) -> dict[str, Any]:

@@ -257,6 +257,9 @@ def _check_metadata(metadata: Any) -> None:
     power = metadata.get("optimizer", {}).get("power", 1.0)
     if type(power) not in (int, float) or not 0 < power <= sys.float_info.max:
         raise ValueError(f"the optimizer's power must be a finite number > 0, got {_quoted(power)}")
+    steps = metadata.get("steps", 1)
+    if type(steps) not in (int, float) or not 0 < steps <= sys.float_info.max:
+        raise ValueError(f"steps must be a finite number > 0, got {_quoted(steps)}")
     if _is_nested(metadata, 20):  # it would be written again, and that recurses
         raise ValueError("the metadata are nested more than 20 deep")
 

@@ -18,8 +18,8 @@ def register(**options: Any) -> None:
     alone.
 
     Args:
-        options: of the callbacks, `method` and `memory`; and what is set in the training arguments of every Trainer,
-            whatever its script says: `optim`, `learning_rate`, `optim_args`. Default: nothing.
+        options: of the callbacks, `method`, `memory` and `memory_strength`; and what is set in the training arguments
+            of every Trainer, whatever its script says: `optim`, `learning_rate`, `optim_args`. Default: nothing.
 
     Raises:
         ImportError: the private names of the installed transformers have moved.

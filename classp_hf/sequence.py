@@ -35,7 +35,7 @@ STATE_NAME = "sequence_state.json"
 _CONFIG = (
     *("optim", "optim_args", "learning_rate", "weight_decay", "lr_scheduler_type", "num_train_epochs", "max_steps"),
     *("max_grad_norm", "heads", "reset_optimizer", "learned_tasks", "sequence_metric", "max_length", "memory"),
-    *("gather_memory", "memory_power", "seed"),
+    *("gather_memory", "memory_power", "memory_strength", "seed"),
 )
 
 

@@ -31,6 +31,7 @@ from .names import bare_model, is_language_model, model_source, trainable_parame
 from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .preemption import PreemptionCallback
+from .remember import PRETRAINED
 from .report import write_model_card
 from .resume import last_complete_checkpoint
 from .sequence import SequenceRun
@@ -100,6 +101,7 @@ class ContinualTrainer(PatchedTrainer):
             # pads labels too, of causal models as well
             data_collator = DataCollatorForSeq2Seq(processing_class, model)
         gathering = {"gather": args.gather_memory, "power": args.memory_power}
+        gathering["memory_strength"] = args.memory_strength
         self.engine = _Engine(make_methods(method), args.memory or NONE, revision=args.memory_revision, **gathering)
         self.engine.trainer = self
         self.run_folder: Path | None = None
@@ -145,7 +147,7 @@ class ContinualTrainer(PatchedTrainer):
                     f"The method {part.name!r} adjusts the logits of the trainer's own loss, which is for "
                     "single-label classifiers: pass no compute_loss_func, or leave the method out."
                 )
-        if args.memory not in (None, NONE):
+        if args.memory not in (None, NONE, PRETRAINED):
             self.load_memory(ContinualMemory.load(args.memory, args.memory_revision), repr(args.memory))
         elif args.memory is None and args.optim == CLASSP_NAME:
             warn_of_unused_memory(self.model, "pass memory=FOLDER to go on from it.")

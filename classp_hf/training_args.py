@@ -62,8 +62,15 @@ class ContinualTrainingArguments(TrainingArguments):
     model_license: str | None = flag(None, "The Hub's name of the license of the model, for its card: apache-2.0.")
 
     # The memory
-    memory: str | None = flag(None, "Go on from this continual memory: a file, the folder of a model, or a Hub id.")
+    memory: str | None = flag(
+        None,
+        "Go on from this continual memory: a file, the folder of a model, or a Hub id. `pretrained`: of a language "
+        "model that has none, one made of its own samples before the first training.",
+    )
     memory_revision: str | None = flag(None, "Branch, tag or commit of the Hub repository given as `memory`.")
+    memory_strength: float | None = flag(
+        None, "Steps' worth that a memory of `remember` or `pretrained` counts. Default: those it is of."
+    )
     gather_memory: bool = flag(
         False,
         "Gather the memory of gradients under other optimizers than CLASSP too, which keeps it anyway. Methods that "

@@ -17,6 +17,7 @@ FLOORS = [
     {"names", "optim_args"},
     {"memory", "heads", "classification", "compat", "tasks", "rehearsal"},
     {"methods", "language", "matching"},
+    {"remember"},
     {"resume", "live"},
     {"engine"},
     {"registration"},

@@ -34,6 +34,8 @@ class Context:
         accelerator: None in scripts that build a Trainer of their own.
         per_task_heads: whether each task has a head of its own.
         max_steps: optimizer steps of this training in all; 0 before it.
+        fisher_steps: of how many steps' squared gradients the accumulators are the sum, if they are those of a model
+            that nobody trained here (`remember`); else None.
         start: canonical name -> weights at the start of the task, on the CPU, where the model holds later ones; {} if
             no method needs them. None unless the task is resumed.
     """
@@ -51,6 +53,7 @@ class Context:
     accelerator: Accelerator | None = None
     per_task_heads: bool = False
     max_steps: int = 0
+    fisher_steps: float | None = None
     start: dict[str, Tensor] | None = None
 
     @property

@@ -29,7 +29,8 @@ class Elastic(Method):
         c_i = lr * strength * A_i / (eps + s_i)^(1/p)
         w_i <- w_i - c_i / (1 + c_i) * (w_i - a_i)
 
-    Under any other optimizer it is added to the clipped gradient. The first task trains freely.
+    Under any other optimizer it is added to the clipped gradient. Without a memory a task trains
+    freely: the first one, unless `memory="pretrained"`.
     """
 
     name = "elastic"

@@ -31,6 +31,9 @@ class EWC(AnchoredMethod):
     - `summed`: one term and one anchor a task, as in the original. Their sum has the same gradient as one term with
       F = sum_t F_t and the F-weighted mean of the anchors, which is what is kept: two tensors a weight, however many
       tasks.
+
+    At a first fine-tuning F is the memory of the model as it was (`memory="pretrained"`, `remember`): squared
+    gradients of batches, labels drawn from the model, over the number of batches.
     """
 
     name = "ewc"
@@ -71,6 +74,13 @@ class EWC(AnchoredMethod):
         with torch.random.fork_rng(devices=[]):  # collators that mask at random draw from it
             first = next(_examples(context, [0]))
         sum_squared_gradients(context.model, [first], {})  # refuses models without a likelihood before they train
+        if context.fisher_steps and not self.importance:
+            memory, named = context.accumulators(), dict(self.parameters(context.model))
+            memory = {n: s for n, s in memory.items() if n in named}
+            mean = mean_over_weights(memory.values())
+            scale = mean if self.fisher_normalize and mean > 0 else context.fisher_steps
+            self.importance = {n: s.float() / scale for n, s in memory.items()}
+            self.anchor = {n: named[n].detach().float().clone() for n in memory}
 
     @torch.no_grad()
     def after_task(self, context: Context) -> None:
