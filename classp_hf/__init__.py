@@ -17,6 +17,8 @@ _EXPORTS = {
     **dict.fromkeys(("Task", "label_names", "load_task"), ".tasks"),
     "ContinualCallback": ".engine",
     "ContinualMemory": ".memory",
+    "GuardCallback": ".guard",
+    "blend": ".blend",
     "ContinualTrainingArguments": ".training_args",
     "register": ".registration",
 }
@@ -24,7 +26,9 @@ _EXPORTS = {
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
+    from .blend import blend
     from .engine import ContinualCallback
+    from .guard import GuardCallback
     from .memory import ContinualMemory
     from .methods import (
         EMA,

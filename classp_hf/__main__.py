@@ -4,7 +4,9 @@ python -m classp_hf run_glue.py --optim classp --learning_rate 1e-3 ...
 python -m classp_hf --method ewc run_glue.py --optim adamw_torch ...
 python -m classp_hf --optim classp --learning_rate 1e-3 --anchor 0.1 train_sentence_transformer.py
 accelerate launch -m classp_hf --memory previous/output -m trl.scripts.sft --optim classp ...
+python -m classp_hf --guard run_clm.py ...
 python -m classp_hf demo
+python -m classp_hf blend START TUNED --output_dir DIR ...
 
 The script's name ends the options. Those given here hold for every Trainer that the script builds, whatever it says
 itself.
@@ -21,6 +23,7 @@ from itertools import pairwise
 from typing import Any
 
 from .methods import METHODS, Elastic, Merge, Method, PseudoRehearsal, make_methods
+from .rehearsal import TEXT_SUFFIXES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
     here = [m for m in METHODS.values() if m is not Method and not m.needs_trainer()]
     result = argparse.ArgumentParser(
         prog="python -m classp_hf",
-        usage="python -m classp_hf [options] (SCRIPT | -m MODULE) [arguments of the script ...], or: demo [arguments]",
+        usage="python -m classp_hf [options] (SCRIPT | -m MODULE) [arguments of the script ...], or: "
+        "demo | blend [arguments]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -49,6 +53,12 @@ def parser() -> argparse.ArgumentParser:
         "--learning_rate", type=float, help="the learning rate, also of scripts that have no such flag"
     )
     result.add_argument("--optim_args", help="the optimizer's own options, key=value pairs separated by commas")
+    result.add_argument("--guard", nargs="?", const="", metavar="TEXTS", help="measure what the training costs a language "
+                        "model on its own samples and plain English, or, as --guard=TEXTS, on a file or a Hub id")  # fmt: skip
+    result.add_argument("--guard_stop", type=float, metavar="SHARE", help="end the training when the guard's loss has "
+                        "risen by this share (0.1: 10%%), with the weights of the last evaluation before")  # fmt: skip
+    result.add_argument("--guard_every", type=int, metavar="STEPS", help="steps between the guard's evaluations. "
+                        "Default: as many as keep them under 3%% of the time")  # fmt: skip
     known: Any = HfArgumentParser([m for m in here if any(f.init for f in fields(m))])  # type: ignore[misc]
     group = result.add_argument_group("options of the methods")
     for action in known._actions:
@@ -59,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Our options, and what begins with the script's name."""
-    flags = {a.option_strings[0] for a in parser()._actions if a.option_strings and a.nargs != 0}
+    flags = {a.option_strings[0] for a in parser()._actions if a.option_strings and a.nargs not in (0, "?")}
     i = 0
     while i < len(arguments) and arguments[i] != "-m" and arguments[i].startswith("-"):
         i += 2 if arguments[i] in flags else 1
@@ -68,6 +78,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def _options(own: argparse.Namespace, command: argparse.ArgumentParser) -> dict[str, Any]:
     """What `register` is given."""
+    from .guard import GuardCallback
     from .optim_args import parse_optim_args
 
     try:
@@ -91,6 +102,9 @@ def _options(own: argparse.Namespace, command: argparse.ArgumentParser) -> dict[
             parse_optim_args(own.optim_args)
         if own.learning_rate is not None and not own.learning_rate > 0:
             raise ValueError(f"--learning_rate must be > 0, got {own.learning_rate}")
+        guard = {"texts": own.guard or None, "stop": own.guard_stop, "every": own.guard_every}
+        guarded = own.guard is not None or guard["stop"] is not None or guard["every"] is not None
+        GuardCallback(**guard)  # raises for bad values
     except ValueError as error:
         command.error(str(error))
     return {
@@ -99,6 +113,7 @@ def _options(own: argparse.Namespace, command: argparse.ArgumentParser) -> dict[
         "optim": own.optim,
         "learning_rate": own.learning_rate,
         "optim_args": own.optim_args,
+        "guard": guard if guarded else None,
     }
 
 
@@ -130,9 +145,16 @@ def main() -> None:
         sys.argv = ["demo", *script[1:]]
         demo()
         return
+    if script[0] == "blend" and not os.path.isfile("blend"):
+        from .blend import main as blend
+
+        blend(script[1:])
+        return
     as_module = script[0] == "-m"
     if as_module and len(script) < 2:
         command.error("-m needs the name of a module")
+    if options.guard == "" and script[0].partition(":")[0].endswith((*TEXT_SUFFIXES,)):
+        command.error(f"{script[0]!r} stands where the script does: write --guard={script[0]}")
     if not as_module and not os.path.isfile(script[0]):
         command.error(f"there is no script {script[0]!r}")
     _check_script_arguments(command, script)
@@ -147,9 +169,10 @@ def main() -> None:
         sys.path[0] = os.path.dirname(os.path.abspath(script[0]))  # as `python SCRIPT` has it
         runpy.run_path(script[0], run_name="__main__")
     from .engine import ContinualCallback
+    from .guard import LaunchedGuard
 
     unused = [f"--{k}" for k, v in given.items() if v is not None]
-    if unused and not ContinualCallback.applied:
+    if unused and not (ContinualCallback.applied or LaunchedGuard.applied):
         sys.exit(
             f"classp_hf: error: {', '.join(unused)} had no effect: {sys.argv[0]!r} trained no transformers.Trainer"
         )

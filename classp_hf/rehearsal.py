@@ -293,14 +293,19 @@ def answer(
     return result
 
 
-def divergence(model: nn.Module, answers: Answers, rows: Tensor, temperature: float = 1.0) -> Tensor:
+def divergence(
+    model: nn.Module, answers: Answers, rows: Tensor, temperature: float = 1.0, logits: Tensor | None = None
+) -> Tensor:
     """`KL(answers || model)` in nats, the mean over the positions of `rows`, with its graph; a 0-dim tensor.
 
     Outcomes beyond the stored ones count as one.
+
+    Args:
+        logits: what the model says of these rows, where it is known already.
     """
     device = next(model.parameters()).device
     inputs = answers.inputs(rows, device)
-    logits = model(**inputs)["logits"].float() / temperature
+    logits = (model(**inputs)["logits"] if logits is None else logits).float() / temperature
     new = F.log_softmax(logits, -1)
     old, indices = (t[rows].to(device) for t in (answers.values.float(), answers.indices.long()))
     if logits.ndim == 3:

@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .files import remove_temporaries, replacing, sync_folder, writing
+from .guard import guards
 from .language import prepare_language_tasks
 from .live import CLASSP_NAME, describe_optimizer
 from .memory import MEMORY_NAME, ContinualMemory
@@ -336,6 +337,8 @@ class SequenceRun:
         load_weights(self.trainer.model, folder)
         if (folder / MEMORY_NAME).is_file():
             self.trainer.load_memory(ContinualMemory.load(folder), same_run=True)
+        for guard in guards(self.trainer):
+            guard.read_if_there(folder, self.trainer.model)
         self.engine.tasks = list(dict.fromkeys([*self.engine.tasks, *self.names[: t + 1]]))
         if self.trainer.task_heads is not None:
             self.trainer.task_heads.active = task.name
@@ -425,6 +428,7 @@ class SequenceRun:
             "seconds": state["seconds"],
             "boundary_seconds": state["boundary_seconds"],
             "importance": state.get("importance", {}),
+            **{"guard": guard.report() for guard in guards(trainer) if guard.history},
         }
         trainer.sequence_results = results
         with writing("the results", folder):

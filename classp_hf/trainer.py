@@ -22,6 +22,7 @@ from .classification import accuracy, classification_loss, is_single_label_class
 from .compat import PatchedTrainer, refuse_sharding
 from .engine import NONE, ContinualCallback
 from .files import writing
+from .guard import guards
 from .heads import TaskHeads
 from .hub import push_folder
 from .launch import shard_on_cpus
@@ -129,6 +130,8 @@ class ContinualTrainer(PatchedTrainer):
         kwargs["callbacks"] = [self.engine, *(kwargs.get("callbacks") or [])]
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         self.args.enable_jit_checkpoint = saves_on_sigterm  # by our own callback
+        for guard in guards(self):
+            guard.place = lambda: self.run_folder
         for callback in [c for c in self.callback_handler.callbacks if type(c) is ContinualCallback]:
             self.remove_callback(callback)  # of `register`; the trainer has its own
         if self.is_fsdp_enabled:
@@ -327,8 +330,9 @@ class ContinualTrainer(PatchedTrainer):
         return str(self.run_folder) if self.run_folder is not None else super()._get_output_dir(trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer's, with `update_density`, the share of coordinates that CLASSP updated."""
-        self.engine.on_log(self.args, self.state, self.control, logs)
+        """As Trainer's, with `update_density`, the share of coordinates that CLASSP updated, and a guard's values."""
+        for callback in (self.engine, *guards(self)):
+            callback.on_log(self.args, self.state, self.control, logs)
         super().log(logs, start_time)
 
     def _log_to(
