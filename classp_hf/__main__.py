@@ -53,8 +53,9 @@ def parser() -> argparse.ArgumentParser:
         "--learning_rate", type=float, help="the learning rate, also of scripts that have no such flag"
     )
     result.add_argument("--optim_args", help="the optimizer's own options, key=value pairs separated by commas")
-    result.add_argument("--guard", nargs="?", const="", metavar="TEXTS", help="measure what the training costs a language "
-                        "model on its own samples and plain English, or, as --guard=TEXTS, on a file or a Hub id")  # fmt: skip
+    result.add_argument("--guard", nargs="?", const="", metavar="TEXTS", help="measure what the training costs a "
+                        "language model: on its own samples and plain English, or, as --guard=TEXTS, on a file or a "
+                        "Hub id")  # fmt: skip
     result.add_argument("--guard_stop", type=float, metavar="SHARE", help="end the training when the guard's loss has "
                         "risen by this share (0.1: 10%%), with the weights of the last evaluation before")  # fmt: skip
     result.add_argument("--guard_every", type=int, metavar="STEPS", help="steps between the guard's evaluations. "

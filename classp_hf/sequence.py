@@ -338,7 +338,7 @@ class SequenceRun:
         if (folder / MEMORY_NAME).is_file():
             self.trainer.load_memory(ContinualMemory.load(folder), same_run=True)
         for guard in guards(self.trainer):
-            guard.read_if_there(folder, self.trainer.model)
+            guard.read(folder)
         self.engine.tasks = list(dict.fromkeys([*self.engine.tasks, *self.names[: t + 1]]))
         if self.trainer.task_heads is not None:
             self.trainer.task_heads.active = task.name
@@ -428,8 +428,9 @@ class SequenceRun:
             "seconds": state["seconds"],
             "boundary_seconds": state["boundary_seconds"],
             "importance": state.get("importance", {}),
-            **{"guard": guard.report() for guard in guards(trainer) if guard.history},
         }
+        for guard in guards(trainer):
+            results["guard"] = guard.report()
         trainer.sequence_results = results
         with writing("the results", folder):
             if trainer.is_world_process_zero():

@@ -331,8 +331,9 @@ class ContinualTrainer(PatchedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's, with `update_density`, the share of coordinates that CLASSP updated, and a guard's values."""
-        for callback in (self.engine, *guards(self)):
-            callback.on_log(self.args, self.state, self.control, logs)
+        self.engine.on_log(self.args, self.state, self.control, logs)
+        for guard in guards(self):
+            guard.on_log(self.args, self.state, self.control, logs)
         super().log(logs, start_time)
 
     def _log_to(
