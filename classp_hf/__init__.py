@@ -18,7 +18,6 @@ _EXPORTS = {
     "ContinualCallback": ".engine",
     "ContinualMemory": ".memory",
     "GuardCallback": ".guard",
-    "blend": ".blend",
     "ContinualTrainingArguments": ".training_args",
     "register": ".registration",
 }
@@ -26,7 +25,6 @@ _EXPORTS = {
 __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
-    from .blend import blend
     from .engine import ContinualCallback
     from .guard import GuardCallback
     from .memory import ContinualMemory

@@ -127,7 +127,8 @@ class _Blender:
             else:
                 n, part = min(len(start), len(tuned)), self.share(path, name, share)  # rows both have
                 part = part[:n] if isinstance(part, Tensor) and part.ndim else float(part)
-                tuned[:n] = torch.lerp(start[:n].float(), tuned[:n].float(), part)
+                # not in place: safetensors gives views of the mapped file, which the next reading would see
+                tuned = torch.cat([torch.lerp(start[:n].float(), tuned[:n].float(), part).to(tuned.dtype), tuned[n:]])
             self.state[name].copy_(tuned)
 
 

@@ -40,6 +40,7 @@ def check_causal(model: Any) -> None:
 
 def general_texts(model: Any, tokenizer: Any, source: str | None, count: int, length: int, seed: int):
     """Token ids of the fixed texts, and what they are: those of `source`, else own samples and plain English."""
+    length = _within(model, length)
     if source is not None:
         return read_texts(source, tokenizer, count, length), Path(source).name
     texts, what = draw_samples(model, tokenizer, count, length, seed, batch_size=32), "the model's own samples"
@@ -121,14 +122,14 @@ class GuardCallback(TrainerCallback):
                 texts, known["what"] = general_texts(model, tokenizer, self.texts, self.samples, self.length, seed)
                 self.answers = {"general": answer(model, texts, _TOP_K, batch_size=_BATCH)}
                 known["training"], known["history"] = 0, []
-            rows = _first_examples(train_dataloader, self.length)
+            rows = _first_examples(train_dataloader, _within(model, self.length))
             self.answers.pop("new", None)
             if rows:
                 self.answers["new"] = answer(model, rows, _TOP_K, batch_size=_BATCH)
             known["training"] += 1
         self.model = model
         started = _now(model)
-        self._evaluate(state)
+        self._take(state)
         self.seconds = _now(model) - started
         self._keep(args, state)
 
@@ -142,7 +143,7 @@ class GuardCallback(TrainerCallback):
             self.spacing = broadcast_object_list([found])[0]  # clocks of ranks differ
         if not (last or control.should_training_stop) and (self.spacing is None or done % self.spacing):
             return
-        self.pending, control.should_log = self._evaluate(state), True
+        self.pending, control.should_log = self._take(state), True
         if self.stop is None or self.pending["guard_loss"] <= (1 + self.stop) * self.known["history"][0]["guard_loss"]:
             self._keep(args, state)
         else:
@@ -163,7 +164,7 @@ class GuardCallback(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         now = samples(model)
         if any(not torch.equal(t, now[n]) for n, t in self.measured.items()):  # loaded, put back or merged
-            state.log_history.append({**self._evaluate(state), "step": state.global_step})
+            state.log_history.append({**self._take(state), "step": state.global_step})
         self.good, self.checkpoint, place = {}, None, self.place()
         if args.should_save and place is not None:  # for a sequence that is resumed at this boundary
             self.write(place)
@@ -175,7 +176,7 @@ class GuardCallback(TrainerCallback):
                 )
             logger.warning(self.report()["summary"])
 
-    def _evaluate(self, state: Any) -> dict[str, float]:
+    def _take(self, state: Any) -> dict[str, float]:
         loss, kl = measure(self.model, self.answers["general"], _BATCH)
         values = {"guard_loss": loss, "guard_kl": kl}
         if "new" in self.answers:
@@ -238,8 +239,8 @@ class GuardCallback(TrainerCallback):
         return False
 
     def report(self) -> dict[str, Any]:
-        """What the training cost: `texts`, `tokens`; `loss_before`, `loss_after` (nats a token), `rise` (a share); `kl`
-        and `kl_new` (nats; the latter from the start of the last training); `history`; `summary`, a sentence."""
+        """What the training cost: `texts`, `tokens`; `loss_before`, `loss_after` (nats a token), `rise` (a share);
+        `kl`, `kl_new` (nats; the latter from the start of the last training); `history`; `summary`, a sentence."""
         history = self.known["history"]
         before, after, kl = history[0]["guard_loss"], history[-1]["guard_loss"], history[-1]["guard_kl"]
         new, rise = history[-1].get("guard_kl_new"), after / before - 1 if before else 0.0
@@ -276,6 +277,11 @@ def _first_examples(dataloader: Any, length: int) -> list[list[int]]:
     rows = [dataset[i] for i in range(min(_NEW, len(dataset)))]
     ids = [[int(i) for i in row["input_ids"]][:length] for row in rows if isinstance(row, dict) and "input_ids" in row]
     return [row for row in ids if len(row) > 1]
+
+
+def _within(model: Any, length: int) -> int:
+    """`length`, or what the model can read at most."""
+    return min(length, getattr(bare_model(model).config, "max_position_embeddings", None) or length)
 
 
 def _now(model: Any) -> float:

@@ -12,8 +12,8 @@ from conftest import weights
 from test_language import WORDS, make_causal, tokenizer  # noqa: F401  (fixtures)
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from classp_hf import ContinualMemory, blend
-from classp_hf.blend import format_blend
+from classp_hf import ContinualMemory
+from classp_hf.blend import blend, format_blend
 
 NAME = "transformer.h.1.mlp.c_fc.weight"
 SETTINGS = {"samples_drawn": 4, "length": 16}
