@@ -314,7 +314,7 @@ open(f"{sys.argv[2]}-{args.process_index}.json", "w").write(json.dumps(found))
 
 def test_two_ranks_stop_at_one_step_with_the_same_weights(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command += [str(tmp_path / "worker.py"), str(Path(__file__).parent), str(tmp_path / "out")]
     run = subprocess.run(
         command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
