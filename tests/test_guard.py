@@ -264,7 +264,7 @@ import sys
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 ids = [[1, 5, 6, 7, 8, 13]] * 64
-args = TrainingArguments("out", max_steps=6, use_cpu=True, report_to="none", save_strategy="no", learning_rate=1e-2)
+args = TrainingArguments("out", max_steps=6, use_cpu=True, report_to="none", save_strategy="no", learning_rate=5e-2)
 trainer = Trainer(AutoModelForCausalLM.from_pretrained(sys.argv[1]), args,
                   train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}))
 trainer.train()
