@@ -17,6 +17,7 @@ _EXPORTS = {
     **dict.fromkeys(("Task", "label_names", "load_task"), ".tasks"),
     "ContinualCallback": ".engine",
     "ContinualMemory": ".memory",
+    "GuardCallback": ".guard",
     "ContinualTrainingArguments": ".training_args",
     "register": ".registration",
 }
@@ -25,6 +26,7 @@ __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
     from .engine import ContinualCallback
+    from .guard import GuardCallback
     from .memory import ContinualMemory
     from .methods import (
         EMA,

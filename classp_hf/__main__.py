@@ -7,7 +7,9 @@ python -m classp_hf --optim classp --learning_rate 1e-3 --anchor 0.1 train_sente
 accelerate launch -m classp_hf --memory previous/output -m trl.scripts.sft --optim classp ...
 python -m classp_hf --memory pretrained --method ewc run_clm.py ...
 python -m classp_hf remember MODEL --output_dir DIR
+python -m classp_hf --guard run_clm.py ...
 python -m classp_hf demo
+python -m classp_hf blend START TUNED --output_dir DIR ...
 
 The script's name ends the options. Those given here hold for every Trainer that the script builds, whatever it says
 itself.
@@ -20,20 +22,24 @@ import importlib
 import os
 import runpy
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
 
+from .guard import GuardCallback, LaunchedGuard
 from .live import check_strength
 from .methods import METHODS, Elastic, Merge, Method, PseudoRehearsal, make_methods
 from .methods.base import flag
 from .optim_args import parse_optim_args
+from .rehearsal import TEXT_SUFFIXES
 
-COMMANDS = {"demo": ".demo", "remember": ".remember"}
+COMMANDS = {"demo": ".demo", "remember": ".remember", "blend": ".blend"}
 """Subcommand -> the module whose `main()` reads the rest of the command line."""
 
 SHORTCUTS: dict[str, type[Method]] = {"anchor": Elastic, "merge": Merge, "rehearse": PseudoRehearsal}
 """Option -> the method that it adds, with the option's value as its first hyperparameter."""
+
+GUARD = ("guard", "guard_stop", "guard_every")
 
 HERE = [m for m in METHODS.values() if m is not Method and not m.needs_trainer()]
 """Methods that work in any script."""
@@ -60,6 +66,23 @@ class Options:
     )
     learning_rate: float | None = flag(None, "The learning rate, also of scripts that have no such flag.")
     optim_args: str | None = flag(None, "The optimizer's own options, key=value pairs separated by commas.")
+    guard: str | None = field(
+        default=None,
+        metadata={
+            "help": "Measure what the training costs a language model: on its own samples and plain English, or, as "
+            "--guard=TEXTS, on a file or a Hub id.",
+            "nargs": "?",
+            "const": "",
+        },
+    )
+    guard_stop: float | None = flag(
+        None,
+        "End the training when the guard's loss has risen by this share, with the weights of the last evaluation "
+        "before.",
+    )
+    guard_every: int | None = flag(
+        None, "Steps between the guard's evaluations. Default: as many as keep them under 3%% of the time."
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
 
 def split(arguments: list[str], command: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
     """Our options, and what begins with the script's name."""
-    flags = {name for action in command._actions if action.nargs != 0 for name in action.option_strings}
+    flags = {name for action in command._actions if action.nargs not in (0, "?") for name in action.option_strings}
     i = 0
     while i < len(arguments) and arguments[i] != "-m" and arguments[i].startswith("-"):
         i += 2 if arguments[i] in flags else 1
@@ -102,8 +125,12 @@ def for_register(own: argparse.Namespace, command: argparse.ArgumentParser) -> d
     if own.learning_rate is not None and not own.learning_rate > 0:
         raise ValueError(f"--learning_rate must be > 0, got {own.learning_rate}")
     check_strength(own.memory_strength)
-    options = {f.name: getattr(own, f.name) for f in fields(Options) if f.name not in SHORTCUTS}
-    return {k: v for k, v in (options | {"method": list(methods.values()) or None}).items() if v is not None}
+    guard = {"texts": own.guard or None, "stop": own.guard_stop, "every": own.guard_every}
+    GuardCallback(**guard)  # raises for bad values
+    asked = any(value is not None for value in (own.guard, own.guard_stop, own.guard_every))
+    options = {f.name: getattr(own, f.name) for f in fields(Options) if f.name not in (*SHORTCUTS, *GUARD)}
+    options |= {"method": list(methods.values()) or None, "guard": guard if asked else None}
+    return {k: v for k, v in options.items() if v is not None}
 
 
 def check_script_arguments(arguments: list[str]) -> None:
@@ -131,6 +158,8 @@ def main() -> None:
     as_module = script[0] == "-m"
     if as_module and len(script) < 2:
         command.error("-m needs the name of a module")
+    if options.guard == "" and script[0].partition(":")[0].endswith((*TEXT_SUFFIXES,)):
+        command.error(f"{script[0]!r} stands where the script does: write --guard={script[0]}")
     if not as_module and not os.path.isfile(script[0]):
         command.error(f"there is no script {script[0]!r}")
     try:
@@ -147,7 +176,7 @@ def main() -> None:
         sys.argv = script
         sys.path[0] = os.path.dirname(os.path.abspath(script[0]))  # as `python SCRIPT` has it
         runpy.run_path(script[0], run_name="__main__")
-    if given and not ContinualCallback.applied:
+    if given and not (ContinualCallback.applied or LaunchedGuard.applied):
         unused = ", ".join(f"--{k}" for k in given)
         sys.exit(f"classp_hf: error: {unused} had no effect: {sys.argv[0]!r} trained no transformers.Trainer")
 

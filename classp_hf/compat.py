@@ -77,6 +77,14 @@ def add_optimizer(name: str, factory: Callable[[Any], tuple[type, dict[str, Any]
         ) from error
 
 
+def set_default_callback(callback: type[TrainerCallback], wanted: bool) -> None:
+    """Give every Trainer of this process a callback, before those of its loggers, or no longer."""
+    from transformers.trainer import DEFAULT_CALLBACKS
+
+    others = [c for c in DEFAULT_CALLBACKS if c is not callback]
+    DEFAULT_CALLBACKS[:] = [*others, callback] if wanted else others  # type: ignore[list-item]
+
+
 def _explained(load: Callable[..., None]) -> Callable[..., None]:
     """Torch's optimizers end in a KeyError when they are given another optimizer's state (torch 2.13); and no event
     tells callbacks which checkpoint a training is resumed from (transformers 5.23)."""

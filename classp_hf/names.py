@@ -117,5 +117,7 @@ def samples(model: nn.Module, count: int = 8) -> dict[str, Tensor]:
     taken = {}
     for name, p in model.named_parameters():
         flat = full_tensor(p.detach()).reshape(-1)
-        taken[canonical_name(name)] = flat[:: max(1, flat.numel() // count)][:count].float().cpu()
+        taken[canonical_name(name)] = flat[:: max(1, flat.numel() // count)][:count].to(
+            "cpu", torch.float32, copy=True
+        )
     return taken

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .compat import add_optimizer, refuse_sharding
+from .compat import add_optimizer, refuse_sharding, set_default_callback
 from .engine import ContinualCallback
+from .guard import LaunchedGuard
 from .live import CLASSP_NAME
 from .optim import CLASSP
 from .optim_args import parse_optim_args
@@ -19,13 +20,17 @@ def register(**options: Any) -> None:
 
     Args:
         options: of the callbacks, `method`, `memory` and `memory_strength`; and what is set in the training arguments
-            of every Trainer, whatever its script says: `optim`, `learning_rate`, `optim_args`. Default: nothing.
+            of every Trainer, whatever its script says: `optim`, `learning_rate`, `optim_args`; `guard`, arguments of
+            the [`~classp_hf.guard.GuardCallback`] that every Trainer is given then. Default: nothing.
 
     Raises:
         ImportError: the private names of the installed transformers have moved.
     """
+    guard = options.pop("guard", None)
     ContinualCallback.launched = {k: v for k, v in options.items() if v is not None}
     add_optimizer(CLASSP_NAME, _classp, ContinualCallback)
+    LaunchedGuard.options = guard or {}
+    set_default_callback(LaunchedGuard, guard is not None)
 
 
 def _classp(args: Any) -> tuple[type[CLASSP], dict[str, Any]]:

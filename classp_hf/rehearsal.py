@@ -247,6 +247,15 @@ class Answers:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def whole(self) -> bool:
+        """Whether shapes, kinds and ranges of the tensors belong together, as in every file that a run wrote."""
+        ids, lengths, values, indices = self.ids, self.lengths, self.values, self.indices
+        integers = not any(t.is_floating_point() for t in (ids, lengths, indices)) and values.is_floating_point()
+        shapes = ids.ndim == 2 and lengths.shape == ids.shape[:1] and values.shape == indices.shape
+        if not (integers and shapes and values.shape[:-1] in (ids.shape, ids.shape[:1]) and ids.numel()):
+            return False
+        return min(int(ids.min()), int(indices.min())) >= 0 < int(lengths.min()) <= int(lengths.max()) <= ids.shape[1]
+
     def inputs(self, rows: Tensor, device: Any) -> dict[str, Tensor]:
         """What the model is given of these rows."""
         width = int(self.lengths[rows].max())
@@ -293,14 +302,19 @@ def answer(
     return result
 
 
-def divergence(model: nn.Module, answers: Answers, rows: Tensor, temperature: float = 1.0) -> Tensor:
+def divergence(
+    model: nn.Module, answers: Answers, rows: Tensor, temperature: float = 1.0, logits: Tensor | None = None
+) -> Tensor:
     """`KL(answers || model)` in nats, the mean over the positions of `rows`, with its graph; a 0-dim tensor.
 
     Outcomes beyond the stored ones count as one.
+
+    Args:
+        logits: what the model says of these rows, where it is known already.
     """
     device = next(model.parameters()).device
     inputs = answers.inputs(rows, device)
-    logits = model(**inputs)["logits"].float() / temperature
+    logits = (model(**inputs)["logits"] if logits is None else logits).float() / temperature
     new = F.log_softmax(logits, -1)
     old, indices = (t[rows].to(device) for t in (answers.values.float(), answers.indices.long()))
     if logits.ndim == 3:
@@ -312,6 +326,27 @@ def divergence(model: nn.Module, answers: Answers, rows: Tensor, temperature: fl
         rest_old, rest_new = ((1 - p.exp().sum(-1)).clamp(min=1e-6) for p in (old, found))
         terms = terms + rest_old * (rest_old.log() - rest_new.log())
     return terms.mean()
+
+
+@torch.no_grad()
+def measure(model: nn.Module, answers: Answers, batch_size: int = 8) -> tuple[float, float]:
+    """A causal model's loss on the texts of `answers`, nats a token, and `KL(answers || model)`, nats a position; in
+    evaluation mode."""
+    device, was_training = next(model.parameters()).device, model.training
+    loss = kl = 0.0
+    model.eval()
+    try:
+        for rows in torch.arange(len(answers)).split(batch_size):
+            inputs = answers.inputs(rows, device)
+            logits = model(**inputs)["logits"].float()
+            kl += float(divergence(model, answers, rows, logits=logits)) * int(answers.lengths[rows].sum())
+            labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)[:, 1:]
+            loss += float(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum"))
+    finally:
+        model.train(was_training)
+        reshard(model)
+    positions = int(answers.lengths.sum())
+    return loss / max(positions - len(answers), 1), kl / positions
 
 
 def permuted(count: int, start: int, total: int, seed: int) -> Tensor:

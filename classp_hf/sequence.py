@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .files import replacing, sync_folder
+from .guard import guards
 from .language import prepare_language_tasks
 from .live import CLASSP_NAME, describe_optimizer
 from .memory import MEMORY_NAME, ContinualMemory
@@ -320,6 +321,8 @@ class SequenceRun:
         load_weights(self.trainer.model, folder)
         if (folder / MEMORY_NAME).is_file():
             self.trainer.load_memory(ContinualMemory.load(folder), same_run=True)
+        for guard in guards(self.trainer):
+            guard.read(folder)
         engine.tasks = list(dict.fromkeys([*engine.tasks, *self.names[: t + 1]]))
         if self.heads is not None:
             self.heads.active = task.name
@@ -394,6 +397,8 @@ class SequenceRun:
             "boundary_seconds": state["boundary_seconds"],
             "importance": state["importance"],
         }
+        for guard in guards(trainer):
+            results["guard"] = guard.report()
         trainer.sequence_results = results
         if trainer.is_world_process_zero():
             write_figures(folder, results)

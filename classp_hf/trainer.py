@@ -21,6 +21,7 @@ from .classification import accuracy, classification_loss, is_single_label_class
 from .compat import PatchedTrainer, refuse_sharding
 from .engine import NONE, ContinualCallback
 from .files import explaining_full_disks
+from .guard import guards
 from .heads import TaskHeads
 from .launch import shard_on_cpus
 from .live import CLASSP_NAME
@@ -117,6 +118,8 @@ class ContinualTrainer(PatchedTrainer):
         saves_on_sigterm, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         args.enable_jit_checkpoint = saves_on_sigterm  # by our own callback
+        for guard in guards(self):
+            guard.place = lambda: self.run_folder
         for callback in list(self.callback_handler.callbacks):
             if type(callback) is ContinualCallback:
                 self.remove_callback(callback)  # of `register`; the trainer has its own
@@ -284,8 +287,10 @@ class ContinualTrainer(PatchedTrainer):
         return str(self.run_folder) if self.run_folder is not None else super()._get_output_dir(trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer's, with `update_density`, the share of coordinates that CLASSP updated."""
+        """As Trainer's, with `update_density`, the share of coordinates that CLASSP updated, and a guard's values."""
         self.engine.on_log(self.args, self.state, self.control, logs)
+        for guard in guards(self):
+            guard.on_log(self.args, self.state, self.control, logs)
         super().log(logs, start_time)
 
     def _log_to(

@@ -1,0 +1,291 @@
+"""What a training costs a language model: loss on general text, and how far the model went from where it started."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import broadcast, broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from .files import replacing
+from .names import bare_model, is_language_model, reshard, samples, trainable_parameters
+from .rehearsal import Answers, answer, draw_samples, measure, read_texts
+
+logger = logging.get_logger(__name__)
+
+GUARD_NAME = "guard.st"
+"""In checkpoints: token ids of the fixed texts and of the first new examples, and the starting model's answers."""
+ENGLISH = Path(__file__).with_name("guard_texts.txt")
+"""24 paragraphs of plain English, written for this package (Apache-2.0)."""
+SHARE = 0.03
+"""Of the training's time, for all evaluations."""
+_TOP_K, _BATCH, _NEW, _WATCHED, _LEAST = 32, 8, 16, 3, 9
+
+
+def check_causal(model: Any) -> None:
+    """Raise a ValueError unless `model` is a causal language model."""
+    name = type(bare_model(model)).__name__
+    if not is_language_model(model) or getattr(bare_model(model).config, "is_encoder_decoder", False):
+        raise ValueError(f"The guard measures causal language models, and {name} is none: leave the guard out.")
+
+
+def general_texts(model: Any, tokenizer: Any, source: str | None, count: int, length: int, seed: int):
+    """Token ids of the fixed texts, and what they are: those of `source`, else own samples and plain English."""
+    length = _within(model, length)
+    if source is not None:
+        return read_texts(source, tokenizer, count, length), Path(source).name
+    texts, what = draw_samples(model, tokenizer, count, length, seed, batch_size=32), "the model's own samples"
+    if tokenizer is None:
+        return texts, what
+    return texts + read_texts(str(ENGLISH), tokenizer, 1000, length), f"{what} and plain English"
+
+
+def spacing(steps: int, step: float, evaluation: float, least: int = 0) -> int:
+    """Steps between evaluations, such that all of them, also before and after, take `SHARE` of the time: seconds a
+    `step` and an `evaluation`. At `least` so many lie between start and end, whatever they take."""
+    count = max(math.floor(SHARE * steps * step / max(evaluation, 1e-9)) - 2, least, 0)
+    return max(math.ceil(steps / (count + 1)), 1)
+
+
+class GuardCallback(TrainerCallback):
+    """Measures what a training costs a causal language model, and changes nothing in it (without `stop`).
+
+    Before the training, every few steps and at the end: the loss on fixed texts (`guard_loss`, nats a token) and the
+    KL from the starting model on them (`guard_kl`, nats) and on the first 16 new examples (`guard_kl_new`, which
+    predicts forgetting: "RL's Razor", arXiv 2509.04259). The starting model's answers are kept (the 32 most probable
+    tokens a position), not its weights. The values go into `state.log_history` and to loggers: to all if `register` or
+    [`ContinualTrainer`] has this callback, to those behind it if it is in a plain Trainer's `callbacks`. The next
+    training of the same model counts from the same start, as in a sequence.
+
+    Args:
+        texts: a file or a Hub id, with `:column`. Default: the model's own samples and 24 paragraphs of plain English.
+        every: steps between evaluations. Default: as many as keep all evaluations under 3% of the training's time,
+            if need be none but those before and after; at least nine with `stop`. Drawing the samples comes on top.
+        stop: end the training when the loss has risen by more than this share (0.1: 10%), and put back the trained
+            weights of the evaluation before, which the CPU's memory holds (once; of a sharded model every rank its
+            part). The memory of gradients and the optimizer stay as they are. Default: never.
+        samples: texts at most, of `texts` or drawn. length: tokens of a text at most.
+
+    Raises:
+        ValueError: bad arguments, another kind of model, `stop` with `load_best_model_at_end`.
+    """
+
+    applied: ClassVar[bool] = False
+    """Whether any training of this process began with one."""
+
+    def __init__(
+        self,
+        texts: str | None = None,
+        every: int | None = None,
+        stop: float | None = None,
+        samples: int = 32,
+        length: int = 128,
+    ) -> None:
+        for name, value, least in (("every", every, 1), ("samples", samples, 1), ("length", length, 8)):
+            if value is not None and value < least:
+                raise ValueError(f"The guard's {name} must be >= {least}, got {value}.")
+        if stop is not None and not stop > 0:
+            raise ValueError(f"The guard's stop must be > 0, got {stop}. 0.1 allows the loss to rise by 10%.")
+        self.texts, self.every, self.stop, self.samples, self.length = texts, every, stop, samples, length
+        self.place: Callable[[], Path | None] = lambda: None
+        """Where a sequence writes its present task."""
+        self.checkpoint: Path | None = None
+        self.model: Any = None
+        self.answers: dict[str, Answers] = {}
+        """Of the starting model to the texts, "general", and to the first new examples, "new"."""
+        self.known: dict[str, Any] = {"what": "", "training": 0, "history": []}
+        self.pending: dict[str, float] = {}
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if model is not None:
+            check_causal(model)
+        if self.stop is not None and args.load_best_model_at_end:
+            raise ValueError("The guard's stop and load_best_model_at_end both choose the weights: leave one out.")
+
+    def on_train_begin(self, args, state, control, model=None, processing_class=None, train_dataloader=None, **kwargs):
+        check_causal(model)
+        type(self).applied = True
+        self.first, self.spacing, self.good, self.stopped = state.global_step, self.every, {}, None
+        if not (state.global_step and self._resume(args, state)):
+            tokenizer, known = getattr(processing_class, "tokenizer", processing_class), self.known
+            if not self.answers or (self.model is not None and self.model is not model):
+                seed = args.seed + 104729  # other samples than pseudo-rehearsal's
+                texts, known["what"] = general_texts(model, tokenizer, self.texts, self.samples, self.length, seed)
+                self.answers = {"general": answer(model, texts, _TOP_K, batch_size=_BATCH)}
+                known["training"], known["history"] = 0, []
+            rows = _first_examples(train_dataloader, _within(model, self.length))
+            self.answers.pop("new", None)
+            if rows:
+                self.answers["new"] = answer(model, rows, _TOP_K, batch_size=_BATCH)
+            known["training"] += 1
+        self.model = model
+        started = _now(model)
+        self._take(state)
+        self.seconds = _now(model) - started
+        self._keep(args, state)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        done, last = state.global_step - self.first, state.global_step >= state.max_steps
+        if done == 1:
+            self.clock = _now(model)
+        if self.spacing is None and done == 1 + _WATCHED:
+            each, least = (_now(model) - self.clock) / _WATCHED, _LEAST if self.stop is not None else 0
+            found = spacing(state.max_steps - self.first, each, self.seconds, least)
+            self.spacing = broadcast_object_list([found])[0]  # clocks of ranks differ
+        if not (last or control.should_training_stop) and (self.spacing is None or done % self.spacing):
+            return
+        self.pending, control.should_log = self._take(state), True
+        if self.stop is None or self.pending["guard_loss"] <= (1 + self.stop) * self.known["history"][0]["guard_loss"]:
+            self._keep(args, state)
+        else:
+            self._restore(args)
+            self.stopped, control.should_training_stop = state.global_step, True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs is not None:
+            logs.update(self.pending)
+            if "model" in kwargs and state.log_history:  # Trainer's own event: the entry is written already
+                state.log_history[-1].update(self.pending)
+            self.pending = {}
+
+    def on_save(self, args, state, control, **kwargs):
+        if args.should_save and not state.is_hyper_param_search and self.answers:
+            self.write((self.place() or Path(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        now = samples(model)
+        if any(not torch.equal(t, now[n]) for n, t in self.measured.items()):  # loaded, put back or merged
+            state.log_history.append({**self._take(state), "step": state.global_step})
+        self.good, self.checkpoint, place = {}, None, self.place()
+        if args.should_save and place is not None:  # for a sequence that is resumed at this boundary
+            self.write(place)
+        if args.process_index == 0:
+            if self.stop is not None and self.stopped is not None:
+                logger.warning(
+                    f"The guard stopped the training at step {self.stopped}: the loss on general text had risen by "
+                    f"more than {100 * self.stop:g} %. The weights are those of step {self.good_step}."
+                )
+            logger.warning(self.report()["summary"])
+
+    def _take(self, state: Any) -> dict[str, float]:
+        loss, kl = measure(self.model, self.answers["general"], _BATCH)
+        values = {"guard_loss": loss, "guard_kl": kl}
+        if "new" in self.answers:
+            values["guard_kl_new"] = measure(self.model, self.answers["new"], _BATCH)[1]
+        values = broadcast_object_list([values])[0]  # ranks have to agree on whether to stop
+        self.measured = samples(self.model)
+        self.known["history"].append({"training": self.known["training"], "step": state.global_step, **values})
+        return values
+
+    def _keep(self, args: Any, state: Any) -> None:
+        self.good_step = state.global_step
+        if self.stop is not None and (args.process_index == 0 or reshard(self.model)):
+            self.good = {n: p.detach().to("cpu", copy=True) for n, p in trainable_parameters(self.model)}
+
+    @torch.no_grad()
+    def _restore(self, args: Any) -> None:
+        alone = args.world_size == 1 or reshard(self.model)
+        for name, p in trainable_parameters(self.model):
+            if name in self.good:
+                p.copy_(self.good[name])
+            if not alone:
+                p.copy_(broadcast(p.detach()))
+
+    # ---- The file in checkpoints ----
+
+    def write(self, folder: Path) -> None:
+        """Write `guard.st`, by atomic rename."""
+        tensors = {f"{k}/{n}": t.contiguous() for k, a in self.answers.items() for n, t in vars(a).items()}
+        with replacing(folder / GUARD_NAME) as temporary:
+            save_file(tensors, temporary, metadata={"guard": json.dumps(self.known)})
+
+    def read(self, folder: Path) -> bool:
+        """Go on from the `guard.st` in `folder`. False: there is none. ValueError: no guard wrote it."""
+        path = Path(folder) / GUARD_NAME
+        if not path.is_file():
+            return False
+        try:
+            with safe_open(path, framework="pt") as file:
+                known = json.loads((file.metadata() or {})["guard"])
+                found: dict[str, dict[str, Any]] = {}
+                for key in file.keys():  # noqa: SIM118
+                    found.setdefault(key.partition("/")[0], {})[key.partition("/")[2]] = file.get_tensor(key)
+            answers = {k: Answers(**parts) for k, parts in found.items()}
+            whole = "general" in answers and all(a.whole() for a in answers.values())
+            if not whole or known.keys() != self.known.keys() or "guard_loss" not in known["history"][0]:
+                raise ValueError("texts and answers do not belong together")
+        except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is not what a guard wrote ({error}). Delete it to measure from here on."
+            ) from error
+        self.answers, self.known = answers, known
+        return True
+
+    def _resume(self, args: Any, state: Any) -> bool:
+        given = args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None
+        step = (self.place() or Path(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if any(self.read(Path(folder)) for folder in (self.checkpoint, given, step) if folder is not None):
+            return True
+        logger.warning(f"There is no {GUARD_NAME} in {step}: the guard measures from this checkpoint on.")
+        return False
+
+    def report(self) -> dict[str, Any]:
+        """What the training cost: `texts`, `tokens`; `loss_before`, `loss_after` (nats a token), `rise` (a share);
+        `kl`, `kl_new` (nats; the latter from the start of the last training); `history`; `summary`, a sentence."""
+        history = self.known["history"]
+        before, after, kl = history[0]["guard_loss"], history[-1]["guard_loss"], history[-1]["guard_kl"]
+        new, rise = history[-1].get("guard_kl_new"), after / before - 1 if before else 0.0
+        summary = f"General text: loss {before:.2f} -> {after:.2f} ({100 * rise:+.1f} %), {kl:.2f} nats from the start"
+        summary += "." if new is None else f"; {new:.2f} nats on the new data."
+        result = {
+            "summary": summary,
+            "texts": self.known["what"],
+            "tokens": int(self.answers["general"].lengths.sum()),
+        }
+        result |= {"loss_before": before, "loss_after": after, "rise": rise, "kl": kl, "kl_new": new}
+        return {**result, "history": history}
+
+
+class LaunchedGuard(GuardCallback):
+    """The guard that `register(guard=...)` gives every Trainer, with the arguments given there."""
+
+    options: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self) -> None:
+        super().__init__(**self.options)
+
+
+def guards(trainer: Any) -> list[GuardCallback]:
+    """The guards among a Trainer's callbacks."""
+    return [c for c in trainer.callback_handler.callbacks if isinstance(c, GuardCallback)]
+
+
+def _first_examples(dataloader: Any, length: int) -> list[list[int]]:
+    """Token ids of the first examples that are trained on; of a stream none, which reading would use up."""
+    dataset: Any = getattr(dataloader, "dataset", None)
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        return []
+    rows = [dataset[i] for i in range(min(_NEW, len(dataset)))]
+    ids = [[int(i) for i in row["input_ids"]][:length] for row in rows if isinstance(row, dict) and "input_ids" in row]
+    return [row for row in ids if len(row) > 1]
+
+
+def _within(model: Any, length: int) -> int:
+    """`length`, or what the model can read at most."""
+    return min(length, getattr(bare_model(model).config, "max_position_embeddings", None) or length)
+
+
+def _now(model: Any) -> float:
+    """Seconds, when the device has done what it was given."""
+    if next(model.parameters()).device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.monotonic()
