@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .optim._torch import local as local
+from .optim.shards import local as local
 
 # What wrappers put into parameter names: DDP, torch.compile, activation checkpointing, FSDP, PEFT.
 _WRAPPERS = re.compile(
