@@ -260,3 +260,20 @@ def test_a_set_up_without_token_ids_is_refused_before_training(make_model, make_
     with pytest.raises(ValueError, match="needs a column"):
         PseudoRehearsal().check(Context(make_model(), make_args(), task_dataset=dataset), [])
     assert weights(make_model())
+
+
+def test_given_texts_are_rehearsed_and_not_kept(causal_model, make_args, tmp_path):
+    model, tokenizer = causal_model(), _Words()
+    (tmp_path / "texts.txt").write_text("3 4 5\n\n6 7 8\n")
+    method = PseudoRehearsal(rehearse_texts=str(tmp_path / "texts.txt"))
+    context = Context(model, make_args(), task="a", processing_class=tokenizer, max_steps=2)
+    method.before_task(context)
+    assert sorted(map(tuple, method.answers.ids.tolist())) == [(3, 4, 5), (6, 7, 8)]
+    assert "pool" in method.state_dict()  # a resumed run goes on with it
+    method.after_task(context)
+    assert method.state_dict() == {}
+
+
+class _Words:
+    def __call__(self, text, truncation, max_length):
+        return {"input_ids": [int(word) for word in text.split()][:max_length]}

@@ -61,7 +61,7 @@ class PseudoRehearsal(Method):
         "rehearse_counts": ("on or off", lambda v: v in ("on", "off")),
     }
 
-    rehearse_fraction: float = flag(0.5, "Texts rehearsed in a step, as a share of the batch.")
+    rehearse_fraction: float = flag(0.25, "Texts rehearsed in a step, as a share of the batch.")
     rehearse_lambda: float = flag(1.0, "Strength of the rehearsal.")
     rehearse_temperature: float = flag(2.0, "Temperature T of a classifier's answers; language models answer at 1.")
     rehearse_samples: int = flag(256, "Samples that a language model draws of itself before a task.")
@@ -201,11 +201,9 @@ class PseudoRehearsal(Method):
 
     def after_task(self, context: Context) -> None:
         self.answers = None
-        if self.kind == "causal":
-            self.pool = {k: v for k, v in self.pool.items() if k in ("ids", "lengths")}
-            return
-        self.pool = {}
-        if self.rehearse_counts == "on" and self.rehearse_texts is None:
+        own = self.kind == "causal" and self.rehearse_texts is None  # given texts are nobody's to keep
+        self.pool = {k: v for k, v in self.pool.items() if own and k in ("ids", "lengths")}
+        if self.kind != "causal" and self.rehearse_counts == "on" and self.rehearse_texts is None:
             special, _ = self._special(context)
             counted = count_tokens(context.task_dataset, special, self._vocabulary(context))
             self.tokens[context.task], self.lengths[context.task] = counted
