@@ -163,7 +163,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         ContinualCallback.applied |= bool(self.options)
         self._check_optimizer(args, resumed := state.global_step > 0)
         if not (isinstance(optimizer, CLASSP) or self.methods or self.gather or self.accelerator is not None):
-            why = f"this run has no method, and its optimizer is {type(optimizer).__name__}"
+            why = f"This run has no method, and its optimizer is {type(optimizer).__name__}"
             warn_of_unused_memory(model, f"{why}. Pass --optim classp or --method to go on from it.")
             return
         refuse_sharding(args, model)

@@ -225,11 +225,11 @@ def memory_beside(model: Any) -> ContinualMemory | None:
 
 
 def warn_of_unused_memory(model: Any, why: str) -> None:
-    """Say that the memory in the folder that `model` was loaded from is not used, and why; nothing if there is
+    """Say that the memory in the folder that `model` was loaded from is not used, then `why`; nothing if there is
     none."""
     folder = Path(model_source(model) or "/nowhere").absolute()
     if any((folder / name).is_file() for name in (MEMORY_NAME, OLD_NAME)):
-        logger.warning(f"A continual memory lies beside this model ({folder}) and is not used: {why}")
+        logger.warning(f"A continual memory lies beside this model ({folder}) and is not used. {why}")
 
 
 def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:

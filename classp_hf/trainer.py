@@ -153,7 +153,7 @@ class ContinualTrainer(PatchedTrainer):
         if args.memory not in (None, NONE, PRETRAINED):
             self.load_memory(ContinualMemory.load(args.memory, args.memory_revision), repr(args.memory))
         elif args.memory is None and args.optim == CLASSP_NAME:
-            warn_of_unused_memory(self.model, "pass memory=FOLDER to go on from it.")
+            warn_of_unused_memory(self.model, f"Pass memory={model_source(self.model)!r} to go on from it.")
         self.preemption = PreemptionCallback(self)
         self.add_callback(self.preemption)  # the last: it may end the process
 

@@ -326,7 +326,8 @@ def test_two_ranks_stop_at_one_step_with_the_same_weights(tmp_path):
 
 
 @pytest.mark.skipif(
-    not (embedded._cache() / "SmolLM2-135M-Instruct" / "config.json").is_file(), reason="SmolLM2 was not fetched yet"
+    not (embedded.cache_folder() / "SmolLM2-135M-Instruct" / "config.json").is_file(),
+    reason="SmolLM2 was not fetched yet",
 )
 def test_a_real_language_model(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -153,7 +153,7 @@ def test_fpb_then_imdb_with_lora_from_original_files(main, tmp_path):
         json.loads((out / "classp" / "adapter_config.json").read_text())["base_model_name_or_path"]
         == embedded.MODEL_ID
     )
-    with pytest.raises(ValueError, match="holds another sequence's run .*Choose another output_dir"):
+    with pytest.raises(ValueError, match="already holds runs of classp.*choose another --output_dir"):
         main("--compare", "none")
 
 

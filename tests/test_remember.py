@@ -316,7 +316,7 @@ def test_ewc_and_elastic_hold_the_weights_at_the_first_fine_tuning(small, tokeni
 
 def test_rehearsal_goes_on_from_its_samples(small, tokenizer, tmp_path, monkeypatch):
     drawn = remember(llama(), tokenizer, **SMALL).get("pseudo_rehearsal.pool")
-    method = PseudoRehearsal(rehearsal_samples=12, rehearsal_length=12)
+    method = PseudoRehearsal(rehearse_samples=12, rehearse_length=12)
     monkeypatch.setattr("classp_hf.methods.pseudo_rehearsal.draw_samples", None)  # none are missing
     engine = ContinualCallback(method, "pretrained")
     train(engine, tokenizer, tmp_path / "run", optim="adamw_torch")
