@@ -325,10 +325,6 @@ def test_two_ranks_stop_at_one_step_with_the_same_weights(tmp_path):
     assert one["history"][-1]["guard_loss"] == pytest.approx(one["history"][-3]["guard_loss"], rel=1e-6)
 
 
-@pytest.mark.skipif(
-    not (embedded.cache_folder() / "SmolLM2-135M-Instruct" / "config.json").is_file(),
-    reason="SmolLM2 was not fetched yet",
-)
 def test_a_real_language_model(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
