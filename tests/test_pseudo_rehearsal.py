@@ -164,6 +164,9 @@ def test_a_sequence_forgets_less_and_keeps_counts_alone(make_model, make_args, m
     assert memory.kinds() == ["pseudo_rehearsal.lengths", "pseudo_rehearsal.tokens", "samples"]
     tokens = memory.get("pseudo_rehearsal.tokens")
     expected = [len(row) for row in tasks[0].train_dataset["input_ids"]]
+    card = (tmp_path / "pseudo_rehearsal" / "README.md").read_text()
+    assert "holds what the tasks so far need. Of the data it tells how often each token and each length" in card
+    assert "how often each token" not in (tmp_path / "none" / "README.md").read_text()
     assert set(tokens) == {"first", "second"} and int(tokens["first"].sum()) == sum(expected)
 
 
