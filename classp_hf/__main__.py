@@ -120,6 +120,11 @@ def for_register(own: argparse.Namespace, command: argparse.ArgumentParser) -> d
             )
         given = {key: getattr(own, key) for key in method.hyperparameters()}
         methods[name] = replace(method, **{k: v for k, v in given.items() if v != command.get_default(k)})
+    for cls in HERE:
+        changed = [k for k in cls().hyperparameters() if getattr(own, k) != command.get_default(k)]
+        if changed and cls.name not in methods:
+            how = [*(f"--{k} VALUE" for k, v in SHORTCUTS.items() if v is cls), f"--method {cls.name}"]
+            raise ValueError(f"--{changed[0]} is for the method {cls.name!r}: pass {' or '.join(how)} with it")
     if own.optim == "classp":
         parse_optim_args(own.optim_args)
     if own.learning_rate is not None and not own.learning_rate > 0:
@@ -158,10 +163,11 @@ def main() -> None:
     as_module = script[0] == "-m"
     if as_module and len(script) < 2:
         command.error("-m needs the name of a module")
-    if options.guard == "" and script[0].partition(":")[0].endswith((*TEXT_SUFFIXES,)):
-        command.error(f"{script[0]!r} stands where the script does: write --guard={script[0]}")
     if not as_module and not os.path.isfile(script[0]):
-        command.error(f"there is no script {script[0]!r}")
+        texts = f"; the guard's texts are given as --guard={script[0]}" if options.guard == "" else ""
+        command.error(f"there is no script {script[0]!r}{texts}")
+    if options.guard == "" and script[0].endswith(TEXT_SUFFIXES):
+        command.error(f"{script[0]!r} stands where the script does: write --guard={script[0]}")
     try:
         check_script_arguments(script)
         given = for_register(options, command)

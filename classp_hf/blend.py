@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import logging
@@ -185,11 +186,13 @@ def blend(
     import transformers
     from transformers import AutoConfig, AutoTokenizer
 
+    _weights(tuned)  # says what is wrong with an adapter
     config = AutoConfig.from_pretrained(tuned)
     cls = getattr(transformers, (config.architectures or [""])[0], None)
     if cls is None:
         raise ValueError(f"{tuned} names no class of Transformers in its config ({config.architectures}).")
     model, tokenizer = cls.from_pretrained(tuned, dtype="auto").eval(), AutoTokenizer.from_pretrained(tuned)
+    model = model.to(PartialState().device)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     blender, causal = _Blender(model, start, tuned), is_language_model(model)
     blender.put("line", 0.0)
@@ -234,7 +237,7 @@ def blend(
     blender.put(points[chosen]["path"], points[chosen]["share"])
     folder = Path(output_dir)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tuned).save_pretrained(folder)  # without the padding of the scoring
     weights = samples(model)
     del model, blender.state
     try:
@@ -330,4 +333,8 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--guard", metavar="TEXTS")
     command.add_argument("--eval_file", metavar="FILE")
     command.add_argument("--max_rise", type=float, default=0.02, metavar="SHARE")
-    print(format_blend(blend(**vars(command.parse_args(arguments)))))
+    try:
+        results = blend(**vars(command.parse_args(arguments)))
+    except (ValueError, FileNotFoundError) as error:
+        command.error(str(error))
+    print(format_blend(results))

@@ -163,12 +163,17 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         ContinualCallback.applied |= bool(self.options)
         self._check_optimizer(args, resumed := state.global_step > 0)
         if not (isinstance(optimizer, CLASSP) or self.methods or self.gather or self.accelerator is not None):
+            if self.source not in (BESIDE, NONE):
+                raise ValueError(
+                    f"memory={self.source!r} is given, and nothing here uses a memory: the optimizer is "
+                    f"{type(optimizer).__name__}, and there is no method. Pass --optim classp or --method."
+                )
             why = f"This run has no method, and its optimizer is {type(optimizer).__name__}"
             warn_of_unused_memory(model, f"{why}. Pass --optim classp or --method to go on from it.")
             return
         refuse_sharding(args, model)
         self.stop()  # what an interrupted training left
-        self.find(previous, args, state, processing_class)
+        self.find(previous, args, state, getattr(processing_class, "tokenizer", processing_class))
         self.put(resumed and isinstance(optimizer, CLASSP))
         if self.optimizer_file is not None and not resumed:
             load_optimizer_state(optimizer, model, torch.load(self.optimizer_file, "cpu", weights_only=True))
@@ -189,7 +194,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             train_dataset=dataset,
             task_dataset=dataset if self.task_dataset is None else self.task_dataset,
             collate=getattr(train_dataloader, "collate_fn", None),
-            processing_class=processing_class,
+            processing_class=getattr(processing_class, "tokenizer", processing_class),  # inside a processor
             accelerator=self.accelerator,
             per_task_heads=self.heads is not None,
             max_steps=state.max_steps,

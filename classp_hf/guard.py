@@ -18,12 +18,12 @@ from transformers.utils import logging
 
 from .files import replacing
 from .names import bare_model, is_language_model, reshard, samples, trainable_parameters
-from .rehearsal import Answers, answer, draw_samples, measure, read_texts
+from .rehearsal import Answers, answer, draw_samples, measure, padded, read_texts, readable
 
 logger = logging.get_logger(__name__)
 
 GUARD_NAME = "guard.st"
-"""In checkpoints: token ids of the fixed texts and of the first new examples, and the starting model's answers."""
+"""In checkpoints: token ids of the fixed texts, and the starting model's answers to them and to new examples."""
 ENGLISH = Path(__file__).with_name("guard_texts.txt")
 """24 paragraphs of plain English, written for this package (Apache-2.0)."""
 SHARE = 0.03
@@ -40,7 +40,7 @@ def check_causal(model: Any) -> None:
 
 def general_texts(model: Any, tokenizer: Any, source: str | None, count: int, length: int, seed: int):
     """Token ids of the fixed texts, and what they are: those of `source`, else own samples and plain English."""
-    length = _within(model, length)
+    length = readable(model, length)
     if source is not None:
         return read_texts(source, tokenizer, count, length), Path(source).name
     texts, what = draw_samples(model, tokenizer, count, length, seed, batch_size=32), "the model's own samples"
@@ -115,6 +115,7 @@ class GuardCallback(TrainerCallback):
         check_causal(model)
         type(self).applied = True
         self.first, self.spacing, self.good, self.stopped = state.global_step, self.every, {}, None
+        rows = _first_examples(train_dataloader, readable(model, self.length))
         if not (state.global_step and self._resume(args, state)):
             tokenizer, known = getattr(processing_class, "tokenizer", processing_class), self.known
             if not self.answers or (self.model is not None and self.model is not model):
@@ -122,11 +123,17 @@ class GuardCallback(TrainerCallback):
                 texts, known["what"] = general_texts(model, tokenizer, self.texts, self.samples, self.length, seed)
                 self.answers = {"general": answer(model, texts, _TOP_K, batch_size=_BATCH)}
                 known["training"], known["history"] = 0, []
-            rows = _first_examples(train_dataloader, _within(model, self.length))
             self.answers.pop("new", None)
             if rows:
                 self.answers["new"] = answer(model, rows, _TOP_K, batch_size=_BATCH)
             known["training"] += 1
+        elif "new" in self.answers:  # whose texts no file holds
+            new = self.answers["new"]
+            ids, lengths = padded(rows) if rows else (new.ids, None)
+            if lengths is not None and torch.equal(lengths, new.lengths):
+                new.ids = ids
+            else:
+                del self.answers["new"]
         self.model = model
         started = _now(model)
         self._take(state)
@@ -205,6 +212,8 @@ class GuardCallback(TrainerCallback):
     def write(self, folder: Path) -> None:
         """Write `guard.st`, by atomic rename."""
         tensors = {f"{k}/{n}": t.contiguous() for k, a in self.answers.items() for n, t in vars(a).items()}
+        if "new" in self.answers:  # nobody's training examples lie beside a model
+            tensors["new/ids"] = torch.zeros_like(tensors["new/ids"])
         with replacing(folder / GUARD_NAME) as temporary:
             save_file(tensors, temporary, metadata={"guard": json.dumps(self.known)})
 
@@ -274,14 +283,10 @@ def _first_examples(dataloader: Any, length: int) -> list[list[int]]:
     dataset: Any = getattr(dataloader, "dataset", None)
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         return []
-    rows = [dataset[i] for i in range(min(_NEW, len(dataset)))]
-    ids = [[int(i) for i in row["input_ids"]][:length] for row in rows if isinstance(row, dict) and "input_ids" in row]
+    rows = [row for i in range(min(_NEW, len(dataset))) if isinstance(row := dataset[i], dict) and "input_ids" in row]
+    masks = [row.get("attention_mask", [1] * len(row["input_ids"])) for row in rows]
+    ids = [[int(i) for i, m in zip(row["input_ids"], mask) if m][:length] for row, mask in zip(rows, masks)]
     return [row for row in ids if len(row) > 1]
-
-
-def _within(model: Any, length: int) -> int:
-    """`length`, or what the model can read at most."""
-    return min(length, getattr(bare_model(model).config, "max_position_embeddings", None) or length)
 
 
 def _now(model: Any) -> float:

@@ -6,7 +6,7 @@ Token ids are lists of int. Answers are what a model said of the next token, or 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .names import bare_model, is_language_model, reshard
+
+logger = logging.get_logger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".csv", ".parquet")
 
@@ -106,39 +109,53 @@ def pseudo_texts(
 
 
 def draw_samples(
-    model: Any, tokenizer: PreTrainedTokenizerBase | None, count: int, length: int, seed: int, batch_size: int = 16
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, count: int, length: int, seed: int, batch_size: int = 32
 ) -> list[list[int]]:
-    """`count` texts of at most `length` tokens that a causal language model writes at temperature 1.
+    """`count` texts of at most `length` tokens that a causal language model writes at temperature 1, up to its
+    end-of-text token.
 
     Half of a chat model's begin where its template has the user speak: the model writes the question and the answer
-    (Xu et al. 2024, arXiv 2406.08464). All others begin with the beginning-of-text token.
+    (Xu et al. 2024, arXiv 2406.08464), in `length` tokens beside the template's. All others begin with the
+    beginning-of-text token.
     """
-    begin = _first_token(model, tokenizer)
+    begin, length = _first_token(model, tokenizer), readable(model, length)
     chat = _chat_frame(tokenizer)
+    if chat is not None and sum(map(len, chat)) + length > readable(model, 2**62):
+        chat = None
     answered = count // 2 if chat is not None else 0
-    device, was_training = next(model.parameters()).device, model.training
-    fork = [device] if device.type == "cuda" else []
+    bare, device, was_training = bare_model(model), next(model.parameters()).device, model.training
+    forked = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "xpu") else {"devices": []}
+    own = bare.generation_config  # whatever is not asked for comes from there, a repetition penalty too
+    ends = getattr(own, "eos_token_id", None)
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
     texts: list[list[int]] = []
     model.eval()
     try:
-        with torch.random.fork_rng(fork), tqdm(total=count, desc="Drawing the model's own samples") as bar:
+        bare.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0)
+        with torch.random.fork_rng(**forked), tqdm(total=count, desc="Drawing the model's own samples") as bar:
             torch.manual_seed(seed)
             while len(texts) < count:
                 chatting = chat is not None and len(texts) < answered
                 size = min(batch_size, (answered if chatting else count) - len(texts))
                 if chatting:
                     before, between = chat  # type: ignore[misc]
-                    room = max((length - len(between) - len(before)) // 2, 1)
-                    asked = _generate(model, [before] * size, room, stop=True)
-                    asked = [[*ids, *between] for ids in asked]
-                    texts += _generate(model, asked, max(length - max(map(len, asked)), 1), stop=True, keep_end=True)
+                    asked = _generate(model, [before] * size, max(length // 2, 1), ends)
+                    asked = [[*(ids[:-1] if ids[-1] in ends else ids), *between] for ids in asked]
+                    written = max(map(len, asked)) - len(before) - len(between)
+                    texts += _generate(model, asked, max(length - written, 1), ends)
                 else:
-                    texts += _generate(model, [[begin]] * size, length - 1, stop=False)
+                    texts += _generate(model, [[begin]] * size, length - 1, ends)
                 bar.update(size)
     finally:
+        bare.generation_config = own
         model.train(was_training)
         reshard(model)
-    return [ids[:length] for ids in texts]
+    return texts
+
+
+def readable(model: Any, length: int) -> int:
+    """`length`, or as many tokens as the model can read at most."""
+    return min(length, getattr(bare_model(model).config, "max_position_embeddings", None) or length)
 
 
 def _first_token(model: Any, tokenizer: Any) -> int:
@@ -151,41 +168,34 @@ def _first_token(model: Any, tokenizer: Any) -> int:
 
 
 def _chat_frame(tokenizer: Any) -> tuple[list[int], list[int]] | None:
-    """The template's tokens before what the user says, and between that and the answer."""
+    """The template's tokens before what the user says, and between that and the answer; None without such a one."""
     if getattr(tokenizer, "chat_template", None) is None:
         return None
+    from jinja2 import TemplateError
+
     marker = "\u2603"
-    whole = tokenizer.apply_chat_template(
-        [{"role": "user", "content": marker}], tokenize=False, add_generation_prompt=True
-    )
+    try:
+        whole = tokenizer.apply_chat_template(
+            [{"role": "user", "content": marker}], tokenize=False, add_generation_prompt=True
+        )
+    except (TemplateError, ValueError, TypeError, LookupError) as error:  # it asks for more than a user's turn
+        logger.warning(f"No chats are drawn: the tokenizer's chat template takes no user's turn alone ({error}).")
+        return None
     before, found, between = whole.partition(marker)
     parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, between)]
     return (parts[0], parts[1]) if found and all(parts) else None
 
 
 @torch.no_grad()
-def _generate(
-    model: Any, prompts: list[list[int]], new: int, *, stop: bool, keep_end: bool = False
-) -> list[list[int]]:
-    """`prompts` with what the model writes after them; `stop`: up to its end-of-text token."""
-    bare = bare_model(model)
-    ends = bare.generation_config.eos_token_id if bare.generation_config is not None else None
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
+def _generate(model: Any, prompts: list[list[int]], new: int, ends: list[int]) -> list[list[int]]:
+    """`prompts` with what the model writes after them, at most `new` tokens, up to one of `ends`."""
     width, device = max(map(len, prompts)), next(model.parameters()).device
-    padding = ends[0] if ends else 0
-    ids = torch.tensor([[padding] * (width - len(p)) + p for p in prompts], device=device)
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, pad_token_id=padding,
-        eos_token_id=ends if stop and ends else None,
-    )  # fmt: skip
-    synced = {"synced_gpus": True} if reshard(model) else {}
-    written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **synced)[:, width:]
-    texts = []
-    for prompt, row in zip(prompts, written.tolist(), strict=True):
-        end = next((k for k, i in enumerate(row) if i in ends), len(row)) if stop else len(row)
-        texts.append([*prompt, *row[: end + keep_end]])
-    return texts
+    how = {"do_sample": True, "top_k": 0, "max_new_tokens": new, "synced_gpus": reshard(model)}
+    written = model.generate(input_ids=ids, attention_mask=mask, **how)[:, width:]
+    rows = zip(prompts, written.tolist(), strict=True)
+    return [[*p, *row[: next((k + 1 for k, i in enumerate(row) if i in ends), None)]] for p, row in rows]
 
 
 def read_texts(source: str, tokenizer: Any, count: int, length: int, seed: int = 0) -> list[list[int]]:
@@ -204,19 +214,24 @@ def read_texts(source: str, tokenizer: Any, count: int, length: int, seed: int =
     name, column = source, "text"
     if ":" in source and not os.path.exists(source):
         name, _, column = source.rpartition(":")
-    suffix = Path(name).suffix
-    if suffix in TEXT_SUFFIXES and not os.path.isfile(name):
+    suffix = Path(name).suffix if Path(name).suffix in TEXT_SUFFIXES else ""
+    if suffix and not os.path.isfile(name):
         raise FileNotFoundError(f"There is no file {name!r} with texts.")
     if suffix in (".txt", ".md"):
         texts = [part.strip() for part in Path(name).read_text(encoding="utf-8").split("\n\n")]
     else:
         from datasets import load_dataset
 
-        form = {".jsonl": "json"}.get(suffix, suffix[1:])
-        rows = load_dataset(form, data_files=name, split="train") if suffix else load_dataset(name, split="train")
-        if column not in rows.column_names:
-            raise ValueError(f"{name!r} has no column {column!r}, but {rows.column_names}. Name one: {name}:COLUMN.")
-        texts = rows.shuffle(seed=seed)[: 4 * count][column]
+        kind = {".jsonl": "json"}.get(suffix, suffix[1:])
+        # of the Hub no more than is used
+        rows = load_dataset(kind, data_files=name, split="train") if suffix else load_dataset(
+            name, split="train", streaming=True)  # fmt: skip
+        first: dict[str, Any] = next(iter(rows), {})
+        if not isinstance(first.get(column), str):
+            raise ValueError(
+                f"{name!r} has no column {column!r} of texts, but {', '.join(first)}. Name one: {name}:COLUMN."
+            )
+        texts = [row[column] for row in rows.shuffle(seed=seed).take(4 * count)]
     encoded = [tokenizer(t, truncation=True, max_length=length)["input_ids"] for t in texts if t and t.strip()]
     order = np.random.default_rng(seed).permutation(len(encoded))
     found = [encoded[i] for i in order if len(encoded[i]) > 1][:count]
@@ -256,11 +271,12 @@ class Answers:
             return False
         return min(int(ids.min()), int(indices.min())) >= 0 < int(lengths.min()) <= int(lengths.max()) <= ids.shape[1]
 
-    def inputs(self, rows: Tensor, device: Any) -> dict[str, Tensor]:
+    def inputs(self, rows: Tensor, model: nn.Module) -> dict[str, Tensor]:
         """What the model is given of these rows."""
-        width = int(self.lengths[rows].max())
-        ids, lengths = self.ids[rows, :width].long(), self.lengths[rows]
-        mask = torch.arange(width) < lengths[:, None]
+        device, width = next(model.parameters()).device, int(self.lengths[rows].max())
+        mask = torch.arange(width) < self.lengths[rows, None]
+        # decoders that classify find a text's end by this token
+        ids = self.ids[rows, :width].long().masked_fill(~mask, bare_model(model).config.pad_token_id or 0)
         return {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}
 
 
@@ -284,13 +300,13 @@ def answer(
     """
     ids, lengths = padded(texts)
     result = Answers(ids, lengths, torch.empty(0), torch.empty(0))
-    device, was_training = next(model.parameters()).device, model.training
+    was_training = model.training
     values: list[Tensor] = []
     indices: list[Tensor] = []
     model.eval()
     try:
         for rows in tqdm(torch.arange(len(ids)).split(batch_size), desc="The model's answers", leave=False):
-            logits = model(**result.inputs(rows, device))["logits"].float() / temperature
+            logits = model(**result.inputs(rows, model))["logits"].float() / temperature
             top = F.log_softmax(logits, -1).topk(min(k, logits.shape[-1]))
             extra = (0, 0, 0, ids.shape[1] - logits.shape[1]) if logits.ndim == 3 else (0, 0)
             values.append(F.pad(top.values, extra).half().cpu())
@@ -312,11 +328,10 @@ def divergence(
     Args:
         logits: what the model says of these rows, where it is known already.
     """
-    device = next(model.parameters()).device
-    inputs = answers.inputs(rows, device)
+    inputs = answers.inputs(rows, model)
     logits = (model(**inputs)["logits"] if logits is None else logits).float() / temperature
     new = F.log_softmax(logits, -1)
-    old, indices = (t[rows].to(device) for t in (answers.values.float(), answers.indices.long()))
+    old, indices = (t[rows].to(new.device) for t in (answers.values.float(), answers.indices.long()))
     if logits.ndim == 3:
         kept = inputs["attention_mask"].bool()
         new, old, indices = new[kept], old[:, : kept.shape[1]][kept], indices[:, : kept.shape[1]][kept]
@@ -332,12 +347,12 @@ def divergence(
 def measure(model: nn.Module, answers: Answers, batch_size: int = 8) -> tuple[float, float]:
     """A causal model's loss on the texts of `answers`, nats a token, and `KL(answers || model)`, nats a position; in
     evaluation mode."""
-    device, was_training = next(model.parameters()).device, model.training
+    was_training = model.training
     loss = kl = 0.0
     model.eval()
     try:
         for rows in torch.arange(len(answers)).split(batch_size):
-            inputs = answers.inputs(rows, device)
+            inputs = answers.inputs(rows, model)
             logits = model(**inputs)["logits"].float()
             kl += float(divergence(model, answers, rows, logits=logits)) * int(answers.lengths[rows].sum())
             labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)[:, 1:]
@@ -351,7 +366,7 @@ def measure(model: nn.Module, answers: Answers, batch_size: int = 8) -> tuple[fl
 
 def permuted(count: int, start: int, total: int, seed: int) -> Tensor:
     """Numbers `start` to `start + count` of an endless stream that goes through `range(total)` in ever new orders."""
-    rounds: Iterator[int] = iter(range(start // total, (start + count - 1) // total + 1))
+    rounds = range(start // total, (start + count - 1) // total + 1)
     stream = torch.cat([torch.randperm(total, generator=torch.Generator().manual_seed(seed + r)) for r in rounds])
     first = start % total
     return stream[first : first + count]

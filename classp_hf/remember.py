@@ -26,7 +26,7 @@ from .memory import ContinualMemory, NoMemoryError
 from .methods import PseudoRehearsal, describe_methods
 from .names import bare_model, mean_over_weights, reshard, trainable_parameters
 from .names import samples as weight_samples
-from .rehearsal import Answers, count_tokens, draw_samples, kind_of_model, padded, permuted, read_texts
+from .rehearsal import Answers, count_tokens, draw_samples, kind_of_model, padded, read_texts, readable
 
 PRETRAINED = "pretrained"  # the task that such a memory is of; as `memory`, that of the model as it is loaded
 _CARD = """---
@@ -78,8 +78,7 @@ def remember(
     if min(samples, batch_size, max_length - 1) < 1 or not 0 < power < float("inf"):
         raise ValueError(f"samples, batch_size and power must be > 0 and max_length > 1, got {given}")
     kind, bare, method = kind_of_model(model), bare_model(model), PseudoRehearsal()
-    limits = (getattr(bare.config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None))
-    length = min([max_length, *(limit for limit in limits if limit)])
+    length = readable(model, min(max_length, getattr(tokenizer, "model_max_length", max_length)))
     if texts is None and kind != "causal":
         raise ValueError(f"{type(bare).__name__} writes no samples of itself: give texts to remember it by.")
     if texts is None:
@@ -113,11 +112,12 @@ def drawn_gradients(model: Any, tokenizer: Any, texts: list[list[int]], batch_si
         raise ValueError("No parameter of this model requires a gradient: there is nothing to remember.")
     held = Answers(*padded(texts), torch.empty(0), torch.empty(0))
     device, was_training = next(model.parameters()).device, model.training
+    order = torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))
     generator = torch.Generator(device).manual_seed(seed)
     model.eval()
     try:
-        for rows in tqdm(permuted(len(held), 0, len(held), seed).split(batch_size), desc="The model's memory"):
-            inputs = held.inputs(rows, device)
+        for rows in tqdm(order.split(batch_size), desc="The model's memory"):
+            inputs = held.inputs(rows, model)
             asked = inputs["attention_mask"].bool()
             if kind == "masked":
                 special = torch.isin(inputs["input_ids"], torch.tensor(tokenizer.all_special_ids, device=device))
@@ -149,7 +149,7 @@ def pretrained_memory(model: Any, tokenizer: Any, power: float, writes: bool = T
     if bare_model(model) is not model or kind_of_model(model) != "causal":
         raise ValueError(f"memory='pretrained' is of causal language models without adapters; else {by_hand}.")
     trained = {n: str(p.dtype) for n, p in trainable_parameters(model)}
-    settings = [remember.__kwdefaults__, power, str(getattr(tokenizer, "chat_template", "")), trained]
+    settings = ["2", remember.__kwdefaults__, power, str(getattr(tokenizer, "chat_template", "")), trained]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for n, t in weight_samples(model).items():
         digest.update(f"{n}\n".encode() + t.numpy().tobytes())
@@ -196,5 +196,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kept += " It tells how often each token occurred in the texts." if "pseudo_rehearsal.tokens" in kinds else ""
     what, base = "texts" if own["texts"] else "samples of the model", base or Path(source).name
     card = {"data": data, "name": output.resolve().name, "base": base, "kept": kept, "what": what, "steps": steps}
-    (output / "README.md").write_text(_CARD.format(**card, **own), encoding="utf-8")
+    if not (output / "README.md").exists():  # it may be the model's own
+        (output / "README.md").write_text(_CARD.format(**card, **own), encoding="utf-8")
     print(f"The model and the memory of {steps} batches are in {output}.")

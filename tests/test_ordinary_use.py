@@ -537,3 +537,19 @@ def test_methods_that_could_do_nothing_are_refused(make_model, make_args, collat
     trainer = ClasspTrainer(make_model(), make_args(max_steps=1), collator, rows)  # labels in no column
     assert [m.name for m in trainer.methods] == []
     trainer.train()
+
+
+def test_options_of_a_method_that_was_not_asked_for_are_refused():
+    from classp_hf.__main__ import for_register, parser
+
+    command = parser()
+    with pytest.raises(ValueError, match="--rehearse_texts is for the method 'pseudo_rehearsal': pass --rehearse"):
+        for_register(command.parse_args(["--rehearse_texts", "a.txt"]), command)
+    given = for_register(command.parse_args(["--rehearse_texts", "a.txt", "--rehearse", "0.5"]), command)
+    assert (given["method"][0].rehearse_fraction, given["method"][0].rehearse_texts) == (0.5, "a.txt")
+
+
+def test_a_memory_that_nothing_uses_is_refused(plain, make_model):
+    callback = ContinualCallback(memory="x.st")
+    with pytest.raises(ValueError, match="memory='x.st' is given, and nothing here uses a memory"):
+        plain(make_model(), "a", callbacks=[callback], optim="adamw_torch")

@@ -1,5 +1,7 @@
 """Pseudo-rehearsal: the texts, the answers, the gradient, and what is kept."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -236,6 +238,7 @@ class _Padding(transformers.PreTrainedTokenizerBase):
         lambda pool: {**pool, "lengths": pool["lengths"] * 0},
         lambda pool: {k: v for k, v in pool.items() if k != "lengths"},
         lambda pool: {k: v for k, v in pool.items() if k != "indices"},
+        lambda pool: {**pool, "indices": pool["indices"] + VOCABULARY},
         lambda pool: {**pool, "values": pool["values"][:, :1]},
     ],
 )
@@ -265,16 +268,103 @@ def test_a_set_up_without_token_ids_is_refused_before_training(make_model, make_
     assert weights(make_model())
 
 
-def test_given_texts_are_rehearsed_and_not_kept(causal_model, make_args, tmp_path):
-    model, tokenizer = causal_model(), _Words()
-    (tmp_path / "texts.txt").write_text("3 4 5\n\n6 7 8\n")
-    method = PseudoRehearsal(rehearse_texts=str(tmp_path / "texts.txt"))
+def test_given_texts_are_rehearsed_and_never_written(causal_model, make_args, tmp_path):
+    model, tokenizer, file = causal_model(), _Words(), tmp_path / "texts.txt"
+    file.write_text("3 4 5\n\n6 7 8 9\n")
+    method = PseudoRehearsal(rehearse_texts=str(file))
     context = Context(model, make_args(), task="a", processing_class=tokenizer, max_steps=2)
     method.before_task(context)
-    assert sorted(map(tuple, method.answers.ids.tolist())) == [(3, 4, 5), (6, 7, 8)]
-    assert "pool" in method.state_dict()  # a resumed run goes on with it
+    assert sorted(map(tuple, method.answers.ids.tolist())) == [(3, 4, 5, 0), (6, 7, 8, 9)]
+    model.zero_grad()
+    state = method.state_dict()
+    assert "ids" not in state["pool"]
+    # a resumed run reads the texts again and has the answers of the model as it was
+    again = PseudoRehearsal(rehearse_texts=str(file))
+    again.check_state(state, model)
+    again.load_state_dict(state)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    resumed = dataclasses.replace(context, start={})
+    again.before_task(resumed)
+    assert torch.equal(again.answers.ids, method.answers.ids)
+    assert torch.equal(again.answers.values, method.answers.values)
+    file.write_text("3 4 5 6\n")
+    with pytest.raises(ValueError, match="other texts than the resumed run began with"):
+        again.load_state_dict(state) or again.before_task(resumed)
     method.after_task(context)
     assert method.state_dict() == {}
+
+
+def test_a_sample_ends_with_its_text_whatever_the_models_own_settings_are(causal_model):
+    """transformers fills what is not asked for from the model's generation_config: ends, penalties."""
+    model = causal_model()
+    model.generation_config.eos_token_id, model.generation_config.repetition_penalty = [9, 3], 5.0
+    own = model.generation_config
+    texts = rehearsal.draw_samples(model, None, 300, 12, seed=0)
+    assert model.generation_config is own
+    ended = [t for t in texts if {9, 3} & set(t)]
+    assert ended and all(t[-1] in (9, 3) and not {9, 3} & set(t[:-1]) for t in ended)
+    assert all(len(t) == 12 for t in texts if t not in ended)
+    model.generation_config.repetition_penalty = 1.0
+    assert rehearsal.draw_samples(model, None, 300, 12, seed=0) == texts
+
+
+def test_a_decoder_that_classifies_answers_alike_alone_and_in_a_batch():
+    """It finds the end of a text by the padding token, which need not be 0."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=40, pad_token_id=39, num_labels=3, initializer_range=0.3, **sizes)
+    torch.manual_seed(0)
+    model = transformers.LlamaForSequenceClassification(config)
+    texts = [[5, 6, 7, 8, 11], [5, 6]]
+    together, alone = (rehearsal.answer(model, rows, 3) for rows in (texts, texts[1:]))
+    assert torch.equal(together.values[1], alone.values[0])
+
+
+@pytest.mark.parametrize("frame", [0, 40])
+def test_a_long_template_leaves_room_for_what_is_said(causal_model, frame):
+    class Chat(_Words):
+        chat_template = "{{ messages }}"
+        bos_token_id = 1
+
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+            return " ".join(["2"] * (4 + frame)) + messages[0]["content"] + "3 4"
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [int(word) for word in text.split()]}
+
+    texts = rehearsal.draw_samples(causal_model(), Chat(), 8, 16, seed=0)
+    chats = [t for t in texts if t[0] == 2]
+    assert len(chats) == 4 and len({tuple(t) for t in chats}) == 4
+    assert all(4 + frame + 3 < len(t) <= 4 + frame + 2 + 16 for t in chats)
+
+
+def test_a_template_that_wants_more_than_a_users_turn_gives_no_chats(causal_model, caplog):
+    class Chat:
+        chat_template, bos_token_id = "x", 1
+
+        def apply_chat_template(self, *args, **kwargs):
+            raise ValueError("a system prompt is needed")
+
+    assert all(t[0] == 1 for t in rehearsal.draw_samples(causal_model(), Chat(), 4, 8, seed=0))
+    assert "a system prompt is needed" in caplog.text
+
+
+def test_without_counts_none_are_taken_over(make_model):
+    state = {"tokens": {"a": torch.tensor([1, 2])}, "lengths": {"a": torch.tensor([0, 3])}}
+    method = PseudoRehearsal(rehearse_counts="off")
+    method.load_state_dict(state)
+    assert method.state_dict() == {}
+
+
+def test_each_task_adds_as_many_samples_and_old_ones_end(causal_model, make_args):
+    model, method = causal_model(), PseudoRehearsal(rehearse_samples=4, rehearse_length=8)
+    sizes = []
+    for seen in range(6):
+        context = Context(model, make_args(), [str(i) for i in range(seen)], task=str(seen), max_steps=2)
+        method.before_task(context)
+        sizes.append(len(method.answers))
+        method.after_task(context)
+    assert sizes == [4, 8, 12, 16, 16, 16]
 
 
 class _Words:

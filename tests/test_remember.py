@@ -134,7 +134,7 @@ def test_gradients_on_own_labels_have_mean_zero(tokenizer):
     assert 0.5 < ratio(drawn) < 2.0
     other = []
     for rows in torch.arange(512).split(8):  # labels of another distribution: the gradients all point one way
-        batch = torch.tensor([ids[i] for i in rows])
+        batch = padded([ids[i] for i in rows])[0].long()
         labels = torch.randint(4, VOCABULARY, batch.shape, generator=torch.Generator().manual_seed(int(rows[0])))
         loss = model(input_ids=batch, labels=labels).loss
         named = dict(trainable_parameters(model))

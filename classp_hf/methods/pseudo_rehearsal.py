@@ -20,9 +20,11 @@ from ..rehearsal import (
     draw_samples,
     frame,
     kind_of_model,
+    padded,
     permuted,
     pseudo_texts,
     read_texts,
+    readable,
 )
 from .base import Context, Method, flag
 
@@ -46,8 +48,9 @@ class PseudoRehearsal(Method):
       self-synthesized rehearsal, arXiv 2403.01244). New ones are added at each later task;
     - or `rehearse_texts`.
 
-    A step costs `rehearse_fraction` of a step more, the beginning a forward pass over the pool. The gradient is
-    clipped by `max_grad_norm`, apart from the task's.
+    A step costs the forward and backward pass of `rehearse_fraction` times the batch's number of texts, at least one;
+    the beginning a forward pass over the pool, on every process. The gradient is clipped by `max_grad_norm`, apart
+    from the task's.
     """
 
     name = "pseudo_rehearsal"
@@ -62,9 +65,11 @@ class PseudoRehearsal(Method):
     }
 
     rehearse_fraction: float = flag(0.25, "Texts rehearsed in a step, as a share of the batch.")
-    rehearse_lambda: float = flag(1.0, "Strength of the rehearsal.")
+    rehearse_lambda: float = flag(1.0, "Strength of the rehearsal; no more than max_grad_norm allows its gradient.")
     rehearse_temperature: float = flag(2.0, "Temperature T of a classifier's answers; language models answer at 1.")
-    rehearse_samples: int = flag(256, "Samples that a language model draws of itself before a task.")
+    rehearse_samples: int = flag(
+        256, "Samples that a language model draws of itself before a task, beside older ones."
+    )
     rehearse_length: int = flag(128, "Tokens of a sample or a given text at most.")
     rehearse_top_k: int = flag(32, "Outcomes kept of an answer; all others count as one.")
     rehearse_counts: Literal["on", "off"] = flag(
@@ -90,7 +95,8 @@ class PseudoRehearsal(Method):
             )
         kind = kind_of_model(context.model)
         if self.rehearse_texts is None and kind != "causal" and context.task_dataset is not None:
-            if "input_ids" not in (getattr(context.task_dataset, "column_names", None) or ()):
+            columns = getattr(context.task_dataset, "column_names", None) or ()
+            if "input_ids" not in columns or not hasattr(context.task_dataset, "__len__"):
                 raise ValueError(
                     "The method 'pseudo_rehearsal' counts the tokens of a task: its dataset needs a column "
                     "`input_ids`, and a length. Tokenise it, or give texts to rehearse (rehearse_texts)."
@@ -103,36 +109,50 @@ class PseudoRehearsal(Method):
     def before_task(self, context: Context) -> None:
         args = context.args
         self.kind, self.seed = kind_of_model(context.model), args.seed + 7919 * len(context.seen_tasks)
-        self.batch = args.per_device_train_batch_size
+        self.batch = args.train_batch_size
         self.count = max(round(self.rehearse_fraction * self.batch * args.gradient_accumulation_steps), 1)
         self.max_norm, self.half = args.max_grad_norm, args.fp16
         self.ranks, self.rank = args.world_size, args.process_index
         self.temperature = 1.0 if self.kind in ("causal", "masked") else self.rehearse_temperature
-        if not (context.resumed and "values" in self.pool):
+        self.answers, resumed = None, context.resumed and "values" in self.pool
+        texts = self._texts(context) if self.rehearse_lambda and not (resumed and "ids" in self.pool) else []
+        if resumed and texts:  # given ones, which are not stored
+            self.pool |= dict(zip(("ids", "lengths"), self._as_before(texts), strict=True))
+        elif not resumed:
             self.steps = 0
-            texts = self._texts(context) if self.rehearse_lambda else []
-            if not texts:
-                self.answers, self.pool = None, {}
-                return
-            self.pool = vars(answer(context.model, texts, self.rehearse_top_k, self.temperature))
-        self.answers = Answers(**self.pool)
-        logger.info(f"Pseudo-rehearsal of {len(self.answers)} texts, {self.count} a step.")
+            self.pool = vars(answer(context.model, texts, self.rehearse_top_k, self.temperature)) if texts else {}
+        if self.pool:
+            self.answers = Answers(**self.pool)
+            tokens, texts_a_step = int(self.answers.lengths.sum()), self.count * self.ranks
+            logger.info(
+                f"Pseudo-rehearsal: {texts_a_step} of {len(self.answers)} texts a step, "
+                f"{texts_a_step * tokens / len(self.answers):.0f} tokens."
+            )
+
+    def _as_before(self, texts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        ids, lengths = padded(texts)
+        if not torch.equal(lengths, self.pool["lengths"]):
+            raise ValueError(f"{self.rehearse_texts!r} holds other texts than the resumed run began with.")
+        return ids, lengths
 
     def _texts(self, context: Context) -> list[list[int]]:
         tokenizer, needed = context.processing_class, self.count * self.ranks * max(context.max_steps, 1)
+        count, most = self.rehearse_samples, readable(context.model, self.rehearse_length)
         if self.rehearse_texts is not None:
-            return read_texts(self.rehearse_texts, tokenizer, self.rehearse_samples, self.rehearse_length)
+            return read_texts(self.rehearse_texts, tokenizer, count, most)
         if self.kind == "causal":
-            old = zip(self.pool["ids"].tolist(), self.pool["lengths"].tolist(), strict=True) if self.pool else ()
-            texts = [ids[:length] for ids, length in old]
-            missing = self.rehearse_samples * (1 + len(context.seen_tasks)) - len(texts)
-            if missing > 0:
-                texts += draw_samples(context.model, tokenizer, missing, self.rehearse_length, self.seed)
-            return texts
+            ids, lengths = (
+                (self.pool[part].tolist() for part in ("ids", "lengths")) if "ids" in self.pool else ([], [])
+            )
+            texts = [row[:length] for row, length in zip(ids, lengths, strict=True)][-3 * count :]
+            if texts and context.fisher_steps and len(context.seen_tasks) == 1:  # of `remember`, of this very model
+                return texts
+            return texts + draw_samples(context.model, tokenizer, count, most, self.seed)
         special, padding = self._special(context)
         example = context.task_dataset[0]["input_ids"]
         generator = torch.Generator().manual_seed(self.seed)
-        tokens, lengths = list(self.tokens.values()), list(self.lengths.values())
+        known = [(self.tokens[n], self.lengths[n]) for n in self.tokens if self.tokens[n].any()]
+        tokens, lengths = [t for t, _ in known], [sizes for _, sizes in known]
         if self.rehearse_counts == "off":
             rows = self._embedding_rows(context, special)
             own = count_tokens(context.task_dataset, special, self._vocabulary(context))[1]
@@ -140,7 +160,10 @@ class PseudoRehearsal(Method):
         if not tokens:
             logger.warning("Nothing to rehearse yet: this model has learned no task that its memory counts tokens of.")
             return []
-        texts = pseudo_texts(min(needed, POOL), tokens, lengths, frame(example, special, padding), generator)
+        ends = frame(example, special, padding)
+        room = readable(context.model, 2**31) - len(ends[0]) - len(ends[1])
+        lengths = [sizes[: room + 1] for sizes in lengths]
+        texts = pseudo_texts(min(needed, POOL), tokens, lengths, ends, generator)
         if self.kind == "masked":
             mask = tokenizer.mask_token_id
             hidden = [torch.rand(len(t), generator=generator) < 0.15 for t in texts]
@@ -152,8 +175,10 @@ class PseudoRehearsal(Method):
 
     def _special(self, context: Context) -> tuple[list[int], int | None]:
         tokenizer, config = context.processing_class, bare_model(context.model).config
-        ids = set(getattr(tokenizer, "all_special_ids", []))
-        return sorted(ids), getattr(tokenizer, "pad_token_id", getattr(config, "pad_token_id", None))
+        padding = getattr(tokenizer, "pad_token_id", getattr(config, "pad_token_id", None))
+        if tokenizer is None:  # what else is special nobody says
+            return [padding] if isinstance(padding, int) else [], padding
+        return sorted(tokenizer.all_special_ids), padding
 
     def _vocabulary(self, context: Context) -> int:
         return bare_model(context.model).get_input_embeddings().weight.shape[0]
@@ -216,13 +241,16 @@ class PseudoRehearsal(Method):
         )
         right = right and all(len(t) <= vocabulary for t in tokens.values())
         if pool and right:
-            ids, sizes = pool.get("ids", torch.empty(0)), pool.get("lengths", torch.empty(0))
-            right = _integers(ids, (None, None), vocabulary) and _integers(sizes, (len(ids),), ids.shape[-1] + 1)
-            right = right and int(sizes.min()) > 0 and _integers(pool.get("steps", sizes[0]), ())
-            if "values" in pool or "indices" in pool:
-                values, indices = pool.get("values", torch.empty(0)), pool.get("indices", torch.empty(0))
-                right = right and values.shape == indices.shape and values.shape[:-1] in (ids.shape[:1], ids.shape)
-                right = right and _integers(indices, values.shape)
+            ids, sizes, values, indices = (
+                pool.get(part, torch.empty(0)) for part in ("ids", "lengths", "values", "indices")
+            )
+            right = _integers(sizes, (None,)) and int(sizes.min()) > 0 and _integers(pool.get("steps", sizes[0]), ())
+            if right and "ids" in pool:
+                right = _integers(ids, (len(sizes), None), vocabulary) and int(sizes.max()) <= ids.shape[1]
+            if right and not pool.keys() <= {"ids", "lengths", "steps"}:
+                outcomes = max(vocabulary, getattr(bare_model(model).config, "num_labels", 0))
+                right = values.shape == indices.shape and _integers(indices, indices.shape, outcomes)
+                right = right and values.shape[:-1] in ((len(sizes),), (len(sizes), int(sizes.max())))
         if not right:
             raise ValueError(
                 "The continual memory's samples or counts of tokens are not of this model and its tokenizer. Use the "
@@ -230,11 +258,13 @@ class PseudoRehearsal(Method):
             )
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        pool = {**self.pool, "steps": torch.tensor(self.steps)} if self.pool else {}
+        kept = {k: v for k, v in self.pool.items() if k != "ids" or self.rehearse_texts is None}
+        pool = {**kept, "steps": torch.tensor(self.steps)} if self.pool else {}
         return {k: v for k, v in (("tokens", self.tokens), ("lengths", self.lengths), ("pool", pool)) if v}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.tokens, self.lengths = dict(state.get("tokens", {})), dict(state.get("lengths", {}))
+        counts = state if self.rehearse_counts == "on" else {}
+        self.tokens, self.lengths = dict(counts.get("tokens", {})), dict(counts.get("lengths", {}))
         self.pool = dict(state.get("pool", {}))
         self.steps = int(self.pool.pop("steps", 0))
 
