@@ -78,6 +78,11 @@ def test_trls_sft_script(peft, launch, make_causal, tokenizer, tmp_path):  # noq
         assert all(torch.equal(after[n], s) for n, s in before.items())
         assert any("lora_A" in n and s.any() for n, s in after.items())
         assert "are kept for parameters that are frozen" in log
+    rehearsing = ("--rehearse", "0.5", "--rehearse_samples", "4", "--rehearse_length", "12", "--guard", *sft)
+    log = launch(rehearsing, "--model_name_or_path", str(tmp_path / "start"), "--output_dir", "c", *common, *lora)
+    assert "General text: loss" in log and "nats from the start" in log
+    memory = ContinualMemory.load(tmp_path / "c")
+    assert set(memory.get("pseudo_rehearsal.pool")) == {"ids", "lengths", "steps"}
 
 
 SEQ2SEQ = """

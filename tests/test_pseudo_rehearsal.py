@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import transformers
 from conftest import VOCABULARY, weights
 
-from classp_hf import ContinualMemory, ContinualTrainer, embedded, rehearsal
+from classp_hf import ContinualCallback, ContinualMemory, ContinualTrainer, embedded, rehearsal
 from classp_hf.methods import Context, PseudoRehearsal
 
 
@@ -370,3 +370,47 @@ def test_each_task_adds_as_many_samples_and_old_ones_end(causal_model, make_args
 class _Words:
     def __call__(self, text, truncation, max_length):
         return {"input_ids": [int(word) for word in text.split()][:max_length]}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_killed_language_models_run_resumes_with_the_same_samples(accumulation, causal_model, tmp_path):
+    """In a script nobody edits; the samples and answers of the model as it was come from the checkpoint."""
+    from datasets import Dataset
+
+    rows = [[1, *([3, 4, 5, 6] * 3)[: 4 + i % 8]] for i in range(32)]
+    data = Dataset.from_dict({"input_ids": rows})
+
+    def collate(features):
+        ids = [torch.tensor(f["input_ids"]) for f in features]
+        batch = {
+            "input_ids": (ids, 0),
+            "labels": (ids, -100),
+            "attention_mask": ([torch.ones_like(i) for i in ids], 0),
+        }
+        return {k: torch.nn.utils.rnn.pad_sequence(v, True, fill) for k, (v, fill) in batch.items()}
+
+    def train(folder, stop=None, resume=None):
+        keywords = {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+        keywords |= {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_strategy": "no"}
+        args = transformers.TrainingArguments(
+            str(tmp_path / folder), gradient_accumulation_steps=accumulation, **keywords
+        )
+        method = PseudoRehearsal(rehearse_samples=16, rehearse_length=10)
+        trainer = transformers.Trainer(
+            causal_model(), args, collate, data, callbacks=[ContinualCallback(method), *([stop] if stop else [])]
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return weights(trainer.model)
+
+    class Kill(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    whole = train("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train("cut", Kill())
+    resumed = train("cut", resume=str(tmp_path / "cut" / "checkpoint-2"))
+    assert all(torch.equal(w, resumed[n]) for n, w in whole.items())
+    pools = [ContinualMemory.load(tmp_path / folder).get("pseudo_rehearsal.pool") for folder in ("whole", "cut")]
+    assert pools[0].keys() == pools[1].keys() and all(torch.equal(t, pools[1][n]) for n, t in pools[0].items())
