@@ -34,9 +34,17 @@ from compare_methods import GPU, PRECISION, grid, read_lines
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
-from classp_hf import METHODS, ContinualTrainer, ContinualTrainingArguments, Task, embedded, load_task, register
+from classp_hf import (
+    METHODS,
+    ContinualTrainer,
+    ContinualTrainingArguments,
+    Task,
+    embedded,
+    load_task,
+    register,
+    rehearsal,
+)
 from classp_hf.language import prepare_language_tasks
-from classp_hf.rehearsal import answer, divergence, draw_samples
 from classp_hf.report import environment
 from classp_hf.tasks import SENTIMENT
 
@@ -143,32 +151,29 @@ def references() -> dict[str, Any]:
     model = start()
     texts = {
         "general": windows(documentation(0), WINDOWS),
-        "own": draw_samples(model, tokenizer(), 48, WINDOW, seed=999),
+        "own": rehearsal.draw_samples(model, tokenizer(), 48, WINDOW, seed=999),
     }
-    return {name: answer(model, rows, 64) for name, rows in texts.items()}
+    return {name: rehearsal.answer(model, rows, 64) for name, rows in texts.items()}
 
 
 @torch.no_grad()
-def measure(model: Any, setup: str, stage: str) -> dict[str, float]:
+def scores(model: Any, setup: str, stage: str) -> dict[str, float]:
     model.eval()
     prepared, rows = task(setup, stage, 0)
     result = {}
-    for name, answers in references().items():
-        result[f"kl_{name}"] = mean(float(divergence(model, answers, r)) for r in torch.arange(len(answers)).split(16))
-    ids = references()["general"].ids.long()
-    losses = [float(model(input_ids=part, labels=part)["loss"]) for part in ids.to(model.device).split(16)]
-    result["general_loss"] = mean(losses)
+    result["general_loss"], result["kl_general"] = rehearsal.measure(model, references()["general"])
+    result["kl_own"] = rehearsal.measure(model, references()["own"])[1]
     words = [tokenizer()(word, add_special_tokens=False)["input_ids"][0] for word in SENTIMENT]
-    scores = []
+    found = []
     for row, label in zip(prepared.test_dataset, rows["label"], strict=True):
         inputs = {k: torch.tensor([row[k]], device=model.device) for k in ("input_ids", "labels")}
         if setup == "domain":
-            scores.append(float(model(**inputs)["loss"]))
+            found.append(float(model(**inputs)["loss"]))
         else:
             answered = row["labels"].index(next(i for i in row["labels"] if i != -100))
             logits = model(input_ids=inputs["input_ids"][:, :answered])["logits"][0, -1]
-            scores.append(float(logits[words].argmax() == label))
-    return {**result, "task": mean(scores)}
+            found.append(float(logits[words].argmax() == label))
+    return {**result, "task": mean(found)}
 
 
 # ---- Runs ----
@@ -192,7 +197,7 @@ def run(job: Job) -> dict[str, Any]:
                     method.rehearse_texts = str(texts)
         transformers.set_seed(job.seed)
         model = start()
-        before = measure(model, job.setup, job.stage)
+        before = scores(model, job.setup, job.stage)
         if arm.lora:
             model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         method = [m for m in configured if m.name == arm.method]
@@ -208,7 +213,7 @@ def run(job: Job) -> dict[str, Any]:
             with torch.no_grad():
                 for p, old in zip(model.parameters(), start().to(model.device).parameters(), strict=True):
                     p.lerp_(old, 1 - arm.interpolation)
-        after = measure(model, job.setup, job.stage)
+        after = scores(model, job.setup, job.stage)
     found = environment()
     return {
         **asdict(job),
