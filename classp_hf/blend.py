@@ -5,21 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
-from safetensors import safe_open
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithPadding
 from transformers.utils import logging
 
-from .guard import check_causal, general_texts
+from .guard import general_answers
 from .language import prepare_language_tasks
-from .memory import MEMORY_NAME, ContinualMemory, NoMemoryError, find_memory
-from .names import is_language_model, mean_over_weights, samples
-from .rehearsal import answer, measure
+from .matching import named_as_in
+from .memory import MEMORY_NAME, ContinualMemory, NoMemoryError
+from .names import mean_over_weights, samples
+from .rehearsal import kind_of_model, measure
+from .remember import load_saved
 from .report import markdown_table, new_figure, save_figure, series_style, write_json
 from .tasks import Task, prepare_tasks
 
@@ -29,23 +33,8 @@ PATHS = ("line", "depth", "memory")
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
-class _Files:
-    """The tensors of a model's folder or Hub repository, or of its memory, read one by one."""
-
-    def __init__(self, files: list[Path], prefix: str = "") -> None:
-        self.files = [safe_open(path, framework="pt").__enter__() for path in files]
-        self.prefix = prefix
-        self.where = {key: file for file in self.files for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
-
-    def get(self, name: str, base: str = "") -> Tensor | None:
-        """The tensor `name`, also where only one of both models has the head's prefix `base`; None: there is none."""
-        for known in (name, name.removeprefix(f"{base}."), f"{base}.{name}"):
-            if self.prefix + known in self.where:
-                return self.where[self.prefix + known].get_tensor(self.prefix + known)
-        return None
-
-
-def _weights(model: str) -> _Files:
+def _weights(model: str) -> dict[str, Tensor]:
+    """The tensors of a folder or a Hub repository, which stay in their files until they are used."""
     folder = Path(model)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -54,107 +43,75 @@ def _weights(model: str) -> _Files:
     index = folder / "model.safetensors.index.json"
     names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     if missing := [name for name in sorted(names) if not (folder / name).is_file()]:
-        kind = (
-            "an adapter: merge it into its model first" if (folder / "adapter_config.json").is_file() else "no weights"
-        )
+        adapter = (folder / "adapter_config.json").is_file()
+        kind = "an adapter: merge it into its model first" if adapter else "no weights"
         raise ValueError(f"{model} holds {kind} ({missing[0]} is not there). Save the whole model as safetensors.")
-    return _Files([folder / name for name in sorted(names)])
+    return {name: t for file in sorted(names) for name, t in load_file(folder / file).items()}
 
 
-def _accumulators(model: str) -> _Files | None:
+def _accumulators(folder: str, model: nn.Module) -> dict[str, Tensor]:
     try:
-        path = find_memory(model)
+        found = named_as_in(model, ContinualMemory.load(folder)).get("accumulator")
     except NoMemoryError:
-        return None
-    files = _Files([path], "accumulator/")
-    return files if files.where else None
+        return {}
+    return {n: found[n] for n, p in model.named_parameters() if n in found and found[n].shape[1:] == p.shape[1:]}
 
 
 class _Blender:
     """Puts points between both models into `model`, which is loaded from the tuned one."""
 
-    def __init__(self, model: Any, start: str, tuned: str) -> None:
-        self.start, self.tuned, self.base = _weights(start), _weights(tuned), model.base_model_prefix
+    def __init__(self, model: nn.Module, start: str, tuned: str) -> None:
         self.state = model.state_dict()
-        names = [name for name, _ in model.named_parameters()]
-        if not any(name in self.state for name in self.tuned.where):
+        weights = {f"weights/{n}": t for n, t in _weights(start).items()}
+        old = named_as_in(model, ContinualMemory(weights)).get("weights")
+        own = {n: t for n, t in _weights(tuned).items() if n in self.state}
+        if not own:
             raise ValueError(f"The weights of {tuned} have other names than its model's: save it again.")
-        numbered = [re.search(r"\.(\d+)\.", name) for name in names]
-        count = max((int(m[1]) for m in numbered if m), default=0)
-        first = next((i for i, m in enumerate(numbered) if m), 0)
-        # embeddings count as the first layer, what follows the last one as the last
-        self.depth = {
-            n: int(m[1]) / max(count, 1) if m else float(i > first) for i, (n, m) in enumerate(zip(names, numbered))
+        self.pairs = {
+            n: (old[n], t)
+            for n, t in own.items()
+            if n in old and old[n].shape[1:] == t.shape[1:] and t.ndim and t.is_floating_point()
         }
-        self.old, self.new = _accumulators(start), _accumulators(tuned)
-        means = [
-            mean_over_weights(t for n in names if (t := which(n)) is not None) for which in (self._f_old, self._f_new)
-        ]
-        self.means = [mean or 1.0 for mean in means]
-        self.only_tuned: list[str] = []
+        self.only_tuned = [n for n in own if n not in self.pairs]
+        layers = {n: re.search(r"\.(\d+)\.", n) for n, _ in model.named_parameters()}
+        deepest = max((int(m[1]) for m in layers.values() if m), default=0) or 1
+        self.depth, other = {}, 0.0  # embeddings count as the first layer, what follows the last one as the last
+        for n, m in layers.items():
+            self.depth[n] = int(m[1]) / deepest if m else other
+            other = 1.0 if m else other
+        self.old, self.new = _accumulators(start, model), _accumulators(tuned, model)
+        self.old_mean = mean_over_weights(self.old.values()) or 1.0
+        self.new_mean = mean_over_weights(map(self._grown, self.new)) or 1.0
 
-    def _f_old(self, name: str) -> Tensor | None:
-        return _checked(self.old.get(name, self.base)) if self.old is not None else None
+    def _grown(self, name: str) -> Tensor:
+        now, before = self.new[name], self.old.get(name)
+        return now if before is None or before.shape != now.shape else (now - before).clamp_(min=0)
 
-    def _f_new(self, name: str) -> Tensor | None:
-        now, before = self.new.get(name, self.base) if self.new is not None else None, self._f_old(name)
-        if now is None or before is None or now.shape != before.shape:
-            return _checked(now)
-        return (_checked(now) - before).clamp_(min=0)  # type: ignore[operator]
-
-    def share(self, path: str, name: str, share: float) -> float | Tensor:
-        """How much of the way to the tuned model the weights of a parameter go."""
-        if path == "line":
-            return share
+    def share(self, path: str, name: str, share: float, rows: int) -> Tensor:
+        """How much of the way to the tuned model the first `rows` of a parameter go."""
         if path == "depth":
-            return share + (1 - share) * self.depth.get(name, 1.0)
-        parts = (self._f_old(name), self._f_new(name))
+            share += (1 - share) * self.depth.get(name, 1.0)
+        if path != "memory":
+            return torch.tensor(share)
         # a model without a memory counts all its weights alike
-        old, new = (1.0 if f is None else f / mean for f, mean in zip(parts, self.means))
+        old = self.old[name][:rows] / self.old_mean if name in self.old else torch.ones(())
+        new = self._grown(name)[:rows] / self.new_mean if name in self.new else torch.ones(())
         towards, back = share * new, (1 - share) * old
-        total = torch.as_tensor(towards + back)
-        return torch.where(total > 0, towards / total.clamp(min=1e-30), share)
+        return torch.where(towards + back > 0, towards / (towards + back), share)
 
     @torch.no_grad()
     def put(self, path: str, share: float) -> None:
         """Make the model the point `share` (0: start, 1: tuned) of `path`; what only the tuned one has stays."""
-        self.only_tuned = []
-        for name in self.tuned.where:
-            if name not in self.state:
-                continue
-            tuned, start = _found(self.tuned.get(name)), self.start.get(name, self.base)
-            if start is None or start.shape[1:] != tuned.shape[1:] or not (tuned.ndim and tuned.is_floating_point()):
-                self.only_tuned.append(name)
-            else:
-                n, part = min(len(start), len(tuned)), self.share(path, name, share)  # rows both have
-                part = part[:n] if isinstance(part, Tensor) and part.ndim else float(part)
-                # not in place: safetensors gives views of the mapped file, which the next reading would see
-                tuned = torch.cat([torch.lerp(start[:n].float(), tuned[:n].float(), part).to(tuned.dtype), tuned[n:]])
-            self.state[name].copy_(tuned)
-
-
-def _found(t: Tensor | None) -> Tensor:
-    assert t is not None
-    return t
-
-
-def _checked(t: Tensor | None) -> Tensor | None:
-    if t is not None and not (t.is_floating_point() and torch.isfinite(t).all() and (t >= 0).all()):
-        raise ValueError("The continual memory holds what no run of this version writes: use the one a run wrote.")
-    return None if t is None else t.float()
+        for name, (start, tuned) in self.pairs.items():
+            rows = min(len(start), len(tuned))  # an embedding may have gained or lost some
+            part = self.share(path, name, share, rows)
+            self.state[name][:rows].copy_(torch.lerp(start[:rows].float(), tuned[:rows].float(), part))
 
 
 def blend(
-    start: str,
-    tuned: str,
-    output_dir: str,
-    guard: str | None = None,
-    eval_file: str | None = None,
-    max_rise: float = 0.02,
-    shares: tuple[float, ...] = SHARES,
-    samples_drawn: int = 32,
-    length: int = 128,
-) -> dict[str, Any]:
+    start: str, tuned: str, output_dir: str, guard: str | None = None, eval_file: str | None = None,
+    max_rise: float = 0.02, shares: tuple[float, ...] = SHARES, samples_drawn: int = 32, length: int = 128,
+) -> dict[str, Any]:  # fmt: skip
     """Score models between `start` and `tuned`, and save the one that is best at the task at a bounded cost.
 
     Three paths lead from one to the other, and at each `share` of them a model is scored: `line`, every weight alike
@@ -165,7 +122,7 @@ def blend(
 
     The point that is saved, with tokenizer and the tuned model's memory, has the best task score of those whose guard
     loss rose by at most `max_rise`; without `eval_file` it is the one with the largest share. Into `output_dir` go
-    also `blend.json` and `blend.png`. Weights are read tensor by tensor: one model is in memory.
+    also `blend.json` and `blend.png`. Weights are mapped from their files: one model is in memory.
 
     Args:
         start, tuned: folders or Hub ids of models saved as safetensors.
@@ -183,52 +140,43 @@ def blend(
     Raises:
         ValueError: a model without such weights; a classifier without a file to score it on; rows of another kind.
     """
-    import transformers
-    from transformers import AutoConfig, AutoTokenizer
-
     _weights(tuned)  # says what is wrong with an adapter
-    config = AutoConfig.from_pretrained(tuned)
-    cls = getattr(transformers, (config.architectures or [""])[0], None)
-    if cls is None:
-        raise ValueError(f"{tuned} names no class of Transformers in its config ({config.architectures}).")
-    model, tokenizer = cls.from_pretrained(tuned, dtype="auto").eval(), AutoTokenizer.from_pretrained(tuned)
-    model = model.to(PartialState().device)
+    model = load_saved(tuned, dtype="auto").eval().to(PartialState().device)
+    tokenizer, causal = AutoTokenizer.from_pretrained(tuned), kind_of_model(model) == "causal"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    blender, causal = _Blender(model, start, tuned), is_language_model(model)
+    if not causal and guard is None and eval_file is None:
+        raise ValueError("A classifier has no general text: give eval_file, guard, or both (text and label).")
+    blender = _Blender(model, start, tuned)
     blender.put("line", 0.0)
     if causal:
-        check_causal(model)
-        texts, what = general_texts(model, tokenizer, guard, samples_drawn, length, seed=0)
-        answers = answer(model, texts, 32, batch_size=8)
-    elif guard is None and eval_file is None:
-        raise ValueError("A classifier has no general text: give eval_file, guard, or both (text and label).")
-    task = _scorer(model, tokenizer, eval_file) if eval_file else None
-    kept = _scorer(model, tokenizer, guard) if guard and not causal else None
+        answers, guard = general_answers(model, tokenizer, guard, samples_drawn, length, seed=0)
+    kept = _batches(model, tokenizer, guard) if guard is not None and not causal else None
+    task = _batches(model, tokenizer, eval_file) if eval_file is not None else None
+    metric = None if task is None else "loss" if causal else "accuracy"
     points: list[dict[str, Any]] = []
     for path in PATHS if blender.old or blender.new else PATHS[:2]:
         for share in shares if path == "line" else [s for s in shares if s < 1 and (path == "depth" or s > 0)]:
             blender.put(path, share)
-            point: dict[str, Any] = {"path": path, "share": share, "task": task()[0] if task else None}
-            point["guard_loss"], point["guard_kl"] = (
-                measure(model, answers) if causal else (kept()[1] if kept else None, None)
-            )
-            first = points[0]["guard_loss"] if points else point["guard_loss"]
-            point["rise"] = point["guard_loss"] / first - 1 if first else None
-            points.append(point)
-            logger.info(str(point))
-    sign = -1 if causal else 1  # a loss, or an accuracy
+            score = None if task is None or metric is None else _score(model, task)[metric]
+            loss, kl = measure(model, answers) if causal else (_score(model, kept)["loss"] if kept else None, None)
+            first = points[0]["guard_loss"] if points else loss
+            rise = loss / first - 1 if loss is not None and first else None
+            numbers = {"task": score, "guard_loss": loss, "guard_kl": kl, "rise": rise}
+            points.append({"path": path, "share": share, **numbers})
+            logger.info(str(points[-1]))
 
     def rank(i: int) -> tuple[float, float]:
         point = points[i]
-        return point["share"] if task is None else sign * point["task"], -(point["rise"] or 0.0)
+        score = {None: point["share"], "accuracy": point["task"], "loss": -(point["task"] or 0.0)}[metric]
+        return score, -(point["rise"] or 0.0)
 
     chosen = max((i for i, p in enumerate(points) if (p["rise"] or 0.0) <= max_rise), key=rank)
-    best = "the largest share" if task is None else "the lowest task loss" if causal else "the highest accuracy"
+    best = {None: "the largest share", "accuracy": "the highest accuracy", "loss": "the lowest task loss"}[metric]
     results = {
         "start": start,
         "tuned": tuned,
-        "metric": None if task is None else "loss" if causal else "accuracy",
-        "guard_texts": what if causal else guard,
+        "metric": metric,
+        "guard_texts": guard,
         "rule": f"{best} of the points whose guard loss rose by at most {100 * max_rise:g} %",
         "chosen": chosen,
         "points": points,
@@ -239,7 +187,7 @@ def blend(
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tuned).save_pretrained(folder)  # without the padding of the scoring
     weights = samples(model)
-    del model, blender.state
+    del model, blender
     try:
         memory = ContinualMemory.load(tuned)
         memory.put("samples", weights)  # by which it knows its model
@@ -254,38 +202,34 @@ def blend(
     return results
 
 
-def _scorer(model: Any, tokenizer: Any, file: str) -> Callable[[], tuple[float, float]]:
-    """A function that gives the model's score on the rows of `file`, and its loss."""
+def _batches(model: Any, tokenizer: Any, file: str) -> list[Any]:
+    """The rows of `file` as a model's inputs."""
     from datasets import load_dataset
-    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
-    form = {"jsonl": "json"}.get(suffix := Path(file).suffix[1:], suffix)
-    rows = load_dataset(form, data_files=file, split="train")
-    given, causal = [Task("scored", rows, rows)], is_language_model(model)
-    prepared = (
-        prepare_language_tasks(given, tokenizer, False)
-        if causal
-        else prepare_tasks(given, tokenizer, model.config.label2id)
-    )
-    collate: Any = DataCollatorForSeq2Seq(tokenizer, model) if causal else DataCollatorWithPadding(tokenizer)
-    columns = ("input_ids", "attention_mask", "token_type_ids", "labels", "label")
-    data = [{k: v for k, v in row.items() if k in columns} for row in prepared[0].train_dataset]
+    rows = load_dataset(Path(file).suffix[1:].replace("jsonl", "json"), data_files=file, split="train")
+    tasks = [Task("scored", rows, rows)]
+    if kind_of_model(model) == "causal":
+        tasks = prepare_language_tasks(tasks, tokenizer, encoder_decoder=False)
+        collate: Any = DataCollatorForSeq2Seq(tokenizer, model)
+    else:
+        tasks, collate = prepare_tasks(tasks, tokenizer, model.config.label2id), DataCollatorWithPadding(tokenizer)
+    return list(DataLoader(tasks[0].train_dataset, batch_size=8, collate_fn=collate))
 
-    @torch.no_grad()
-    def score() -> tuple[float, float]:
-        loss = right = count = 0.0
-        for i in range(0, len(data), 8):
-            batch = collate(data[i : i + 8]).to(model.device)
-            labels = batch.pop("labels")
-            logits = model(**batch)["logits"].float()
-            if causal:
-                logits, labels = logits[:, :-1], labels[:, 1:]
-            loss += float(torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum"))
-            right += int((logits.argmax(-1) == labels).sum())
-            count += int((labels != -100).sum())
-        return (loss if causal else right) / count, loss / count
 
-    return score
+@torch.no_grad()
+def _score(model: Any, batches: list[Any]) -> dict[str, float]:
+    """Mean loss and accuracy over all labels."""
+    loss = right = count = 0.0
+    for batch in batches:
+        inputs = {k: t.to(model.device) for k, t in batch.items()}
+        labels = inputs.pop("labels")
+        logits = model(**inputs)["logits"].float()
+        if logits.ndim == 3:  # each token is to be foretold by those before
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        loss += float(F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum"))
+        right += int((logits.argmax(-1) == labels).sum())
+        count += int((labels != -100).sum())
+    return {"loss": loss / count, "accuracy": right / count}
 
 
 def format_blend(results: dict[str, Any]) -> str:
@@ -324,15 +268,15 @@ def plot_frontier(results: dict[str, Any], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """`python -m classp_hf blend`."""
     command = argparse.ArgumentParser(
-        prog="python -m classp_hf blend", description=blend.__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "python -m classp_hf blend", description=blend.__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
     )  # fmt: skip
     command.add_argument("start", metavar="START")
     command.add_argument("tuned", metavar="TUNED")
     command.add_argument("--output_dir", required=True)
     command.add_argument("--guard", metavar="TEXTS")
     command.add_argument("--eval_file", metavar="FILE")
-    command.add_argument("--max_rise", type=float, default=0.02, metavar="SHARE")
+    command.add_argument("--max_rise", type=float, metavar="SHARE")
     try:
         results = blend(**vars(command.parse_args(arguments)))
     except (ValueError, FileNotFoundError) as error:

@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .files import replacing
-from .names import bare_model, is_language_model, reshard, samples, trainable_parameters
-from .rehearsal import Answers, answer, draw_samples, measure, padded, read_texts, readable
+from .names import bare_model, reshard, samples, trainable_parameters
+from .rehearsal import Answers, answer, draw_samples, kind_of_model, measure, padded, read_texts, readable
 
 logger = logging.get_logger(__name__)
 
@@ -28,31 +28,35 @@ ENGLISH = Path(__file__).with_name("guard_texts.txt")
 """24 paragraphs of plain English, written for this package (Apache-2.0)."""
 SHARE = 0.03
 """Of the training's time, for all evaluations."""
-_TOP_K, _BATCH, _NEW, _WATCHED, _LEAST = 32, 8, 16, 3, 9
 
 
 def check_causal(model: Any) -> None:
     """Raise a ValueError unless `model` is a causal language model."""
-    name = type(bare_model(model)).__name__
-    if not is_language_model(model) or getattr(bare_model(model).config, "is_encoder_decoder", False):
+    if kind_of_model(model) != "causal":
+        name = type(bare_model(model)).__name__
         raise ValueError(f"The guard measures causal language models, and {name} is none: leave the guard out.")
 
 
-def general_texts(model: Any, tokenizer: Any, source: str | None, count: int, length: int, seed: int):
-    """Token ids of the fixed texts, and what they are: those of `source`, else own samples and plain English."""
+def general_answers(
+    model: Any, tokenizer: Any, source: str | None, count: int, length: int, seed: int
+) -> tuple[Answers, str]:
+    """The starting model's answers to the fixed texts, and what these are: those of `source`, else own samples and
+    plain English."""
+    check_causal(model)
     length = readable(model, length)
     if source is not None:
-        return read_texts(source, tokenizer, count, length), Path(source).name
-    texts, what = draw_samples(model, tokenizer, count, length, seed, batch_size=32), "the model's own samples"
-    if tokenizer is None:
-        return texts, what
-    return texts + read_texts(str(ENGLISH), tokenizer, 1000, length), f"{what} and plain English"
+        texts, what = read_texts(source, tokenizer, count, length), Path(source).name
+    else:
+        texts, what = draw_samples(model, tokenizer, count, length, seed), "the model's own samples"
+        if tokenizer is not None:
+            texts, what = texts + read_texts(str(ENGLISH), tokenizer, 1000, length), f"{what} and plain English"
+    return answer(model, texts, 32, batch_size=8), what
 
 
 def spacing(steps: int, step: float, evaluation: float, least: int = 0) -> int:
     """Steps between evaluations, such that all of them, also before and after, take `SHARE` of the time: seconds a
     `step` and an `evaluation`. At `least` so many lie between start and end, whatever they take."""
-    count = max(math.floor(SHARE * steps * step / max(evaluation, 1e-9)) - 2, least, 0)
+    count = max(math.floor(SHARE * steps * step / max(evaluation, 1e-9)) - 2, least)
     return max(math.ceil(steps / (count + 1)), 1)
 
 
@@ -83,57 +87,47 @@ class GuardCallback(TrainerCallback):
     """Whether any training of this process began with one."""
 
     def __init__(
-        self,
-        texts: str | None = None,
-        every: int | None = None,
-        stop: float | None = None,
-        samples: int = 32,
+        self, texts: str | None = None, every: int | None = None, stop: float | None = None, samples: int = 32,
         length: int = 128,
-    ) -> None:
+    ) -> None:  # fmt: skip
         for name, value, least in (("every", every, 1), ("samples", samples, 1), ("length", length, 8)):
             if value is not None and value < least:
                 raise ValueError(f"The guard's {name} must be >= {least}, got {value}.")
         if stop is not None and not stop > 0:
             raise ValueError(f"The guard's stop must be > 0, got {stop}. 0.1 allows the loss to rise by 10%.")
         self.texts, self.every, self.stop, self.samples, self.length = texts, every, stop, samples, length
-        self.place: Callable[[], Path | None] = lambda: None
-        """Where a sequence writes its present task."""
+        self.folder: Callable[[Any], Path] = lambda args: Path(args.output_dir)
+        """Where checkpoints lie; [`ContinualTrainer`] gives a sequence's present task."""
         self.checkpoint: Path | None = None
         self.model: Any = None
         self.answers: dict[str, Answers] = {}
         """Of the starting model to the texts, "general", and to the first new examples, "new"."""
-        self.known: dict[str, Any] = {"what": "", "training": 0, "history": []}
+        self.known: dict[str, Any] = {}
         self.pending: dict[str, float] = {}
+        """Values that the next log takes along."""
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        if model is not None:
-            check_causal(model)
         if self.stop is not None and args.load_best_model_at_end:
             raise ValueError("The guard's stop and load_best_model_at_end both choose the weights: leave one out.")
+        check_causal(model)
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, train_dataloader=None, **kwargs):
-        check_causal(model)
         type(self).applied = True
         self.first, self.spacing, self.good, self.stopped = state.global_step, self.every, {}, None
         rows = _first_examples(train_dataloader, readable(model, self.length))
-        if not (state.global_step and self._resume(args, state)):
-            tokenizer, known = getattr(processing_class, "tokenizer", processing_class), self.known
-            if not self.answers or (self.model is not None and self.model is not model):
-                seed = args.seed + 104729  # other samples than pseudo-rehearsal's
-                texts, known["what"] = general_texts(model, tokenizer, self.texts, self.samples, self.length, seed)
-                self.answers = {"general": answer(model, texts, _TOP_K, batch_size=_BATCH)}
-                known["training"], known["history"] = 0, []
-            self.answers.pop("new", None)
-            if rows:
-                self.answers["new"] = answer(model, rows, _TOP_K, batch_size=_BATCH)
-            known["training"] += 1
-        elif "new" in self.answers:  # whose texts no file holds
-            new = self.answers["new"]
-            ids, lengths = padded(rows) if rows else (new.ids, None)
-            if lengths is not None and torch.equal(lengths, new.lengths):
-                new.ids = ids
-            else:
-                del self.answers["new"]
+        resumed = bool(state.global_step) and self._resume(args, state)
+        if not resumed and (not self.answers or self.model not in (None, model)):
+            tokenizer = getattr(processing_class, "tokenizer", processing_class)
+            seed = args.seed + 104729  # other samples than pseudo-rehearsal's
+            found, what = general_answers(model, tokenizer, self.texts, self.samples, self.length, seed)
+            self.answers, self.known = {"general": found}, {"what": what, "training": 0, "history": []}
+        new = self.answers.pop("new", None)
+        if rows and not resumed:
+            self.answers["new"] = answer(model, rows, 32, batch_size=8)
+        elif rows and new is not None:  # whose texts no file holds
+            new.ids, lengths = padded(rows)
+            self.answers |= {"new": new} if torch.equal(lengths, new.lengths) else {}
+        self.known["training"] += not resumed
         self.model = model
         started = _now(model)
         self._take(state)
@@ -144,50 +138,46 @@ class GuardCallback(TrainerCallback):
         done, last = state.global_step - self.first, state.global_step >= state.max_steps
         if done == 1:
             self.clock = _now(model)
-        if self.spacing is None and done == 1 + _WATCHED:
-            each, least = (_now(model) - self.clock) / _WATCHED, _LEAST if self.stop is not None else 0
-            found = spacing(state.max_steps - self.first, each, self.seconds, least)
+        if self.spacing is None and done == 4:
+            step, least = (_now(model) - self.clock) / 3, 0 if self.stop is None else 9
+            found = spacing(state.max_steps - self.first, step, self.seconds, least)
             self.spacing = broadcast_object_list([found])[0]  # clocks of ranks differ
         if not (last or control.should_training_stop) and (self.spacing is None or done % self.spacing):
             return
         self.pending, control.should_log = self._take(state), True
         if self.stop is None or self.pending["guard_loss"] <= (1 + self.stop) * self.known["history"][0]["guard_loss"]:
             self._keep(args, state)
-        else:
-            self._restore(args)
-            self.stopped, control.should_training_stop = state.global_step, True
+            return
+        self._restore()
+        self.stopped, control.should_training_stop = state.global_step, True
+        if args.process_index == 0:
+            logger.warning(
+                f"The guard stopped the training at step {self.stopped}: the loss on general text had risen by more "
+                f"than {100 * self.stop:g} %. The weights are those of step {self.good_step}."
+            )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs is not None:
-            logs.update(self.pending)
-            if "model" in kwargs and state.log_history:  # Trainer's own event: the entry is written already
-                state.log_history[-1].update(self.pending)
-            self.pending = {}
+        logs.update(self.pending)
+        if "model" in kwargs:  # Trainer's own event: the entry is written already
+            state.log_history[-1].update(self.pending)
+        self.pending = {}
 
     def on_save(self, args, state, control, **kwargs):
-        if args.should_save and not state.is_hyper_param_search and self.answers:
-            self.write((self.place() or Path(args.output_dir)) / f"checkpoint-{state.global_step}")
+        if args.should_save and not state.is_hyper_param_search:
+            self.write(self.folder(args) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         now = samples(model)
         if any(not torch.equal(t, now[n]) for n, t in self.measured.items()):  # loaded, put back or merged
             state.log_history.append({**self._take(state), "step": state.global_step})
-        self.good, self.checkpoint, place = {}, None, self.place()
-        if args.should_save and place is not None:  # for a sequence that is resumed at this boundary
-            self.write(place)
+        self.good, self.checkpoint = {}, None
         if args.process_index == 0:
-            if self.stop is not None and self.stopped is not None:
-                logger.warning(
-                    f"The guard stopped the training at step {self.stopped}: the loss on general text had risen by "
-                    f"more than {100 * self.stop:g} %. The weights are those of step {self.good_step}."
-                )
             logger.warning(self.report()["summary"])
 
     def _take(self, state: Any) -> dict[str, float]:
-        loss, kl = measure(self.model, self.answers["general"], _BATCH)
-        values = {"guard_loss": loss, "guard_kl": kl}
+        values = dict(zip(("guard_loss", "guard_kl"), measure(self.model, self.answers["general"])))
         if "new" in self.answers:
-            values["guard_kl_new"] = measure(self.model, self.answers["new"], _BATCH)[1]
+            values["guard_kl_new"] = measure(self.model, self.answers["new"])[1]
         values = broadcast_object_list([values])[0]  # ranks have to agree on whether to stop
         self.measured = samples(self.model)
         self.known["history"].append({"training": self.known["training"], "step": state.global_step, **values})
@@ -199,40 +189,42 @@ class GuardCallback(TrainerCallback):
             self.good = {n: p.detach().to("cpu", copy=True) for n, p in trainable_parameters(self.model)}
 
     @torch.no_grad()
-    def _restore(self, args: Any) -> None:
-        alone = args.world_size == 1 or reshard(self.model)
+    def _restore(self) -> None:
+        sharded = reshard(self.model)
         for name, p in trainable_parameters(self.model):
             if name in self.good:
                 p.copy_(self.good[name])
-            if not alone:
+            if not sharded:
                 p.copy_(broadcast(p.detach()))
 
-    # ---- The file in checkpoints ----
+    # ---- The file in checkpoints and between the tasks of a sequence ----
 
     def write(self, folder: Path) -> None:
-        """Write `guard.st`, by atomic rename."""
+        """Write `guard.st`, by atomic rename, if any training has begun."""
         tensors = {f"{k}/{n}": t.contiguous() for k, a in self.answers.items() for n, t in vars(a).items()}
         if "new" in self.answers:  # nobody's training examples lie beside a model
             tensors["new/ids"] = torch.zeros_like(tensors["new/ids"])
-        with replacing(folder / GUARD_NAME) as temporary:
-            save_file(tensors, temporary, metadata={"guard": json.dumps(self.known)})
+        if tensors:
+            with replacing(folder / GUARD_NAME) as temporary:
+                save_file(tensors, temporary, metadata={"guard": json.dumps(self.known)})
 
     def read(self, folder: Path) -> bool:
         """Go on from the `guard.st` in `folder`. False: there is none. ValueError: no guard wrote it."""
-        path = Path(folder) / GUARD_NAME
+        path = folder / GUARD_NAME
         if not path.is_file():
             return False
         try:
             with safe_open(path, framework="pt") as file:
-                known = json.loads((file.metadata() or {})["guard"])
-                found: dict[str, dict[str, Any]] = {}
+                known = json.loads(file.metadata()["guard"])
+                parts: dict[str, dict[str, Any]] = {"general": {}}
                 for key in file.keys():  # noqa: SIM118
-                    found.setdefault(key.partition("/")[0], {})[key.partition("/")[2]] = file.get_tensor(key)
-            answers = {k: Answers(**parts) for k, parts in found.items()}
-            whole = "general" in answers and all(a.whole() for a in answers.values())
-            if not whole or known.keys() != self.known.keys() or "guard_loss" not in known["history"][0]:
+                    kind, _, part = key.partition("/")
+                    parts.setdefault(kind, {})[part] = file.get_tensor(key)
+            answers = {kind: Answers(**tensors) for kind, tensors in parts.items()}
+            if not all(a.whole() for a in answers.values()) or known.keys() != {"what", "training", "history"}:
                 raise ValueError("texts and answers do not belong together")
-        except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+            float(known["history"][0]["guard_loss"])
+        except (SafetensorError, OSError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is not what a guard wrote ({error}). Delete it to measure from here on."
             ) from error
@@ -240,9 +232,9 @@ class GuardCallback(TrainerCallback):
         return True
 
     def _resume(self, args: Any, state: Any) -> bool:
-        given = args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None
-        step = (self.place() or Path(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if any(self.read(Path(folder)) for folder in (self.checkpoint, given, step) if folder is not None):
+        step = self.folder(args) / f"checkpoint-{state.global_step}"
+        given = (self.checkpoint, args.resume_from_checkpoint, step)
+        if any(self.read(Path(str(folder))) for folder in given if folder is not None):
             return True
         logger.warning(f"There is no {GUARD_NAME} in {step}: the guard measures from this checkpoint on.")
         return False
@@ -254,14 +246,12 @@ class GuardCallback(TrainerCallback):
         before, after, kl = history[0]["guard_loss"], history[-1]["guard_loss"], history[-1]["guard_kl"]
         new, rise = history[-1].get("guard_kl_new"), after / before - 1 if before else 0.0
         summary = f"General text: loss {before:.2f} -> {after:.2f} ({100 * rise:+.1f} %), {kl:.2f} nats from the start"
-        summary += "." if new is None else f"; {new:.2f} nats on the new data."
-        result = {
-            "summary": summary,
+        return {
+            "summary": summary + ("." if new is None else f"; {new:.2f} nats on the new data."),
             "texts": self.known["what"],
             "tokens": int(self.answers["general"].lengths.sum()),
+            **{"loss_before": before, "loss_after": after, "rise": rise, "kl": kl, "kl_new": new, "history": history},
         }
-        result |= {"loss_before": before, "loss_after": after, "rise": rise, "kl": kl, "kl_new": new}
-        return {**result, "history": history}
 
 
 class LaunchedGuard(GuardCallback):
@@ -283,7 +273,7 @@ def _first_examples(dataloader: Any, length: int) -> list[list[int]]:
     dataset: Any = getattr(dataloader, "dataset", None)
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         return []
-    rows = [row for i in range(min(_NEW, len(dataset))) if isinstance(row := dataset[i], dict) and "input_ids" in row]
+    rows = [row for i in range(min(16, len(dataset))) if isinstance(row := dataset[i], dict) and "input_ids" in row]
     masks = [row.get("attention_mask", [1] * len(row["input_ids"])) for row in rows]
     ids = [[int(i) for i, m in zip(row["input_ids"], mask) if m][:length] for row, mask in zip(rows, masks)]
     return [row for row in ids if len(row) > 1]

@@ -168,6 +168,14 @@ def pretrained_memory(model: Any, tokenizer: Any, power: float, writes: bool = T
     return memory
 
 
+def load_saved(source: str, **kwargs: Any) -> Any:
+    """A model of the class that its config names, from a folder or the Hub. ValueError: none of Transformers."""
+    architecture = (transformers.AutoConfig.from_pretrained(source).architectures or ["none"])[0]
+    if not hasattr(transformers, architecture):
+        raise ValueError(f"{source} is saved as {architecture}, which is no class of Transformers")
+    return getattr(transformers, architecture).from_pretrained(source, **kwargs)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command `remember`."""
     command = argparse.ArgumentParser("python -m classp_hf remember", description=__doc__, allow_abbrev=False)
@@ -178,12 +186,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument(f"--{name}", type=kind, default=default, help=f"default: {default}")
     own = vars(command.parse_args(arguments))
     source, output = own.pop("model"), Path(own.pop("output_dir"))
-    architecture = (transformers.AutoConfig.from_pretrained(source).architectures or ["none"])[0]
-    if not hasattr(transformers, architecture):
-        command.error(f"{source} is saved as {architecture}, which is no class of Transformers")
-    model = getattr(transformers, architecture).from_pretrained(source)
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     try:
+        model = load_saved(source)
         memory = remember(model.to(PartialState().device), tokenizer, **own)
     except (ValueError, FileNotFoundError) as error:
         command.error(str(error))

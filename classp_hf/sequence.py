@@ -307,6 +307,8 @@ class SequenceRun:
                 with replacing(folder / "optimizer.pt") as temporary:
                     torch.save(state, temporary)
         if self.args.should_save:
+            for guard in guards(trainer):
+                guard.write(folder)
             sync_folder(folder)  # the task before this one is deleted as soon as this one is recorded
         trainer.accelerator.wait_for_everyone()
 

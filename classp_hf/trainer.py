@@ -119,7 +119,7 @@ class ContinualTrainer(PatchedTrainer):
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         args.enable_jit_checkpoint = saves_on_sigterm  # by our own callback
         for guard in guards(self):
-            guard.place = lambda: self.run_folder
+            guard.folder = self.engine.folder
         for callback in list(self.callback_handler.callbacks):
             if type(callback) is ContinualCallback:
                 self.remove_callback(callback)  # of `register`; the trainer has its own
