@@ -350,9 +350,9 @@ def test_pushes_during_training_carry_the_memory_and_no_tasks_folder(make_model,
     for t, task in enumerate(make_tasks(2)):
         task.train_dataset.save_to_disk(str(tmp_path / f"data{t}"))
     code = """
-        import sys, torch
+        import sys, time, torch
         from datasets import Dataset
-        from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+        from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
         import classp_hf
         classp_hf.register()
         kind, out = sys.argv[1:]
@@ -361,7 +361,7 @@ def test_pushes_during_training_carry_the_memory_and_no_tasks_folder(make_model,
             ids = [r["input_ids"] + [0] * (8 - len(r["input_ids"])) for r in rows]
             return {"input_ids": torch.tensor(ids), "labels": torch.tensor([r["labels"] for r in rows])}
         cls = classp_hf.ContinualTrainingArguments if kind == "sequence" else TrainingArguments
-        args = cls(out, optim="classp", learning_rate=1e-2, max_steps=2, save_strategy="steps", save_steps=2,
+        args = cls(out, optim="classp", learning_rate=1e-2, max_steps=3, save_strategy="steps", save_steps=2,
                    use_cpu=True, push_to_hub=True, hub_model_id=f"me/{kind}", hub_token="hf_x", report_to="none")
         model = AutoModelForSequenceClassification.from_pretrained("start")
         if kind == "sequence":
@@ -370,7 +370,12 @@ def test_pushes_during_training_carry_the_memory_and_no_tasks_folder(make_model,
             trainer.train_sequence(tasks)
             trainer.push_to_hub()
         else:
-            Trainer(model, args, pad, data[0]).train()
+            class Wait(TrainerCallback):  # an upload that is under way while files change may fail, as upstream's own
+                def on_step_begin(self, args, state, control, **kwargs):
+                    while state.global_step == 2 and not trainer.push_in_progress.is_done():
+                        time.sleep(0.1)
+            trainer = Trainer(model, args, pad, data[0], callbacks=[Wait()])
+            trainer.train()
     """
     with FakeHub({}) as hub:
         for kind in ("plain", "sequence"):
