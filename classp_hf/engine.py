@@ -16,8 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .compat import refuse_sharding, watch_saving
-from .live import BESIDE, CLASSP_LEARNING_RATE, CLASSP_NAME, LiveMemory, check_strength
-from .live import NONE as NONE
+from .live import BESIDE, CLASSP_LEARNING_RATE, CLASSP_NAME, NONE, LiveMemory, check_strength
 from .memory import MEMORY_NAME, ContinualMemory, warn_of_unused_memory
 from .methods import Context, Elastic, Merge, Method, make_methods
 from .names import bare_model, reshard, samples, trainable_parameters

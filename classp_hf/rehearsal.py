@@ -271,6 +271,10 @@ class Answers:
             return False
         return min(int(ids.min()), int(indices.min())) >= 0 < int(lengths.min()) <= int(lengths.max()) <= ids.shape[1]
 
+    def positions(self, rows: Tensor) -> int:
+        """How many answers these rows have: one a token, or one a text."""
+        return int(self.lengths[rows].sum()) if self.values.ndim == 3 else len(rows)
+
     def inputs(self, rows: Tensor, model: nn.Module) -> dict[str, Tensor]:
         """What the model is given of these rows."""
         device, width = next(model.parameters()).device, int(self.lengths[rows].max())
@@ -321,7 +325,7 @@ def answer(
 def divergence(
     model: nn.Module, answers: Answers, rows: Tensor, temperature: float = 1.0, logits: Tensor | None = None
 ) -> Tensor:
-    """`KL(answers || model)` in nats, the mean over the positions of `rows`, with its graph; a 0-dim tensor.
+    """`KL(answers || model)` in nats, the sum over the positions of `rows`, with its graph; a 0-dim tensor.
 
     Outcomes beyond the stored ones count as one.
 
@@ -340,7 +344,7 @@ def divergence(
     if indices.shape[-1] < new.shape[-1]:
         rest_old, rest_new = ((1 - p.exp().sum(-1)).clamp(min=1e-6) for p in (old, found))
         terms = terms + rest_old * (rest_old.log() - rest_new.log())
-    return terms.mean()
+    return terms.sum()
 
 
 @torch.no_grad()
@@ -354,7 +358,7 @@ def measure(model: nn.Module, answers: Answers, batch_size: int = 8) -> tuple[fl
         for rows in torch.arange(len(answers)).split(batch_size):
             inputs = answers.inputs(rows, model)
             logits = model(**inputs)["logits"].float()
-            kl += float(divergence(model, answers, rows, logits=logits)) * int(answers.lengths[rows].sum())
+            kl += float(divergence(model, answers, rows, logits=logits))
             labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)[:, 1:]
             loss += float(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum"))
     finally:

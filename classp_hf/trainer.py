@@ -19,12 +19,12 @@ from transformers.utils import logging
 
 from .classification import accuracy, classification_loss, is_single_label_classifier
 from .compat import PatchedTrainer, refuse_sharding
-from .engine import NONE, ContinualCallback
+from .engine import ContinualCallback
 from .files import explaining_full_disks
 from .guard import guards
 from .heads import TaskHeads
 from .launch import shard_on_cpus
-from .live import CLASSP_NAME
+from .live import CLASSP_NAME, NONE
 from .memory import ContinualMemory, warn_of_unused_memory
 from .methods import Context, Method, make_methods
 from .methods.adapters import folded_state_dict

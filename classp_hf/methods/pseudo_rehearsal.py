@@ -196,19 +196,20 @@ class PseudoRehearsal(Method):
     def before_step(self, model: nn.Module) -> None:
         if self.answers is None:
             return
-        start = (self.steps * self.ranks + self.rank) * self.count
-        rows = permuted(self.count, start, len(self.answers), self.seed)
+        everyones = self.ranks * self.count
+        rows = permuted(everyones, self.steps * everyones, len(self.answers), self.seed)
+        own = rows[self.rank * self.count :][: self.count]
         self.steps += 1
         named = list(trainable_parameters(model))
         grads = [p.grad for _, p in named]
         for _, p in named:
             p.grad = None
         scale = 1024.0 if self.half else 1.0  # of float16's small gradients
-        weight = scale * self.rehearse_lambda * self.temperature**2
+        # the mean over the positions of all ranks, whose gradients are averaged
+        weight = scale * self.rehearse_lambda * self.temperature**2 * self.ranks / self.answers.positions(rows)
         with torch.enable_grad():
-            for part in rows.split(self.batch):
-                loss = divergence(model, self.answers, part, self.temperature)
-                (loss * (weight * len(part) / len(rows))).backward()
+            for part in own.split(self.batch):
+                (divergence(model, self.answers, part, self.temperature) * weight).backward()
         named = list(trainable_parameters(model))  # once more: FSDP2 may hold others now
         added = [p for n, p in named if p.grad is not None and n not in self.excluded]
         if self.ranks > 1 and not reshard(model):  # FSDP2 has averaged them
