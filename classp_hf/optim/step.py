@@ -56,7 +56,11 @@ def find_bad(work: list[tuple[dict[str, Any], list[Tensor]]]) -> Tensor | None:
     for group, params in work:
         grads = [local(p.grad) for p in params]  # type: ignore[arg-type]
         dtype = torch.promote_types(grads[0].dtype, torch.float32)
-        norms = torch.stack(torch._foreach_norm(grads, 2, dtype))
+        if reads_back(grads[0].device) and dtype == grads[0].dtype and all(g.is_contiguous() for g in grads):
+            flat = [g.view(-1) for g in grads]  # BLAS reads them up to twice as fast as a norm does
+            norms = torch.stack([torch.dot(g, g) for g in flat]).sqrt()
+        else:
+            norms = torch.stack(torch._foreach_norm(grads, 2, dtype))
         # of a norm up to this 2**24 additions of |g|^p stay finite; the norm's own squares do up to 2**63
         bad = (~(norms <= 2.0 ** min(104 / group["power"], 63))).any().float()
         found.append(over_shards(bad, params[0], "max"))  # one verdict on all ranks
