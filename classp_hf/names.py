@@ -52,6 +52,21 @@ def reshard(model: nn.Module) -> bool:
     return bool(sharded)
 
 
+def loss_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Canonical name -> gradient of `loss`, of every trainable parameter that it depends on.
+
+    FSDP2 shards the gradients and averages them over ranks: all must give the same loss, of the same inputs.
+    """
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        loss.backward()  # FSDP2's hooks know no other way
+        found = {n: p.grad for n, p in trainable_parameters(model) if p.grad is not None}
+        model.zero_grad()
+        return found
+    named = dict(trainable_parameters(model))
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {n: g for n, g in zip(named, grads, strict=True) if g is not None}
+
+
 def bare_model(model: Any) -> Any:
     """The model inside a PEFT model; any other model as it is."""
     peft = sys.modules.get("peft")  # without it there is no PEFT model

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .embedded import cache_folder
 from .memory import ContinualMemory, NoMemoryError
 from .methods import PseudoRehearsal, describe_methods
-from .names import bare_model, mean_over_weights, reshard, trainable_parameters
+from .names import bare_model, full_tensor, loss_gradients, mean_over_weights, trainable_parameters
 from .names import samples as weight_samples
 from .rehearsal import Answers, count_tokens, draw_samples, kind_of_model, padded, read_texts, readable
 
@@ -96,7 +96,7 @@ def remember(
     if not mean_over_weights(sums.values()) < float("inf"):
         raise ValueError("The gradients of this model are not finite: load it in float32 or bfloat16 to remember it.")
     memory = ContinualMemory()
-    memory.put("accumulator", sums)
+    memory.put("accumulator", {n: full_tensor(t) for n, t in sums.items()})
     memory.put("samples", weight_samples(model))
     for part, tensors in method.state_dict().items():
         memory.put(f"{method.name}.{part}", tensors)
@@ -107,8 +107,8 @@ def remember(
 
 def drawn_gradients(model: Any, tokenizer: Any, texts: list[list[int]], batch_size: int, seed: int) -> Iterator[dict]:
     """For each batch, in random order: canonical name -> float32 gradient of the mean loss on labels it draws."""
-    kind, named = kind_of_model(model), dict(trainable_parameters(model))
-    if not named:
+    kind = kind_of_model(model)
+    if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("No parameter of this model requires a gradient: there is nothing to remember.")
     held = Answers(*padded(texts), torch.empty(0), torch.empty(0))
     device, was_training = next(model.parameters()).device, model.training
@@ -132,8 +132,7 @@ def drawn_gradients(model: Any, tokenizer: Any, texts: list[list[int]], batch_si
                 p = logits.detach().softmax(-1).nan_to_num(1.0)  # a NaN shows in the sums
                 labels = torch.multinomial(p, 1, generator=generator)[:, 0]
                 loss = F.cross_entropy(logits, labels) * _SCALE
-            grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-            yield {n: g.float() / _SCALE for n, g in zip(named, grads, strict=True) if g is not None}
+            yield {n: g.float() / _SCALE for n, g in loss_gradients(model, loss).items()}
     finally:
         model.train(was_training)
 
@@ -143,7 +142,7 @@ def pretrained_memory(model: Any, tokenizer: Any, power: float, writes: bool = T
 
     It lies below `CLASSP_HF_CACHE`, default `HF_HOME/classp_hf`, in a folder named by a digest of some values of every
     weight, of the tokenizer's template and of the settings. `writes`: this rank writes it, one on each machine. Raises
-    `ValueError` for another kind of model, adapters, and a model sharded by FSDP2 whose memory is not in the cache.
+    `ValueError` for another kind of model and for adapters.
     """
     by_hand = "run `python -m classp_hf remember MODEL --output_dir DIR` and pass --memory DIR"
     if bare_model(model) is not model or kind_of_model(model) != "causal":
@@ -158,8 +157,6 @@ def pretrained_memory(model: Any, tokenizer: Any, power: float, writes: bool = T
         memory = ContinualMemory.load(folder)
     cached = all(gather_object([bool(memory.tensors)]))
     if not cached:  # every rank computes: none waits, until its connection breaks
-        if reshard(model):
-            raise ValueError(f"memory='pretrained' cannot be computed while FSDP shards the model: {by_hand}.")
         memory = remember(model, tokenizer, power=power)
     for key in sorted(memory.tensors):  # sums on GPUs differ in their last bits
         memory.tensors[key] = broadcast_object_list([memory.tensors[key]])[0]

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import conftest
 import torch
-from transformers import Trainer, TrainingArguments
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import classp_hf
 from classp_hf import ContinualTrainer, ContinualTrainingArguments, report
 from classp_hf.launch import shard_on_cpus
+from classp_hf.methods import PseudoRehearsal
 from classp_hf.names import full_tensor, trainable_parameters
 from classp_hf.optim import CLASSP
 from classp_hf.optim.density import cuts_for_density
@@ -37,6 +39,7 @@ RUNS = {
     "heads": ({"optim": "classp", "heads": "per_task", "optim_args": "density=0.3"}, "interpolate"),
     "ewc": ({"optim": "adamw_torch", "learning_rate": 1e-3}, "ewc"),
     "rehearsal": ({"optim": "adamw_torch", "learning_rate": 1e-3}, "pseudo_rehearsal"),
+    "fisher": ({"optim": "adamw_torch", "learning_rate": 1e-3}, "ewc"),
 }
 """Arguments and method of the sequences that every number of ranks runs."""
 
@@ -57,8 +60,31 @@ def arguments(folder, **changes):
     return {**defaults, **changes}
 
 
+def language(folder):
+    """A causal model that rehearses its own samples, with the memory of what it knew, and a guard."""
+    os.environ["CLASSP_HF_CACHE"] = str(folder / "cache")
+    rows = [[1, *[3 + (i + j) % 5 for j in range(7)]] for i in range(64)]
+    data = Dataset.from_dict({"input_ids": rows, "labels": rows, "attention_mask": [[1] * 8] * 64})
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = {"vocab_size": conftest.VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **tokens, max_position_embeddings=16, initializer_range=0.15))
+    guard = classp_hf.GuardCallback(samples=8, length=12)
+    made = ContinualTrainer(
+        model,
+        ContinualTrainingArguments(**arguments(folder, optim="classp", memory="pretrained")),
+        train_dataset=data,
+        callbacks=[guard],
+        method=PseudoRehearsal(rehearse_samples=16, rehearse_length=12),
+    )
+    made.train()
+    made.save_model()
+    report = guard.report()
+    return {k: report[k] for k in ("loss_before", "loss_after", "kl", "kl_new")}
+
+
 def trainer(folder, run, **changes):
-    given, method = RUNS[run]
+    given, method = RUNS.get(run, ({}, run))
     method = classp_hf.EWC(fisher_samples=3) if method == "ewc" else method
     # cut_after_first_task goes back to what a run deletes
     args = ContinualTrainingArguments(**arguments(folder, **{**given, **changes}), keep_task_models=True)
@@ -167,7 +193,7 @@ def go_on(source, target, run, keep_checkpoint=False, **changes):
 
 def four_sharded(one, folder):
     """Four ranks; the launcher says FSDP2."""
-    for run in ("classp", "adamw", "heads", "rehearsal"):
+    for run in ("classp", "adamw", "heads", "rehearsal", "fisher"):
         saves = {"save_strategy": "steps", "save_steps": 2} if run == "classp" else {}
         made = trainer(folder / run, run, **saves)
         R = made.train_sequence(make_tasks())["accuracy_matrix"]
@@ -180,7 +206,8 @@ def four_sharded(one, folder):
     write(folder, "classp_goes_on", go_on(one, folder / "classp_goes_on", "classp"))
     script(folder / "script")
     write(folder, "tensors", sharded_tensors())
-    write(folder, "refused", message(lambda: sequence(folder / "refused", "ewc")))
+    write(folder, "language", language(folder / "language"))
+    write(folder, "refused", message(lambda: sequence(folder / "refused", "lwf")))
     del os.environ["ACCELERATE_USE_FSDP"]
     write(folder, "ewc", {"R": sequence(folder / "ewc", "ewc")["accuracy_matrix"]})  # fewer examples than ranks
     write(folder, "copies", {"R": sequence(folder / "copies", "rehearsal")["accuracy_matrix"]})

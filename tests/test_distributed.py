@@ -33,6 +33,7 @@ def one(tmp_path_factory):
     for run in worker.RUNS:
         worker.sequence(folder / run, run)
     worker.script(folder / "script")
+    (folder / "language.json").write_text(json.dumps(worker.language(folder / "language")))
     return folder
 
 
@@ -91,7 +92,7 @@ def matrix(folder, run):
     return json.loads((folder / run / "results.json").read_text())["accuracy_matrix"]
 
 
-@pytest.mark.parametrize("run", ["classp", "adamw", "heads", "rehearsal"])
+@pytest.mark.parametrize("run", ["classp", "adamw", "heads", "rehearsal", "fisher"])
 def test_four_shards_train_as_one_process(one, four, run):
     ranks = found(four, run)
     assert all(rank["sharded"] for rank in ranks)
@@ -110,6 +111,13 @@ def test_four_copies_count_every_example_of_the_fisher_once(one, four):
 def test_four_copies_rehearse_what_one_process_does(one, four):
     assert all(rank["R"] == matrix(one, "rehearsal") for rank in found(four, "copies"))
     assert_alike(four / "copies", one / "rehearsal")
+
+
+def test_four_shards_of_a_language_model_remember_and_rehearse(one, four):
+    for rank in found(four, "language"):
+        assert rank == pytest.approx(found(one, "language"), rel=1e-4)
+        assert rank["kl"] > 1e-3  # it was trained
+    assert_alike(four / "language", one / "language")
 
 
 def test_four_shards_go_on_from_one_process(one, four):
@@ -171,7 +179,7 @@ def test_a_nan_in_one_shard_stops_every_rank(four):
 
 def test_what_is_refused(four):
     for rank in found(four, "refused"):
-        assert "per-example Fisher does not run under FSDP" in rank
+        assert "'lwf' keeps a whole copy of the model" in rank
 
 
 def test_what_is_made_of_an_fsdp_configuration(tmp_path):

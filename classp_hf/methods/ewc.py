@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..names import bare_model, mean_over_weights
-from .base import AnchoredMethod, Context, Method, flag
+from ..names import bare_model, mean_over_weights, reshard
+from .base import AnchoredMethod, Context, flag
 from .fisher import sum_squared_gradients
 
 logger = logging.get_logger(__name__)
@@ -61,10 +61,6 @@ class EWC(AnchoredMethod):
     def strength(self) -> float:
         return self.ewc_lambda
 
-    def check(self, context: Context, others: Sequence[Method]) -> None:
-        if context.sharded:
-            raise ValueError("EWC's per-example Fisher does not run under FSDP yet. Use DDP, or --method l2sp.")
-
     def before_task(self, context: Context) -> None:
         if not isinstance(context.task_dataset, Sized) or not len(context.task_dataset):
             raise ValueError(
@@ -101,12 +97,14 @@ class EWC(AnchoredMethod):
         self.anchor |= anchor
 
     def task_fisher(self, context: Context) -> dict[str, Tensor]:
-        """The raw diagonal Fisher of the task's own examples on the model as it is, equal on every rank."""
+        """The diagonal Fisher, not scaled, of the task's own examples: equal on every rank, or sharded."""
         args, model = context.args, context.model
         # numbered before they are shared out, so that the result does not depend on the number of ranks
         generator = torch.Generator().manual_seed(args.seed)
         chosen = torch.randperm(len(context.task_dataset), generator=generator)[: self.fisher_samples].tolist()
-        mine = list(enumerate(chosen))[args.process_index :: args.world_size]
+        sharded = reshard(model)  # then no rank has a pass of its own
+        mine = list(enumerate(chosen))
+        mine = mine if sharded else mine[args.process_index :: args.world_size]
         seeds = [args.seed + number for number, _ in mine] if self.fisher_labels == "sampled" else ()
         hidden = args.disable_tqdm or args.local_process_index > 0
         shown = tqdm([i for _, i in mine], desc=f"Fisher of {context.task}", disable=hidden, leave=False)
@@ -114,7 +112,7 @@ class EWC(AnchoredMethod):
         checkpoints = (getattr(args, f"{kind}_checkpointing", False) for kind in ("activation", "gradient"))
         size = 1 if any(checkpoints) else args.per_device_train_batch_size
         total = sum_squared_gradients(model, _examples(context, shown), dict(self.parameters(model)), size, seeds)
-        return {n: reduce(t, "sum") / len(chosen) for n, t in total.items()}
+        return {n: (t if sharded else reduce(t, "sum")) / len(chosen) for n, t in total.items()}
 
 
 def _examples(context: Context, numbers: Iterable[int]) -> Iterator[dict[str, Tensor]]:

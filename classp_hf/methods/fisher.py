@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from ..names import bare_model, is_language_model
+from ..names import bare_model, is_language_model, loss_gradients, reshard
 
 Batch = Mapping[str, Tensor]
 Totals = dict[nn.Parameter, Tensor]
@@ -31,7 +31,8 @@ def sum_squared_gradients(
     layer (a module without modules in it), called once, with one input that has the examples in the first dimension:
     each example's gradients then follow from the layer's input and its output's gradient. Otherwise (tied weights,
     functions of a weight) every example takes a pass of its own. Both are exact; which it has to be shows in every
-    batch.
+    batch. Of a model that FSDP2 shards every rank gives the same examples, each of which takes a pass; the sums are
+    sharded as the model is.
 
     Args:
         model: as `log_likelihood` needs it. It runs in evaluation mode; no example's logits may depend on the others'.
@@ -43,8 +44,9 @@ def sum_squared_gradients(
     Raises:
         ValueError: the model has no such likelihood.
     """
-    totals = {p: torch.zeros(p.shape, device=p.device) for p in parameters.values()}
-    layers, limit, was_training = _layers(model, totals), 1, model.training
+    totals = {p: torch.zeros_like(p.detach(), dtype=torch.float32) for p in parameters.values()}
+    sharded = reshard(model)
+    layers, limit, was_training = {} if sharded else _layers(model, totals), 1, model.training
     waiting: dict[Any, list[tuple[Batch, list[int]]]] = defaultdict(list)
 
     def add(group: list[tuple[Batch, list[int]]]) -> None:
@@ -53,7 +55,13 @@ def sum_squared_gradients(
             return
         layers.clear()  # once and for all
         for example, seed in group:
-            for p, g in zip(totals, _gradients(log_likelihood(model, example, seed), list(totals))):
+            likelihood = log_likelihood(model, example, seed)
+            if sharded:
+                found = loss_gradients(model, likelihood) if totals else {}
+                grads: Sequence[Tensor | None] = [found.get(n) for n in parameters]
+            else:
+                grads = _gradients(likelihood, list(totals))
+            for p, g in zip(totals, grads):
                 if g is not None:
                     totals[p].addcmul_(g.float(), g.float())
 
