@@ -106,23 +106,18 @@ def _explained(load: Callable[..., None]) -> Callable[..., None]:
     return _load_optimizer_and_scheduler
 
 
-def refuse_sharding(args: Any, model: Any = None) -> None:
-    """Raise if FSDP version 1 has flattened the model, or if DeepSpeed is asked for, by `--deepspeed` or by
-    `accelerate launch`.
-
-    It holds weights, gradients and the optimizer's state in flat buffers of its own (and with optimizer offload may
-    put another optimizer in the place of the one asked for).
-    """
-    if getattr(args, "deepspeed_plugin", None) is not None:
-        raise ValueError(
-            "DeepSpeed is not supported: its flat buffers hide gradients and accumulators by parameter, so the memory "
-            "of earlier tasks would silently be neither used nor saved. Use FSDP2, which shards as ZeRO-3 does "
-            "(`accelerate launch --config_file recipes/accelerate/fsdp2.yaml`), or DDP."
-        )
-    if model is not None and any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+def refuse_sharding(model: Any) -> None:
+    """Raise if FSDP version 1 has flattened the model."""
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
             "FSDP version 1 flattens parameters, and the memory is kept by parameter. Set fsdp_version: 2."
         )
+
+
+def link_states(zero: Any) -> None:
+    """Tell parameters where in ZeRO's flat buffers their optimizer state is. DeepSpeed 0.16 to 0.19 does so after the
+    first step, by this method; a memory is put there before."""
+    zero._lazy_init_hp_params_optimizer_state()
 
 
 class PatchedTrainer(Trainer):

@@ -19,12 +19,13 @@ from .compat import refuse_sharding, watch_saving
 from .live import BESIDE, CLASSP_LEARNING_RATE, CLASSP_NAME, NONE, LiveMemory, check_strength
 from .memory import MEMORY_NAME, ContinualMemory, warn_of_unused_memory
 from .methods import Context, Elastic, Merge, Method, make_methods
-from .names import bare_model, reshard, samples, trainable_parameters
+from .names import bare_model, samples, trainable_parameters
 from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .redaction import UNPRINTABLE
 from .remember import PRETRAINED
 from .resume import load_optimizer_state
+from .zero import check_zero, link, zero_optimizer
 
 logger = logging.get_logger(__name__)
 
@@ -110,7 +111,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
 
     def follows(self, model: Any) -> bool:
         """Whether the memory is written wherever `model.save_pretrained` writes the model."""
-        return engine_of(model) is self and not reshard(model) and hasattr(model, "save_pretrained")
+        return engine_of(model) is self and not self.sharded() and hasattr(model, "save_pretrained")
 
     # ---- Events of Trainer ----
 
@@ -143,6 +144,8 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         self, args, state, control, model=None, optimizer=None, processing_class=None, train_dataloader=None, **kwargs
     ):
         optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        zero = zero_optimizer(optimizer)
+        optimizer = optimizer if zero is None else zero.optimizer
         previous = engine_of(model)
         if previous is self:
             previous = None
@@ -170,7 +173,12 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             why = f"This run has no method, and its optimizer is {type(optimizer).__name__}"
             warn_of_unused_memory(model, f"{why}. Pass --optim classp or --method to go on from it.")
             return
-        refuse_sharding(args, model)
+        refuse_sharding(model)
+        self.zero = zero
+        if zero is not None:
+            used = [f"the method {m.name}" for m in self.methods] + (["--gather_memory"] if self.gather else [])
+            check_zero(args.deepspeed_plugin, optimizer.param_groups[0], next(iter(used), None))
+            link(zero)
         self.stop()  # what an interrupted training left
         self.find(previous, args, state, getattr(processing_class, "tokenizer", processing_class))
         self.put(resumed and isinstance(optimizer, CLASSP))
@@ -205,15 +213,17 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         for method in self.methods:
             method.before_task(self.context)
         self.seconds += time.monotonic() - started
-        self._hooks = [
-            optimizer.register_step_pre_hook(lambda *_: self._before_step(args, state)),
-            optimizer.register_step_post_hook(lambda *_: self._after_step()),
-        ]
+        if zero is None:
+            self._hooks = [
+                optimizer.register_step_pre_hook(lambda *_: self._before_step(args, state)),
+                optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            ]
 
     def _check_optimizer(self, args: Any, resumed: bool) -> None:
         """Raise a ValueError if this run's optimizer is not the one it has to be; warn of AdamW's learning rates."""
         name, is_classp = type(self.optimizer).__name__, isinstance(self.optimizer, CLASSP)
-        if self.options.get("optim") == CLASSP_NAME and not is_classp:
+        under_deepspeed = getattr(args, "deepspeed_plugin", None) is not None  # which may bring an optimizer, too
+        if not is_classp and CLASSP_NAME in (self.options.get("optim"), args.optim if under_deepspeed else None):
             raise ValueError(
                 f"--optim classp was given to classp_hf, but this script brings an optimizer of its own ({name}). "
                 "Leave --optim out, or the script's `optimizers`."
@@ -251,7 +261,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         self._written.clear()
 
     def on_push_begin(self, args, state, control, **kwargs):
-        if self.context is not None and not reshard(self.model):  # of a checkpoint, by the main process alone
+        if self.context is not None and not self.sharded():  # of a checkpoint, by the main process alone
             self.write(args.output_dir, args)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
@@ -339,7 +349,7 @@ def engine_of(model: Any) -> ContinualCallback | None:
 def write_beside(model: Any, folder: str | Path) -> None:
     """Called when `model` was saved into `folder`: its memory belongs there too."""
     engine = engine_of(model)
-    if engine is None or engine.model is None or reshard(engine.model):
+    if engine is None or engine.model is None or engine.sharded():
         return  # of a sharded model the engine's events write it, on every rank
     if engine.args.should_save:
         engine.write(folder, engine.args)

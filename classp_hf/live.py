@@ -30,6 +30,7 @@ from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .redaction import public_arguments
 from .remember import PRETRAINED, pretrained_memory
+from .zero import get_accumulators, set_accumulators
 
 logger = logging.get_logger(__name__)
 
@@ -60,6 +61,8 @@ class LiveMemory:
         """Names of the tasks seen so far."""
         self.heads: TaskHeads | None = None
         self.optimizer: Any = None
+        self.zero: Any = None
+        """DeepSpeed's optimizer around `optimizer`, if there is one."""
         self.model: Any = None
         self.context: Context | None = None
         """While training."""
@@ -96,10 +99,16 @@ class LiveMemory:
             return dict(self._pending)
         if not isinstance(self.optimizer, CLASSP):
             return dict(self._gathered)
+        if self.zero is not None:
+            return get_accumulators(self.zero, self.model)
         reshard(self.model)
         named = ((canonical_name(n), p) for n, p in self.model.named_parameters())  # frozen ones, too, keep theirs
         state, excluded = self.optimizer.state, self.excluded
         return {n: self.optimizer.accumulator(p) for n, p in named if n not in excluded and state.get(p)}
+
+    def sharded(self) -> bool:
+        """Whether the memory is spread over ranks, so that reading it is a collective call."""
+        return self.zero is not None or reshard(self.model)
 
     def folder(self, args: Any) -> Path:
         """The folder of the present training."""
@@ -208,7 +217,7 @@ class LiveMemory:
         self._pending = None
 
     def memory(self, args: Any = None) -> ContinualMemory:
-        """The memory as it stands. If the model is sharded, call it on every rank."""
+        """The memory as it stands. If it is sharded, call it on every rank."""
         memory = ContinualMemory()
         memory.put("accumulator", self._kept)
         memory.put("accumulator", {n: full_tensor(t) for n, t in self.accumulators().items()})
@@ -252,6 +261,10 @@ class LiveMemory:
         """
         pending, self._pending = self._pending, None
         if pending is None:
+            return
+        if self.zero is not None:
+            if not in_optimizer:
+                set_accumulators(self.zero, self.model, pending)
             return
         own = {n: p for n, p in trainable_parameters(self.model) if n in pending}
         restored = {n: like_parameter(pending[n], p.detach(), torch.float32) for n, p in own.items()}

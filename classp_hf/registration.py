@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from .compat import add_optimizer, refuse_sharding, set_default_callback
+from .compat import add_optimizer, set_default_callback
 from .engine import ContinualCallback
 from .guard import LaunchedGuard
 from .live import CLASSP_NAME
 from .optim import CLASSP
 from .optim_args import parse_optim_args
+from .zero import check_zero
 
 
 def register(**options: Any) -> None:
@@ -34,5 +35,7 @@ def register(**options: Any) -> None:
 
 
 def _classp(args: Any) -> tuple[type[CLASSP], dict[str, Any]]:
-    refuse_sharding(args)
-    return CLASSP, {"lr": args.learning_rate, **parse_optim_args(args.optim_args)[0]}
+    options = parse_optim_args(args.optim_args)[0]
+    if (plugin := getattr(args, "deepspeed_plugin", None)) is not None:
+        check_zero(plugin, options)
+    return CLASSP, {"lr": args.learning_rate, **options}

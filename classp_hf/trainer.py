@@ -18,7 +18,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from .classification import accuracy, classification_loss, is_single_label_classifier
-from .compat import PatchedTrainer, refuse_sharding
+from .compat import PatchedTrainer
 from .engine import ContinualCallback
 from .files import explaining_full_disks
 from .guard import guards
@@ -93,7 +93,11 @@ class ContinualTrainer(PatchedTrainer):
     ) -> None:
         args = with_continual_defaults(args, self.default_optim)
         args.memory = args.memory if memory is None else str(memory)
-        refuse_sharding(args)
+        if getattr(args, "deepspeed_plugin", None) is not None:
+            raise ValueError(
+                "ContinualTrainer does not run under DeepSpeed. Use FSDP2 (`accelerate launch --config_file "
+                "recipes/accelerate/fsdp2.yaml`) or DDP; or, with ZeRO-1 or 2, Trainer with `--optim classp`."
+            )
         _check_processes(args)
         shard_on_cpus(args)
         if args.eval_strategy != "no" and eval_dataset is None:

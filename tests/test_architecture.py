@@ -16,7 +16,7 @@ FLOORS = [
     {"files", "redaction", "optim", "embedded", "launch", "metrics", "preemption"},
     {"names", "optim_args"},
     {"memory", "heads", "classification", "compat", "tasks", "rehearsal"},
-    {"methods", "language", "matching", "guard"},
+    {"methods", "language", "matching", "guard", "zero"},
     {"remember"},
     {"resume", "live"},
     {"engine"},

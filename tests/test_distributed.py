@@ -197,4 +197,4 @@ def test_the_configurations_are_for_gpus_and_name_their_processes():
         configuration = yaml.safe_load(file.read_text())
         assert configuration["use_cpu"] is False
         assert configuration["num_processes"] > 1
-        assert "--num_processes 4 recipes/sentiment_sequence.py" in file.read_text()
+        assert f"--config_file recipes/accelerate/{file.name}" in file.read_text()

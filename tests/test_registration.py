@@ -154,18 +154,31 @@ def test_optim_args_cover_the_optimizers_hyperparameters():
     assert set(optim_args.OPTIM_ARGS) == known
 
 
-@pytest.mark.parametrize("trainer", ["ours", "a script's"])
-def test_deepspeed_is_refused(trainer, make_model, make_args):
-    """Whatever the stage; DeepSpeed itself is not among the tests' requirements."""
-    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 1}})
-    with pytest.raises(ValueError, match="DeepSpeed is not supported: .* neither used nor saved. Use FSDP2"):
-        if trainer == "ours":
-            args = make_args(optim="adamw_torch")
-            args.deepspeed_plugin = plugin
-            ContinualTrainer(make_model(), args)
-        else:
-            args = SimpleNamespace(deepspeed_plugin=plugin)
-            registration._classp(args)
+@pytest.mark.parametrize(
+    ("configuration", "optim_args", "message"),
+    [
+        ({"zero_optimization": {"stage": 3}}, None, "stage 3 is not supported: .* Use stage 2, or FSDP2"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, None, "offload_optimizer .* Leave it out"),
+        ({"optimizer": {"type": "AdamW"}}, None, "an optimizer in its configuration .* Leave it out"),
+        ({"zero_optimization": {"stage": 2}}, "density=0.1", "density is not supported"),
+        ({"zero_optimization": {"stage": 2}}, "state_dtype=uint8", "state_dtype is not supported"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused(configuration, optim_args, message):
+    """DeepSpeed itself is not among the tests' requirements."""
+    plugin = SimpleNamespace(deepspeed_config=configuration)
+    args = SimpleNamespace(deepspeed_plugin=plugin, optim_args=optim_args, learning_rate=1e-3)
+    with pytest.raises(ValueError, match=message):
+        registration._classp(args)
+    args.deepspeed_plugin.deepspeed_config, args.optim_args = {}, None
+    assert registration._classp(args)[1]["lr"] == 1e-3
+
+
+def test_a_continual_trainer_does_not_run_under_deepspeed(make_model, make_args):
+    args = make_args(optim="adamw_torch")
+    args.deepspeed_plugin = SimpleNamespace(deepspeed_config={})
+    with pytest.raises(ValueError, match="Use FSDP2 .* Trainer with `--optim classp`"):
+        ContinualTrainer(make_model(), args)
 
 
 @pytest.mark.parametrize(

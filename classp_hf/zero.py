@@ -1,0 +1,77 @@
+"""CLASSP's memory under DeepSpeed's ZeRO, stages 1 and 2, whose flat buffers hold the states of many parameters.
+
+CLASSP's update is elementwise: a flat buffer is to it one more parameter. What of it belongs to which parameter
+DeepSpeed's accessors tell (`deepspeed.utils.safe_get_full_optimizer_state`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .compat import link_states
+from .names import canonical_name
+
+_KEY = "accumulator"
+
+
+def zero_optimizer(optimizer: Any) -> Any | None:
+    """`optimizer` if it is ZeRO's, around the one that takes the steps, which is its attribute `optimizer`."""
+    base = sys.modules.get("deepspeed.runtime.base_optimizer")  # without it there is none
+    return optimizer if base is not None and isinstance(optimizer, base.ZeROOptimizer) else None
+
+
+def check_zero(plugin: Any, group: Mapping[str, Any], needs_gradients: str | None = None) -> None:
+    """Raise a ValueError for what does not run under DeepSpeed.
+
+    Args:
+        plugin: accelerate's, of the training arguments.
+        group: hyperparameters of CLASSP.
+        needs_gradients: what was asked for that reads or changes gradients or weights by parameter.
+    """
+    config = plugin.deepspeed_config
+    zero = config.get("zero_optimization") or {}
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none") or "none"
+    parts = "flat buffers hold the gradients of all parameters together"
+    for name, wrong, reason in (
+        ("stage 3", zero.get("stage") == 3, "no parameter has its shape. Use stage 2, or FSDP2"),
+        ("offload_optimizer", offload != "none", "another optimizer may take CLASSP's place. Leave it out"),
+        ("an optimizer in its configuration", "optimizer" in config, "--optim is not asked. Leave it out"),
+        (str(needs_gradients), needs_gradients is not None, f"{parts}. Use FSDP2 or DDP"),
+        ("density", group.get("density") is not None, f"{parts}. Use threshold, FSDP2 or DDP"),
+        ("state_dtype", group.get("state_dtype", "float32") != "float32", "its accessors know float32 alone"),
+    ):
+        if wrong:
+            raise ValueError(f"DeepSpeed with {name} is not supported: {reason}.")
+
+
+def link(zero: Any) -> None:
+    """Make the accumulators, and tell parameters where theirs is, which DeepSpeed does at the first step."""
+    for group in zero.optimizer.param_groups:
+        for flat in group["params"]:
+            if not zero.optimizer.state.get(flat):
+                zero.optimizer.set_accumulator(flat, torch.zeros_like(flat, dtype=torch.float32))
+    link_states(zero)
+
+
+def get_accumulators(zero: Any, model: nn.Module) -> dict[str, Tensor]:
+    """Canonical name -> whole accumulator, float32. A collective call on every rank."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    offset = zero.optimizer.param_groups[0]["offset"]
+    found = ((n, safe_get_full_optimizer_state(p, _KEY)) for n, p in model.named_parameters() if p.requires_grad)
+    return {canonical_name(n): (t - offset).clamp_(min=0) for n, t in found if t is not None}
+
+
+def set_accumulators(zero: Any, model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Make `values` (canonical name -> whole tensor) the accumulators, each rank its part."""
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    offset = zero.optimizer.param_groups[0]["offset"]
+    for n, p in model.named_parameters():
+        if (name := canonical_name(n)) in values and p.requires_grad:
+            safe_set_full_optimizer_state(p, values[name].to(p.device, torch.float32) + offset, _KEY)

@@ -1,0 +1,50 @@
+"""CLASSP under DeepSpeed's ZeRO on two CPU ranks: `make test-deepspeed`, which compiles its operators first."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+WORKER = Path(__file__).with_name("deepspeed_worker.py")
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
+
+
+def run(folder, *launcher, configuration=()):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(WORKER.parents[1])}
+    command = [sys.executable, *launcher, str(WORKER), str(folder), *configuration]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=590, env=environment)
+    assert found.returncode == 0, found.stderr[-4000:]
+    return found.stdout + found.stderr
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    run(folder)
+    return folder
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_ranks_of_zero_remember_as_one_process(one, tmp_path, stage):
+    """The second training goes on from the first's memory, and is then resumed in its midst."""
+    given = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 8, "gradient_clipping": "auto"}
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps(given))
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29650 + stage))
+    said = run(tmp_path, *launcher, configuration=[str(path)])
+    assert "Going on from the continual memory of first in" in said
+    for folder in ("first", "second"):
+        for file in ("model.safetensors", "continual_memory.st"):
+            ours, reference = (load_file(where / folder / file) for where in (tmp_path, one))
+            assert ours.keys() == reference.keys()
+            for name, t in reference.items():
+                torch.testing.assert_close(ours[name], t, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
