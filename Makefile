@@ -1,4 +1,4 @@
-.PHONY: install test lint format demo compat
+.PHONY: install test lint format demo compat docs
 
 install:
 	pip install -c constraints.txt -e ".[dev]"
@@ -20,3 +20,6 @@ format:
 
 demo:
 	accelerate launch recipes/sentiment_sequence.py
+
+docs:
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict

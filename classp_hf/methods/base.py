@@ -101,6 +101,7 @@ class Method:
     """
 
     name: ClassVar[str] = "none"
+    """By which `method=`, the command line and the memory know the method."""
 
     ranges: ClassVar[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {}
     """Hyperparameter -> the values it takes, in words and as a test."""
@@ -203,6 +204,7 @@ class Method:
             setattr(self, part, {n: t.float() for n, t in state.get(part, {}).items()})
 
     def hyperparameters(self) -> dict[str, Any]:
+        """Name -> value of every hyperparameter."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     def describe(self) -> dict[str, Any]:
