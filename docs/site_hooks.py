@@ -2,8 +2,8 @@
 
 - Links from a page to files of the repository outside docs/ become plain text; a link to nothing fails the build.
 - Every exported name must be on a reference page and must have a docstring, and so must its methods.
-- Docstrings name classes as Transformers' do, [`Name`]: shown is `Name`. `flag(default, help)` is shown as an
-  attribute with a default and a docstring.
+- Docstrings name classes as Transformers' do, [`Name`]: shown is `Name`. A field with a help text
+  (`flag(default, help)`) is shown with its default and that text.
 """
 
 from __future__ import annotations
@@ -63,11 +63,26 @@ class Docstrings(griffe.Extension):
 
     def on_attribute_instance(self, *, node: Any, attr: Any, **kwargs: Any) -> None:
         call = getattr(node, "value", None)
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "flag":
-            default, text = call.args
-            attr.value = ast.unparse(default)
-            if isinstance(text, ast.JoinedStr):
-                text = "".join(v.value if isinstance(v, ast.Constant) else ast.unparse(v.value) for v in text.values)
-            else:
-                text = ast.literal_eval(text)
+        name = getattr(getattr(call, "func", None), "id", None)
+        given = {k.arg: k.value for k in call.keywords} if name == "field" else {}
+        if name in ("flag", "_flag"):
+            given = {"default": call.args[0], "help": call.args[1]}
+        elif "metadata" in given:
+            given["help"] = next(
+                v for k, v in zip(given["metadata"].keys, given["metadata"].values) if k.value == "help"
+            )
+        if "help" in given:
+            attr.value, text = ast.unparse(given["default"]), given["help"]
+            parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+            text = "".join(p.value if isinstance(p, ast.Constant) else _constant(p.value) for p in parts)
             attr.docstring = griffe.Docstring(text.replace("%%", "%"), parent=attr)
+
+
+def _constant(expression: ast.expr) -> str:
+    """What `{expression}` in a help text shows: the value of a constant of the package, else dots."""
+    for path in (ROOT / "classp_hf").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            constant = isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+            if constant and ast.unparse(node.targets[0]) == ast.unparse(expression):
+                return str(node.value.value).replace("[", "\\[")
+    return "..."
