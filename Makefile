@@ -1,4 +1,4 @@
-.PHONY: install test lint format demo compat docs
+.PHONY: install test lint format demo compat docs dist
 
 install:
 	pip install -c constraints.txt -e ".[dev]"
@@ -23,3 +23,14 @@ demo:
 
 docs:
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
+# make dist REPOSITORY=https://github.com/OWNER/NAME, with build and twine installed: the package's page shows the
+# README, whose links have to be absolute there
+dist:
+	test -n "$(REPOSITORY)"
+	rm -rf build/source && mkdir -p build/source
+	git archive HEAD | tar -x -C build/source
+	sed -i -E -e 's#(!\[[^]]*\]\()docs/#\1$(REPOSITORY)/raw/HEAD/docs/#g' \
+		-e 's#\]\(docs/#]($(REPOSITORY)/blob/HEAD/docs/#g' build/source/README.md
+	python -m build --outdir dist build/source
+	twine check --strict dist/*
