@@ -98,6 +98,9 @@ class Method:
     `after_task`. `state_dict()` goes into the continual memory and comes back through `load_state_dict`, before
     `before_task`, when a run goes on from it. A method says by what it overrides what it needs: the first two hooks
     and those of the forward pass need [`ContinualTrainer`], the others work in any script.
+
+    Raises:
+        ValueError: a hyperparameter out of its range; from `check`, before any training, a set-up that cannot work.
     """
 
     name: ClassVar[str] = "none"
