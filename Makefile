@@ -1,4 +1,4 @@
-.PHONY: install test test-deepspeed lint format demo compat
+.PHONY: install test test-deepspeed lint format demo compat docs dist
 
 install:
 	pip install -c constraints.txt -e ".[dev]"
@@ -26,3 +26,17 @@ format:
 
 demo:
 	accelerate launch recipes/sentiment_sequence.py
+
+docs:
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
+# make dist REPOSITORY=https://github.com/OWNER/NAME, with build and twine installed: the package's page shows the
+# README, whose links have to be absolute there
+dist:
+	test -n "$(REPOSITORY)"
+	rm -rf build/source && mkdir -p build/source
+	git archive HEAD | tar -x -C build/source
+	sed -i -E -e 's#(!\[[^]]*\]\()docs/#\1$(REPOSITORY)/raw/HEAD/docs/#g' \
+		-e 's#\]\(docs/#]($(REPOSITORY)/blob/HEAD/docs/#g' build/source/README.md
+	python -m build --outdir dist build/source
+	twine check --strict dist/*

@@ -125,13 +125,17 @@ def blend(
     also `blend.json` and `blend.png`. Weights are mapped from their files: one model is in memory.
 
     Args:
-        start, tuned: folders or Hub ids of models saved as safetensors.
+        start: folder or Hub id of the model before its training, saved as safetensors.
+        tuned: the same of the model after it.
+        output_dir: folder for the chosen model, the table and the figure.
         guard: texts for the guard loss ([`~classp_hf.rehearsal.read_texts`]), default the start's own samples and
             plain English; of a classifier a file of rows that it is to keep, like `eval_file`.
         eval_file: .json, .jsonl, .csv or .parquet with the columns `text` and `label` for a classifier (scored by
             accuracy), else `messages`, `prompt` and `completion`, or `text` (by loss on what is to be written).
-        max_rise: a share of the start's guard loss.
-        samples_drawn, length: texts for the guard, and tokens of a text, at most.
+        max_rise: how much the guard loss may rise, as a share of the start's.
+        shares: points of a path that are scored, from 0 (start) to 1 (tuned).
+        samples_drawn: texts for the guard at most.
+        length: tokens of such a text at most.
 
     Returns:
         The content of `blend.json`: `points` (each `path`, `share`, `task`, `guard_loss`, `guard_kl`, `rise`),

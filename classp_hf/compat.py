@@ -115,7 +115,7 @@ def refuse_sharding(model: Any) -> None:
 
 
 def link_states(zero: Any) -> None:
-    """Tell parameters where in ZeRO's flat buffers their optimizer state is. DeepSpeed 0.16 to 0.19 does so after the
+    """Tell parameters where in ZeRO's flat buffers their optimizer state is. DeepSpeed 0.19 does so after the
     first step, by this method; a memory is put there before."""
     zero._lazy_init_hp_params_optimizer_state()
 

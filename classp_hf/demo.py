@@ -63,6 +63,8 @@ def _flag(default: Any, help: str) -> Any:
 
 @dataclass
 class RecipeArguments:
+    """Options of the main job, beside those of the training and of the methods."""
+
     tasks: list[str] = _flag(("icwsm14/nyt", "icwsm14/movie"), f"Tasks in order: {', '.join(BUILT_IN)}, or {GRAMMAR}.")
     trainer: str = _flag("classp", f"The arm to run: {', '.join(ARMS)}.")
     compare: list[str] = _flag(("naive",), "Arms to run beside it, of the same; `--compare none` for no other.")

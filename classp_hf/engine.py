@@ -38,8 +38,7 @@ _ATTRIBUTE = "_continual_engine"
 
 
 class ContinualCallback(LiveMemory, TrainerCallback):
-    """Makes the trainings of any [`transformers.Trainer`] continual learning: each goes on from the memory of the
-    last.
+    """Continual learning in any [`transformers.Trainer`]: each training goes on from the memory of the last.
 
     When training begins, the memory is found and put into the optimizer; under other optimizers than CLASSP it is
     gathered beside them, if a method reads it. The method adds its gradients to every step that is really taken. The
@@ -54,11 +53,11 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         memory: a file, the folder of a model saved with one, a Hub id, `"none"` for an empty one; `"pretrained"` for
             that of the model as it is loaded, if it has none ([`remember.pretrained_memory`]). Default: the memory
             beside the model, wherever it was loaded from.
-        memory_strength: steps' worth that a memory of `remember` counts: its accumulators are scaled so that their
-            mean is that of so many steps. Default: as many as it is of.
+        memory_strength: training steps, > 0, that a memory of `remember` counts as: its accumulators are scaled so
+            that their mean is that of so many steps. Default: the number of batches it was made of.
         revision: branch, tag or commit of a Hub repository given as `memory`.
-        gather: keep a memory under other optimizers than CLASSP too, even if no method reads it.
-        power: the p of the gathered `sum |g|^p`; CLASSP has its own.
+        gather: keep a memory under other optimizers than CLASSP too, even if no method reads it. Default: False.
+        power: the p of the gathered `sum |g|^p`, > 0; CLASSP has its own. Default: 2.
 
     Raises:
         ValueError: an unknown method; when training begins, a memory of another power or another model, and a method

@@ -72,12 +72,14 @@ class GuardCallback(TrainerCallback):
 
     Args:
         texts: a file or a Hub id, with `:column`. Default: the model's own samples and 24 paragraphs of plain English.
-        every: steps between evaluations. Default: as many as keep all evaluations under 3% of the training's time,
-            if need be none but those before and after; at least nine with `stop`. Drawing the samples comes on top.
+        every: steps between evaluations, >= 1. Default: as many as keep all evaluations under 3% of the training's
+            time, if need be none but those before and after; with `stop` there are at least nine between. Drawing the
+            samples comes on top.
         stop: end the training when the loss has risen by more than this share (0.1: 10%), and put back the trained
             weights of the evaluation before, which the CPU's memory holds (once; of a sharded model every rank its
             part). The memory of gradients and the optimizer stay as they are. Default: never.
-        samples: texts at most, of `texts` or drawn. length: tokens of a text at most.
+        samples: texts at most, of `texts` or drawn, >= 1.
+        length: tokens of a text at most, >= 8.
 
     Raises:
         ValueError: bad arguments, another kind of model, `stop` with `load_best_model_at_end`.

@@ -76,6 +76,7 @@ class ContinualMemory:
         return {key[len(prefix) :]: t for key, t in self.tensors.items() if key.startswith(prefix)}
 
     def kinds(self) -> list[str]:
+        """The kinds of tensors that are there, sorted: `"accumulator"`, `"samples"`, `"ewc.anchor"`, ..."""
         return sorted({key.split("/", 1)[0] for key in self.tensors})
 
     def parts_of(self, owner: str) -> dict[str, dict[str, Tensor]]:
@@ -89,7 +90,7 @@ class ContinualMemory:
         return list(self.metadata.get("tasks", []))
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Write `continual_memory.st` into `folder` (created if missing), by atomic rename."""
+        """Write `continual_memory.st` into `folder` (created if missing), by atomic rename, and return its path."""
         path = Path(folder) / MEMORY_NAME
         low_bit = self.metadata.get("optimizer", {}).get("state_dtype", "float32") != "float32"
         # clone: safetensors refuses tensors that share storage (tied weights)

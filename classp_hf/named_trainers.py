@@ -24,16 +24,18 @@ class ClasspTrainer(ContinualTrainer):
     Args:
         consolidation: what else the memory is used for: `"anchor"` pulls weights back to the last boundary while
             training ([`~classp_hf.Elastic`]), `"merge"` averages old and new weights when a task ends
-            ([`~classp_hf.Merge`]), `"both"`, or `"none"`, the paper's method.
-        anchor_strength: strength of the anchor. Default: Elastic's.
-        merge_weight: weight of the new task in the merge. Default: Merge's.
-        logit_adjustment: keep label frequencies off the model ([`~classp_hf.LogitAdjustment`]). Default: where it can
-            be used, which is single-label classification with one shared head.
+            ([`~classp_hf.Merge`]), `"both"` does both, and `"none"`, the default, is the paper's method.
+        anchor_strength: strength of the anchor, >= 0. Default: that of `Elastic`.
+        merge_weight: weight of the new task in the merge, >= 0. Default: that of `Merge`.
+        logit_adjustment: whether to correct for labels that are rarer in the new task
+            ([`~classp_hf.LogitAdjustment`]). Default: where it can be used, which is single-label classification with
+            one shared head.
         method: further methods, run before these.
         kwargs: as in [`ContinualTrainer`].
 
     Raises:
-        ValueError: besides [`ContinualTrainer`]'s, another optimizer than CLASSP in `optimizers`.
+        ValueError: what [`ContinualTrainer`] refuses, another optimizer than CLASSP in `optimizers`, and a strength
+            that `consolidation` does not use.
     """
 
     default_optim = CLASSP_NAME
@@ -82,10 +84,13 @@ class EWCTrainer(ContinualTrainer):
     """[`ContinualTrainer`] with Elastic Weight Consolidation (arXiv 1612.00796) and the optimizer of `args.optim`.
 
     Args:
-        ewc_lambda: strength of the penalty. Default: EWC's. Its other hyperparameters: `method=EWC(ewc_lambda=0.1,
-            ...)`.
+        ewc_lambda: strength of the penalty, >= 0. Default: that of `EWC`. Other hyperparameters are given as
+            `method=EWC(ewc_mode="summed", ...)`.
         method: further methods; EWC is among them in any case.
         kwargs: as in [`ContinualTrainer`].
+
+    Raises:
+        ValueError: what [`ContinualTrainer`] refuses, and `ewc_lambda` together with an EWC in `method`.
     """
 
     def __init__(

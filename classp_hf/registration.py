@@ -20,9 +20,9 @@ def register(**options: Any) -> None:
     alone.
 
     Args:
-        options: of the callbacks, `method`, `memory` and `memory_strength`; and what is set in the training arguments
-            of every Trainer, whatever its script says: `optim`, `learning_rate`, `optim_args`; `guard`, arguments of
-            the [`~classp_hf.guard.GuardCallback`] that every Trainer is given then. Default: nothing.
+        options: `method`, `memory` and `memory_strength` are those of the callbacks. `optim`, `learning_rate` and
+            `optim_args` are set in the training arguments of every Trainer, whatever its script says. `guard`, a dict
+            of arguments, gives every Trainer a [`~classp_hf.guard.GuardCallback`]. Default: nothing.
 
     Raises:
         ImportError: the private names of the installed transformers have moved.

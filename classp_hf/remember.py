@@ -63,16 +63,21 @@ def remember(
         model: a causal language model; with `texts` also a masked one, or a classifier of texts or tokens.
         tokenizer: None: the model's config names the token that samples begin with.
         texts: a file or a Hub id, with `:column` ([`read_texts`]). Default: the model's own samples.
-        samples: how many of them, or texts at most, of `max_length` tokens at most.
+        samples: how many of them, or texts at most.
+        max_length: tokens of a sample or a text at most.
         batch_size: samples in a batch; part of the memory's scale.
         power: of the optimizer that is to go on from it.
 
-    Returns a memory of the task "pretrained" and of all parameters that require a gradient; `metadata["steps"]` is the
-    number of batches. As the state of `pseudo_rehearsal` it holds the model's own samples, or, of classifiers and
-    masked models, how often each token occurred in the texts. Given texts are not kept.
+        seed: of the samples and the drawn labels.
 
-    Raises `ValueError` for another kind of model, no texts where they are needed, a number out of range, and gradients
-    that are not finite.
+    Returns:
+        A memory of the task "pretrained" and of all parameters that require a gradient; `metadata["steps"]` is the
+        number of batches. As the state of `pseudo_rehearsal` it holds the model's own samples, or, of classifiers and
+        masked models, how often each token occurred in the texts. Given texts are not kept.
+
+    Raises:
+        ValueError: another kind of model, no texts where they are needed, a number out of range, and gradients that
+            are not finite.
     """
     given = {"samples": samples, "max_length": max_length, "batch_size": batch_size, "power": power, "seed": seed}
     if min(samples, batch_size, max_length - 1) < 1 or not 0 < power < float("inf"):

@@ -47,17 +47,21 @@ class Task:
       classification 0.0 or 1.0 a class, of token classification a class id a token (-100: no loss).
 
     Args:
-        name: Unique in the sequence, of letters, digits, `.`, `_`, `-` and inner `/`, else `ValueError`.
+        name: Unique in the sequence, of letters, digits, `.`, `_`, `-` and inner `/`.
         train_dataset: What is trained on.
         eval_dataset: The validation split, for choices such as the best checkpoint or a hyperparameter.
-        test_dataset: What the accuracy matrix is measured on; None: `eval_dataset` is.
-        text_column: Default "text".
-        text_pair_column: Second text of a sentence pair; default None.
-        label_column: Default "label". A ClassLabel, strings (each its own name), or integers with `label_names`.
-        label_map: This task's label names -> the sequence's, for synonyms ({"pos": "positive"}); others stay.
-        label_names: Names of integer labels, index = class id. Takes precedence over a ClassLabel's own names.
+        test_dataset: What the accuracy matrix is measured on. Default: `eval_dataset`.
+        text_column: Column of the text. Default: "text".
+        text_pair_column: Column of the second text of a sentence pair. Default: there is none.
+        label_column: Column of a ClassLabel, of strings (each its own name), or of integers with `label_names`.
+            Default: "label".
+        label_map: This task's label names -> the sequence's, for synonyms ({"pos": "positive"}). Default: names stay.
+        label_names: Names of integer labels, index = class id. Default: a ClassLabel's own names.
         label_ids: The model's class ids that belong to this task; `prepare_tasks` fills it.
         hub_id: Where on the Hub the data come from, for the model card; `load_task` fills it.
+
+    Raises:
+        ValueError: a name that cannot be a folder's.
     """
 
     name: str
@@ -113,7 +117,12 @@ def load_task(
         max_train_samples: Size of the (stratified) training subset; default None: all.
         max_eval_samples: The same for validation and for test, with a fixed seed; default None: all.
 
-    Raises `ValueError` for a spec, column, split or size that cannot be used, `FileNotFoundError` for a missing path.
+    Returns:
+        The task, with texts and labels as they are in the source.
+
+    Raises:
+        ValueError: a spec, column, split or size that cannot be used.
+        FileNotFoundError: a missing path.
     """
     if any(size is not None and size < 1 for size in (max_train_samples, max_eval_samples)):
         raise ValueError(f"{max_train_samples=}, {max_eval_samples=}: give a positive number, or None for all.")
@@ -143,8 +152,11 @@ def load_task(
 def label_names(tasks: list[Task]) -> list[str]:
     """The label names of a sequence, in order of first appearance: index = the model's class id.
 
-    Within a task the order is `label_names`', else the ClassLabel's, else alphabetical. Prepared tasks hold ids, not
-    names. Raises `ValueError` for labels without usable names.
+    Within a task the order is that of `label_names`, else the ClassLabel's, else alphabetical. Prepared tasks hold
+    ids, not names, and add none.
+
+    Raises:
+        ValueError: labels without usable names.
     """
     validate_tasks(tasks)
     return list(dict.fromkeys(name for task in tasks if not is_prepared(task) for name in _named_labels(task)[0]))
@@ -161,7 +173,8 @@ def prepare_tasks(tasks: list[Task], tokenizer, label2id: dict[str, int], max_le
         label2id: The model's `config.label2id`, over `label_names(tasks)`.
         max_length: In tokens; default None: `tokenizer.model_max_length` where the tokenizer has one.
 
-    Raises `ValueError` for whatever `label_names` refuses, texts that are not strings, labels not in `label2id`.
+    Raises:
+        ValueError: whatever `label_names` refuses, texts that are not strings, labels not in `label2id`.
     """
     names = label_names(tasks)
     if missing := [name for name in names if name not in label2id]:

@@ -56,13 +56,14 @@ class ContinualTrainer(PatchedTrainer):
     Args:
         model: as in Trainer.
         args: [`ContinualTrainingArguments`], or any other `TrainingArguments`.
-        method: a [`~classp_hf.methods.Method`], the name of one (`"ewc"`), several of either (`"replay+elastic"`, or a
-            list), or None.
-        memory: go on from this continual memory: a file, the folder of a model saved with one, or a Hub id. The same
-            as `args.memory`.
-        task_metric: fills R instead of a metric from `compute_metrics`: `task_metric(model, processing_class,
-            dataset)` gives one number for the measured split of a task as it was given, with its own columns: for what
-            has to be generated, for instance. Called on every rank, with the whole split, in evaluation mode.
+        method: a [`~classp_hf.methods.Method`], the name of one (`"ewc"`), or several of either (`"replay+elastic"`,
+            or a list). Default: none.
+        memory: go on from this continual memory: a file, the folder of a model saved with one, or a Hub id. Default:
+            `args.memory`.
+        task_metric: fills R instead of a metric from `compute_metrics`, for what has to be generated, for instance.
+            `task_metric(model, processing_class, dataset)` returns one number; `dataset` is the measured split of a
+            task as it was given, with its own columns. It is called on every rank, with the whole split, in
+            evaluation mode. Default: none.
         kwargs: every other argument of Trainer. `compute_metrics` defaults to the accuracy, and the loss of
             single-label classifiers to the cross-entropy averaged over the whole accumulated batch (see
             `docs/architecture.md`).
@@ -205,6 +206,7 @@ class ContinualTrainer(PatchedTrainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As Trainer's; while training, plus the loss terms of the methods."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         given = dict(inputs)

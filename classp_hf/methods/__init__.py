@@ -19,6 +19,7 @@ from .replay import Replay
 METHODS: dict[str, type[Method]] = {
     m.name: m for m in (Method, EWC, L2SP, Elastic, Merge, Interpolate, EMA, LwF, LogitAdjustment, Replay, OLoRA, OSF)
 } | {PseudoRehearsal.name: PseudoRehearsal}
+"""Name -> class of every method; "none" stands for no method."""
 
 
 def make_methods(method: Method | str | Sequence[Method | str | Sequence] | None) -> list[Method]:

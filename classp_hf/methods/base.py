@@ -98,9 +98,13 @@ class Method:
     `after_task`. `state_dict()` goes into the continual memory and comes back through `load_state_dict`, before
     `before_task`, when a run goes on from it. A method says by what it overrides what it needs: the first two hooks
     and those of the forward pass need [`ContinualTrainer`], the others work in any script.
+
+    Raises:
+        ValueError: a hyperparameter out of its range; from `check`, before any training, a set-up that cannot work.
     """
 
     name: ClassVar[str] = "none"
+    """By which `method=`, the command line and the memory know the method."""
 
     ranges: ClassVar[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {}
     """Hyperparameter -> the values it takes, in words and as a test."""
@@ -203,6 +207,7 @@ class Method:
             setattr(self, part, {n: t.float() for n, t in state.get(part, {}).items()})
 
     def hyperparameters(self) -> dict[str, Any]:
+        """Name -> value of every hyperparameter."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     def describe(self) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from .base import Context, Method, flag, placed
 class EMA(Method):
     """`average <- decay * average + (1 - decay) * w` after every step, begun at the task's first weights.
 
-    The average replaces the weights when the task ends. The first task is left as it is, so that methods differ only
-    in how they hold on to it.
+    The average (Polyak & Juditsky 1992) replaces the weights when the task ends. The first task is left as it is, so
+    that methods differ only in how they hold on to it.
     """
 
     name = "ema"

@@ -34,6 +34,9 @@ class EWC(AnchoredMethod):
 
     At a first fine-tuning F is the memory of the model as it was (`memory="pretrained"`, `remember`): squared
     gradients of batches, labels drawn from the model, over the number of batches.
+
+    Raises:
+        ValueError: a hyperparameter out of its range; when training begins, FSDP, and a dataset without a length.
     """
 
     name = "ewc"

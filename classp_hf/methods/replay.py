@@ -13,7 +13,7 @@ from .base import Method, flag
 
 @dataclass
 class Replay(Method):
-    """Experience replay with a fixed random buffer: `replay_fraction` of each earlier task's examples.
+    """Experience replay with a fixed random buffer (Robins 1995): `replay_fraction` of each earlier task's examples.
 
     Which examples is decided once, by `replay_seed` and the task's position, so the buffer of a resumed run is the
     same one. The buffer holds users' texts and is therefore never written into the continual memory: a run that starts

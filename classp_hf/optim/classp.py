@@ -92,6 +92,7 @@ class CLASSP(Optimizer):
         self._skipped = torch.zeros((), dtype=torch.int64)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group with hyperparameters of its own; a ValueError leaves the optimizer as it was."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         # What the state holds beside s: what fused Adagrad needs.

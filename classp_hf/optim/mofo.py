@@ -15,10 +15,11 @@ class MoFO(Optimizer):
     where |m| is among the `fraction` largest of its tensor. What it leaves alone stays where earlier tasks put it.
 
     Args:
-        params, lr: as of any optimizer.
+        params: parameters or parameter groups.
+        lr: learning rate, >= 0.
         fraction: share of every tensor's weights that a step updates, in (0, 1]; 1 is Adam.
-        betas: decay rates of the two moments.
-        eps: added to the root of the second moment.
+        betas: decay rates of the two moments, in [0, 1).
+        eps: added to the root of the second moment, > 0.
 
     Raises:
         ValueError: a hyperparameter out of its range.
