@@ -25,7 +25,7 @@ from .methods import describe_methods
 from .metrics import summarize
 from .names import bare_model, is_language_model, layer_means, model_source, samples
 from .redaction import public_arguments, public_command
-from .report import environment, write_figures, write_json
+from .report import environment, peak_memory, write_figures, write_json, write_page
 from .resume import is_complete, last_complete_checkpoint, load_weights, optimizer_state, read_state
 from .tasks import Task, prepare_tasks
 
@@ -397,6 +397,7 @@ class SequenceRun:
             **environment(num_processes=self.args.world_size),
             "seconds": state["seconds"],
             "boundary_seconds": state["boundary_seconds"],
+            "peak_memory": peak_memory(),
             "importance": state["importance"],
         }
         for guard in guards(trainer):
@@ -405,6 +406,7 @@ class SequenceRun:
         if trainer.is_world_process_zero():
             write_figures(folder, results)
             trainer.create_model_card()
+            write_page(folder / "results.html", results)
             sync_folder(folder)
             write_json(folder / "results.json", results)
         trainer.accelerator.wait_for_everyone()
