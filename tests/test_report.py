@@ -1,5 +1,6 @@
 """What a run leaves to be read: exact tables, figures with the numbers in their places, the whole model card."""
 
+import io
 import os
 import re
 import shlex
@@ -289,3 +290,39 @@ def test_a_resumed_run_writes_its_page(make_model, make_tasks, make_args, collat
     results = trainer.train_sequence(make_tasks(2), resume_from_checkpoint=True)
     cells = [[f"{100 * value:.1f}" for value in row] for row in results["accuracy_matrix"]]
     assert [[c.strip("[]") for c in row] for row in Page(tmp_path / "run" / "results.html").cells] == cells
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("shown", [True, False], ids=["terminal", "file"])
+def test_one_bar_over_the_sequence(make_model, make_tasks, make_args, collator, monkeypatch, shown):
+    monkeypatch.setattr(sys, "stderr", Terminal() if shown else io.StringIO())
+    args = make_args(disable_tqdm=False)
+    results = ClasspTrainer(make_model(), args, collator).train_sequence(make_tasks(2))
+    said = sys.stderr.getvalue()
+    assert "8/8 [" in said  # Trainer's own
+    (_, (a, _), (b, c)) = ([100 * value for value in row] for row in results["accuracy_matrix"])
+    steps = ["Task 1/2 first", "Task 1/2 first, step ", f"Task 2/2 second; earlier tasks: accuracy {a:.1f}%  50%|"]
+    steps.append(f"2/2 tasks; all tasks: accuracy {(b + c) / 2:.1f}% 100%|")
+    places = [said.find(step) for step in steps]
+    assert places == sorted(places) and (min(places) >= 0 if shown else max(places) < 0)
+    args = make_args(disable_tqdm=True, output_dir=str(args.output_dir) + "2")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    ClasspTrainer(make_model(), args, collator).train_sequence(make_tasks(2))
+    assert "Task" not in sys.stderr.getvalue()
+
+
+def test_markdown_is_rendered_where_there_is_a_terminal_and_rich(monkeypatch):
+    text = report.markdown_table([["a", "b"], ["**1**", "2"]], "<>")
+    for terminal, rich, expected in ((True, True, "─"), (True, False, text), (False, True, text)):
+        with monkeypatch.context() as m:
+            m.setattr(sys, "stdout", Terminal() if terminal else io.StringIO())
+            if not rich:
+                m.setitem(sys.modules, "rich.console", None)
+            else:
+                pytest.importorskip("rich")
+            report.print_markdown(text)
+            assert expected in sys.stdout.getvalue()

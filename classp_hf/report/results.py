@@ -163,7 +163,7 @@ def plain(text: str) -> str:
 def markdown_table(rows: Sequence[Names], aligned: str) -> str:
     """A pipe table that is also aligned as text; the first row is the header, `aligned` is `<` or `>` a column."""
     rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(2, *map(len, column)) for column in zip(*rows)]
     ruler = ["-" * width if side == "<" else "-" * (width - 1) + ":" for side, width in zip(aligned, widths)]
     lines = ([f"{cell:{side}{width}}" for cell, side, width in zip(row, aligned, widths)] for row in rows)
     first, *others = ("| " + " | ".join(cells) + " |" for cells in lines)
