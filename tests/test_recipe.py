@@ -215,7 +215,7 @@ def test_methods_on_adapters_get_them_and_save_plain_models(main):
         (["--tasks", "imbd"], "Cannot read task 'imbd'. Built in: icwsm14/nyt"),
         (["--optim_args", "density=0.1,threshold=1e-6"], "exclude each other"),
         (["--ewc_lambda", "-1"], "ewc_lambda must be >= 0"),
-        (["--model_name_or_path", "no/where"], "no/where"),
+        (["--model_name_or_path", "no/where"], "cached files"),
         (["--no_such_flag", "1"], "--no_such_flag"),
     ],
 )
