@@ -171,9 +171,9 @@ def main() -> None:
     try:
         check_script_arguments(script)
         given = for_register(options, command)
+        prepare_cpu_launch()
     except ValueError as error:
         command.error(str(error))
-    prepare_cpu_launch()
     register(**given)
     if as_module:
         sys.argv = script[1:]

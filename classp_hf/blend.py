@@ -24,7 +24,7 @@ from .memory import MEMORY_NAME, ContinualMemory, NoMemoryError
 from .names import mean_over_weights, samples
 from .rehearsal import kind_of_model, measure
 from .remember import load_saved
-from .report import markdown_table, new_figure, save_figure, series_style, write_json
+from .report import markdown_table, new_figure, print_markdown, save_figure, series_style, write_json
 from .tasks import Task, prepare_tasks
 
 logger = logging.get_logger(__name__)
@@ -283,6 +283,6 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--max_rise", type=float, metavar="SHARE")
     try:
         results = blend(**vars(command.parse_args(arguments)))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         command.error(str(error))
-    print(format_blend(results))
+    print_markdown(format_blend(results))

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import disable_progress_bars
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from . import embedded, report
 from .launch import prepare_cpu_launch
@@ -52,6 +54,7 @@ DEFAULTS = {
     "logging_steps": 10,
     "save_strategy": "no",
     "dataloader_pin_memory": torch.cuda.is_available(),
+    "disable_tqdm": not sys.stderr.isatty(),
 }
 
 
@@ -87,6 +90,7 @@ class RecipeArguments:
     osf_effective_rank: float = _flag(
         0.5, "Arm osf: share of each weight's singular directions that tasks may not change."
     )
+    verbose: bool = _flag(False, "Show what datasets, accelerate and the loading and saving of models tell, too.")
 
     def __post_init__(self) -> None:
         if self.compare == ["none"]:
@@ -132,16 +136,34 @@ def build_model(recipe: RecipeArguments, labels: list[str], method: Method) -> t
 
 
 def main() -> None:
+    """The command. What was asked wrongly ends in one line and exit code 2; what a training raises, in a traceback."""
+    trainers: list[ContinualTrainer] = []
+    try:
+        _run(trainers)
+    except (ValueError, OSError, ImportError) as error:
+        if any(trainer.state.max_steps for trainer in trainers):
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def _run(trainers: list[ContinualTrainer]) -> None:
     prepare_cpu_launch()
     register()  # a name of --optim
     shown: Any = (RecipeArguments, ContinualTrainingArguments, *METHODS.values())
-    parser: Any = HfArgumentParser(shown, description=__doc__)
+    parser: Any = HfArgumentParser(shown, description=__doc__, usage="%(prog)s [options] (--help lists them)")
     parser.set_defaults(**DEFAULTS)
 
     recipe, args, *_ = parser.parse_args_into_dataclasses()
     base, main_process = Path(args.output_dir), args.process_index == 0
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("classp_hf").setLevel(logging.INFO if main_process else logging.WARNING)
+    if not recipe.verbose:
+        disable_progress_bars()
+        disable_progress_bar()
+        logging.getLogger("accelerate").setLevel(logging.ERROR)
+        new_head = logging.getLogger("transformers.modeling_utils")
+        new_head.addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
     sizes = {"max_train_samples": recipe.max_train_samples, "max_eval_samples": recipe.max_eval_samples}
     with args.main_process_first(desc="loading the tasks"):
         tasks = [load_task(spec, seed=args.seed, **sizes) for spec in recipe.tasks]
@@ -171,14 +193,15 @@ def main() -> None:
             print(f"\n=== {arm}: {' -> '.join(recipe.tasks)}; labels: {', '.join(labels)} ===", flush=True)
         trainer_class = ClasspTrainer if arm == "classp" else ContinualTrainer
         trainer = trainer_class(model=model, args=args, processing_class=tokenizer, method=method)
+        trainers.append(trainer)
         results[arm] = trainer.train_sequence(tasks)
         if args.push_to_hub and arm == recipe.trainer:
             trainer.push_to_hub()
 
     if main_process:
         for arm, result in results.items():
-            print(f"\n{arm}", *report.sequence_tables(result), sep="\n\n")
-        print("\n" + report.format_comparison(results))
+            report.print_markdown("\n\n".join([arm, *report.sequence_tables(result)]))
+        report.print_markdown(report.format_comparison(results))
         with suppress(ImportError):  # of matplotlib: every arm has said so
             report.plot_retention(results, base / "retention.png")
         print(f"\nResults, figures, models and cards: {base}")

@@ -188,11 +188,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument(f"--{name}", type=kind, default=default, help=f"default: {default}")
     own = vars(command.parse_args(arguments))
     source, output = own.pop("model"), Path(own.pop("output_dir"))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         model = load_saved(source)
         memory = remember(model.to(PartialState().device), tokenizer, **own)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         command.error(str(error))
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)

@@ -25,7 +25,7 @@ from .methods import describe_methods
 from .metrics import summarize
 from .names import bare_model, is_language_model, layer_means, model_source, samples
 from .redaction import public_arguments, public_command
-from .report import environment, write_figures, write_json
+from .report import environment, peak_memory, showing_progress, write_figures, write_json, write_page
 from .resume import is_complete, last_complete_checkpoint, load_weights, optimizer_state, read_state
 from .tasks import Task, prepare_tasks
 
@@ -67,8 +67,15 @@ class SequenceRun:
 
     def run(self, resume_from_checkpoint: str | bool | None = None) -> dict[str, Any]:
         """Train and evaluate what is not done yet; returns the content of `results.json`."""
-        trainer = self.trainer
         resumed = self._open_state(resume_from_checkpoint)
+        disable = self.args.disable_tqdm or not self.trainer.is_world_process_zero()
+        shown = (self.names, self.args.sequence_metric, self.trainer.greater_is_better, disable)
+        with showing_progress(self.trainer, *shown) as self.progress:
+            self._run(resumed)
+        return self._finish()
+
+    def _run(self, resumed: bool) -> None:
+        trainer = self.trainer
         rows: list[list[float]] = self.state["accuracy_matrix"]
         done = max(len(rows) - 1, 0)
         if done:
@@ -88,6 +95,7 @@ class SequenceRun:
             for t in range(done, len(self.tasks)):
                 learned = t < self.args.learned_tasks
                 note = " (learned)" if learned else ""
+                self.progress.begin(t, rows)
                 logger.info(f"***** Task {t + 1} of {len(self.tasks)}: {self.names[t]}{note} *****")
                 trainer.earlier_steps = sum(self.state["steps"])
                 if learned:
@@ -100,11 +108,11 @@ class SequenceRun:
                 self._log_row(t + 1)
                 self.state["steps"].append(0 if learned else trainer.state.global_step)
                 self._write_state()
+            self.progress.begin(len(self.tasks), rows)
         finally:
             trainer.run_folder = trainer.logged_task = None
             self.engine.task = self.engine.task_dataset = None
             self.engine.saves_at_end = True
-        return self._finish()
 
     # ---- What cannot work ----
 
@@ -397,6 +405,7 @@ class SequenceRun:
             **environment(num_processes=self.args.world_size),
             "seconds": state["seconds"],
             "boundary_seconds": state["boundary_seconds"],
+            "peak_memory": peak_memory(),
             "importance": state["importance"],
         }
         for guard in guards(trainer):
@@ -405,6 +414,7 @@ class SequenceRun:
         if trainer.is_world_process_zero():
             write_figures(folder, results)
             trainer.create_model_card()
+            write_page(folder / "results.html", results)
             sync_folder(folder)
             write_json(folder / "results.json", results)
         trainer.accelerator.wait_for_everyone()

@@ -75,7 +75,7 @@ def test_push_sends_model_memory_and_card_in_one_commit(push, tmp_path):
         _, files = hub.repos["me/kept", "main"]
         assert set(files) == {
             *("README.md", "accuracy_matrix.png", "config.json", "continual_memory.st", "model.safetensors"),
-            *("importance.png", "results.json", "retention.png"),
+            *("importance.png", "results.html", "results.json", "retention.png"),
         }
         assert all(files[n] == (tmp_path / "run" / n).read_bytes() for n in files)
         assert hub.messages["me/kept"] == ["initial commit", "End of training"]

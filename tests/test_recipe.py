@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,7 +126,31 @@ def main(monkeypatch, tmp_path):
     return call
 
 
-def test_fpb_then_imdb_with_lora_from_original_files(main, tmp_path):
+@pytest.fixture
+def refused(capsys):
+    """The one line that a command says before it ends with exit code 2."""
+
+    def call(main, *flags):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(*flags)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+        return said
+
+    return call
+
+
+def test_what_a_training_raises_keeps_its_traceback(main, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("broken")
+
+    monkeypatch.setattr("classp_hf.CLASSP.step", broken)
+    with pytest.raises(ValueError, match="broken"):
+        main("--compare", "none", "--max_train_samples", "16")
+
+
+def test_fpb_then_imdb_with_lora_from_original_files(main, refused, tmp_path):
     sentences = [f"Profit {w} in quarter {i} .@{name}" for i in range(40) for w, name in
                  (("rose", "positive"), ("fell", "negative"), ("was flat", "neutral"))]  # fmt: skip
     (tmp_path / "Sentences_50Agree.txt").write_text("\n".join(sentences), encoding="iso-8859-1")
@@ -153,8 +178,7 @@ def test_fpb_then_imdb_with_lora_from_original_files(main, tmp_path):
         json.loads((out / "classp" / "adapter_config.json").read_text())["base_model_name_or_path"]
         == embedded.MODEL_ID
     )
-    with pytest.raises(ValueError, match="already holds runs of classp.*choose another --output_dir"):
-        main("--compare", "none")
+    assert re.search("already holds runs of classp.*choose another --output_dir", refused(main, "--compare", "none"))
 
 
 def test_a_classifier_of_the_same_labels_keeps_its_rows(main, tmp_path):
@@ -191,11 +215,12 @@ def test_methods_on_adapters_get_them_and_save_plain_models(main):
         (["--tasks", "imbd"], "Cannot read task 'imbd'. Built in: icwsm14/nyt"),
         (["--optim_args", "density=0.1,threshold=1e-6"], "exclude each other"),
         (["--ewc_lambda", "-1"], "ewc_lambda must be >= 0"),
+        (["--model_name_or_path", "no/where"], "cached files"),
+        (["--no_such_flag", "1"], "--no_such_flag"),
     ],
 )
-def test_bad_flags_stop_before_training(main, tmp_path, flags, match):
-    with pytest.raises(ValueError, match=match):
-        main(*flags)
+def test_bad_flags_stop_before_training(main, refused, tmp_path, flags, match):
+    assert match in refused(main, *flags)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

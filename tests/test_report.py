@@ -1,10 +1,12 @@
 """What a run leaves to be read: exact tables, figures with the numbers in their places, the whole model card."""
 
+import io
 import os
 import re
 import shlex
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 
 import classp_hf
-from classp_hf import report
+from classp_hf import ClasspTrainer, report
 from classp_hf.memory import MEMORY_NAME
 from classp_hf.metrics import summarize
 from classp_hf.report import figures, results
@@ -222,3 +224,105 @@ def test_no_name_breaks_the_model_card_or_adds_to_it(tmp_path):
     assert data.datasets == [HOSTILE] and data.license == HOSTILE and HOSTILE in data.tags
     assert "49" not in path.read_text()  # no template of its own
     assert "<img src=x onerror=alert(1)>" in "".join(c.content for t in tokens for c in t.children or ())
+
+
+class Page(HTMLParser):
+    """A page's elements: every opened one is closed again. `cells` are the heat map's, row by row."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.tags, self.sources, self.cells, self.text = [], [], [], [[]], path.read_text()
+        self.feed(self.text)
+        assert not self.open, self.open
+        self.cells = [row for row in self.cells if row]
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.open += [tag] if tag not in ("meta", "img", "link") else []
+        self.sources += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        if tag == "tr":
+            self.cells.append([])
+        self.own = tag == "td" and " own" in dict(attrs).get("class", "")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] == ["td"] and self.tags.count("table") == 1:
+            self.cells[-1].append(f"[{data}]" if self.own else data)
+
+
+def test_the_page_shows_r_and_loads_nothing(tmp_path):
+    found = make_results(guard={"summary": "General text: loss 1 -> 2.", "texts": "own samples", "tokens": 7})
+    report.write_figures(tmp_path, found)
+    report.write_page(tmp_path / "results.html", found)
+    page = Page(tmp_path / "results.html")
+    assert page.cells == [["33.1", "31.0"], ["[67.8]", "40.2"], ["44.2", "[78.8]"]]
+    assert [source[:22] for source in page.sources] == ["data:image/png;base64,"]
+    assert not re.search(r"https?:|//|@import|url\(", re.sub(r"base64,[^\"]*", "", page.text))
+    assert "General text: loss 1 -&gt; 2. Measured on own samples (7 tokens)" in page.text
+    assert "123 s" in page.text and "commit of classp_hf 0123abcd-dirty" in page.text and "2 processes" in page.text
+    assert "--hub_token REDACTED --learning_rate 3e-3" in page.text and "plain-secret" not in page.text
+
+
+def test_no_name_adds_to_the_page(tmp_path, monkeypatch):
+    """And without matplotlib there are the heat map and the tables."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    pages = []
+    for text in ("plain", "<script>alert(1)</script>\" onload='x' {{ 7*7 }} \u202e"):
+        found = make_results([text, "fpb"], metric=text, command=f"python {shlex.quote(text)}", versions={text: text})
+        found |= {"method": {"name": text, "mode": text}, "guard": {"summary": text, "texts": text, "tokens": 1}}
+        found["hardware"] |= {"gpus": [text], "cpu": text, "platform": text}
+        report.write_figures(tmp_path, found)
+        report.write_page(tmp_path / "results.html", found)
+        pages.append(Page(tmp_path / "results.html"))
+    assert pages[0].tags == pages[1].tags and "script" not in pages[1].tags and "img" not in pages[1].tags
+    assert pages[0].cells == pages[1].cells and "\u202e" not in pages[1].text and "49" not in pages[1].text
+    assert pages[1].text.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 10
+
+
+def test_a_resumed_run_writes_its_page(make_model, make_tasks, make_args, collator, tmp_path):
+    first = ClasspTrainer(make_model(), make_args(), collator).train_sequence(make_tasks(2))
+    assert first["peak_memory"] is None or 1e7 < first["peak_memory"] < 1e12
+    for name in ("results.json", "results.html"):
+        (tmp_path / "run" / name).unlink()
+    trainer = ClasspTrainer(make_model(), make_args(), collator)
+    results = trainer.train_sequence(make_tasks(2), resume_from_checkpoint=True)
+    cells = [[f"{100 * value:.1f}" for value in row] for row in results["accuracy_matrix"]]
+    assert [[c.strip("[]") for c in row] for row in Page(tmp_path / "run" / "results.html").cells] == cells
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("shown", [True, False], ids=["terminal", "file"])
+def test_one_bar_over_the_sequence(make_model, make_tasks, make_args, collator, monkeypatch, shown):
+    monkeypatch.setattr(sys, "stderr", Terminal() if shown else io.StringIO())
+    args = make_args(disable_tqdm=False)
+    results = ClasspTrainer(make_model(), args, collator).train_sequence(make_tasks(2))
+    said = sys.stderr.getvalue()
+    assert "8/8 [" in said  # Trainer's own
+    (_, (a, _), (b, c)) = ([100 * value for value in row] for row in results["accuracy_matrix"])
+    steps = ["Task 1/2 first", "Task 1/2 first, step ", f"Task 2/2 second; earlier tasks: accuracy {a:.1f}%  50%|"]
+    steps.append(f"2/2 tasks; all tasks: accuracy {(b + c) / 2:.1f}% 100%|")
+    places = [said.find(step) for step in steps]
+    assert places == sorted(places) and (min(places) >= 0 if shown else max(places) < 0)
+    args = make_args(disable_tqdm=True, output_dir=str(args.output_dir) + "2")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    ClasspTrainer(make_model(), args, collator).train_sequence(make_tasks(2))
+    assert "Task" not in sys.stderr.getvalue()
+
+
+def test_markdown_is_rendered_where_there_is_a_terminal_and_rich(monkeypatch):
+    text = report.markdown_table([["a", "b"], ["**1**", "2"]], "<>")
+    for terminal, rich, expected in ((True, True, "─"), (True, False, text), (False, True, text)):
+        with monkeypatch.context() as m:
+            m.setattr(sys, "stdout", Terminal() if terminal else io.StringIO())
+            if not rich:
+                m.setitem(sys.modules, "rich.console", None)
+            else:
+                pytest.importorskip("rich")
+            report.print_markdown(text)
+            assert expected in sys.stdout.getvalue()

@@ -1,7 +1,10 @@
-"""What a run leaves to be read: `results.json` and tables, figures, and the model card. All of it takes plain data."""
+"""What a run leaves to be read (`results.json` and tables, figures, a page, the model card), and its progress bar. It
+takes plain data."""
 
 # ruff: noqa: F401
 from .card import write_model_card
 from .figures import new_figure, plot_retention, save_figure, series_style
 from .figures import write_figures as write_figures
-from .results import environment, format_comparison, markdown_table, sequence_tables, write_json
+from .page import write_page
+from .progress import SequenceProgress, print_markdown, showing_progress
+from .results import environment, format_comparison, markdown_table, peak_memory, sequence_tables, write_json

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -85,6 +86,19 @@ def environment(num_processes: int = 1) -> dict[str, Any]:
     return {"versions": versions, "hardware": hardware, "commit": commit}
 
 
+def peak_memory() -> int | None:
+    """Bytes: the most that PyTorch has held of the GPU, else this process of the machine's memory. None on Windows."""
+    import torch
+
+    if torch.cuda.is_available() and (held := torch.cuda.max_memory_reserved()):
+        return held
+    with suppress(ImportError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return None
+
+
 def sequence_tables(results: Results) -> list[str]:
     """R, a row a stage and a column a task, bold where the task was just trained; the metrics with their meaning."""
     scale, learned = Scale(results), learned_tasks(results)
@@ -94,18 +108,24 @@ def sequence_tables(results: Results) -> list[str]:
         if t > learned:
             cells[t - 1] = f"**{cells[t - 1]}**"
         matrix.append([plain(stage), *cells])
-    metrics = [["metric", "value", "meaning"]]
+    metrics = [["metric", "value", "meaning"], *([plain(name), *rest] for name, *rest in metric_rows(results))]
+    tables = [markdown_table(matrix, "<" + ">" * len(results["tasks"])), markdown_table(metrics, "<><")]
+    if learned:
+        tables.append("Tasks learned before this run count as learned with what they had at its start.")
+    return tables
+
+
+def metric_rows(results: Results) -> list[list[str]]:
+    """Name, value and meaning of every metric of R, as text."""
+    scale, rows = Scale(results), []
     for key, meaning in _METRICS.items():
         value, name = results["metrics"][key], key.replace("_", " ").replace("accuracy", scale.metric)
         if isinstance(value, list):
             text = ", ".join("n/a" if share is None else f"{100 * share:.1f}" for share in value)
         else:
             text = scale.text(value, "+" if "transfer" in key else "")
-        metrics.append([plain(name), text, meaning])
-    tables = [markdown_table(matrix, "<" + ">" * len(results["tasks"])), markdown_table(metrics, "<><")]
-    if learned:
-        tables.append("Tasks learned before this run count as learned with what they had at its start.")
-    return tables
+        rows.append([name, text, meaning])
+    return rows
 
 
 def format_comparison(arms: Mapping[str, Results]) -> str:
@@ -143,7 +163,7 @@ def plain(text: str) -> str:
 def markdown_table(rows: Sequence[Names], aligned: str) -> str:
     """A pipe table that is also aligned as text; the first row is the header, `aligned` is `<` or `>` a column."""
     rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(2, *map(len, column)) for column in zip(*rows)]
     ruler = ["-" * width if side == "<" else "-" * (width - 1) + ":" for side, width in zip(aligned, widths)]
     lines = ([f"{cell:{side}{width}}" for cell, side, width in zip(row, aligned, widths)] for row in rows)
     first, *others = ("| " + " | ".join(cells) + " |" for cells in lines)
