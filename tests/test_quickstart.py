@@ -18,7 +18,7 @@ def code_cells():
 def test_the_quickstart_runs_from_top_to_bottom(tmp_path):
     """With few sentences, in one process."""
     program = "\n\n".join("".join(cell["source"]) for cell in code_cells())
-    env = {**os.environ, "QUICKSTART_SAMPLES": "16", "MPLBACKEND": "agg"}
+    env = {**os.environ, "QUICKSTART_SAMPLES": "8", "MPLBACKEND": "agg"}
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=500, env=env, cwd=tmp_path
     )
