@@ -87,8 +87,8 @@ class CLASSP(Optimizer):
         fused: bool | None = None,
         state_dtype: str = "float32",
     ) -> None:
-        names = ("self", "params", "__class__")
-        super().__init__(params, {name: value for name, value in locals().items() if name not in names})
+        ours = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
+        super().__init__(params, ours)
         self._skipped = torch.zeros((), dtype=torch.int64)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
