@@ -261,8 +261,8 @@ class ContinualTrainer(PatchedTrainer):
         Texts are tokenised with `processing_class` and labels aligned by name with `model.config.label2id`; prepared
         datasets are used as they are. `args.output_dir` gets `sequence_state.json` (what is done), `00-<task>/` and so
         on (Trainer's checkpoints, the model and the memory after the task; deleted when the next task is done, unless
-        `args.keep_task_models`), and at the end the final model with its memory, plots, a model card, `results.html` and,
-        last of all, `results.json`. Nothing is pushed to the Hub before [`push_to_hub`].
+        `args.keep_task_models`), and at the end the final model with its memory, plots, a model card,
+        `results.html` and, last of all, `results.json`. Nothing is pushed to the Hub before [`push_to_hub`].
 
         Args:
             tasks: at least one, with distinct names. The first `args.learned_tasks` are evaluated and shown to the
