@@ -5,8 +5,9 @@
 
 Every finished run is a line of `--output` and is never run again; stop and restart at will. `tune` and `report` share
 no training example (the protocol of Cha & Cho 2024, arXiv 2403.09066). A method does nothing before the second task,
-so those on one optimizer share the training of the first (`--first_tasks`, a folder that may be deleted). CPUs
-compute in float32, GPUs that have bf16 under its autocast. Tables and plots: `benchmarks/report_methods.py`.
+so those on one optimizer share the training of the first (`--first_tasks`, a folder that may be deleted). Each claim
+has a control: the same arm without what is said to work. CPUs compute in float32, GPUs that have bf16 under its
+autocast. Tables and plots: `benchmarks/report_methods.py`.
 """
 
 from __future__ import annotations
@@ -40,17 +41,18 @@ from classp_hf.tasks import SENTIMENT, prepare_tasks
 
 LABELS = {name: i for i, name in enumerate(SENTIMENT)}
 TUNING = ("nyt>amazon", "tweets>amazon")
-REPORTED = ("nyt>movie>tweets>amazon", "movie>nyt>amazon>tweets", "amazon>tweets")
-"""The long ones begin with nyt>movie and movie>nyt; the last reverses a tuning sequence with little forgetting."""
+REPORTED = ("nyt>movie", "movie>nyt")
 
 BASE = (
     "--max_steps 80 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --max_length 32 "
     "--save_strategy no --logging_strategy no --report_to none --disable_tqdm True "
     "--dataloader_pin_memory False --log_level error"
 )
-TRAIN_EXAMPLES, EVAL_EXAMPLES, TRACE_EXAMPLES = 640, 300, 150
-TRACE_STEPS = (2, 6, 15, 30, 60)
+TRAIN_EXAMPLES, EVAL_EXAMPLES = 640, {"tune": 300, "report": 600}  # no domain has more in all of its splits
+RESULTS = Path("benchmarks/results")
+TUNED = [RESULTS / "compare_methods.jsonl", RESULTS / "pseudo_rehearsal.jsonl"]  # the first is of bf16
 GPU = torch.cuda.is_available()
+CLOCK = time.perf_counter if GPU else time.process_time  # of a step; what else a CPU does does not count
 PRECISION = "bf16" if GPU and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
@@ -62,9 +64,11 @@ class Arm:
     settings: list[str]
     method: str = "none"
     tuned_as: str | None = None  # take over the setting chosen for this arm instead of tuning again
-    kind: str = "replay-free"  # or "stores data", "upper bound"
+    kind: str = "replay-free"  # or "control", "stores data", "upper bound"
     peft: str | None = None  # or "lora", "osf"
     alone: bool = False  # differs from its plain optimizer in the first task already
+    first: str | None = None  # the setting of the first task, if it is another
+    memory: str = "old"  # of the first task; or "none", "new": of the second one, or a domain's name
 
 
 def grid(flag: str, *values: Any) -> list[str]:
@@ -110,7 +114,19 @@ ARMS: dict[str, Arm] = {
     "classp_interpolate_logit_adjustment": Arm(OURS, grid(SHARE, 0.5, 0.7, 0.85), "interpolate+logit_adjustment"),
     "classp_lwf": Arm(KEPT, grid("lwf_lambda", 0.5, 1, 2), "lwf"),
     "classp_logit_adjustment_lwf": Arm(OURS, grid("lwf_lambda", 0.25, 0.5, 1), "logit_adjustment+lwf"),
+    "classp_logit_adjustment_pseudo_rehearsal": Arm(
+        OURS, REHEARSAL, "pseudo_rehearsal+logit_adjustment", tuned_as="classp_pseudo_rehearsal"
+    ),
+    # controls: the memory dropped, or of another domain; texts like the new task's; AdamW at the cost of rehearsal
+    "classp_dropped": Arm(CLASSP, CLASSP_LR, tuned_as="classp", kind="control", memory="none"),
+    "classp_other_memory": Arm(CLASSP, CLASSP_LR, tuned_as="classp", kind="control", memory="amazon"),
+    "pseudo_rehearsal_new_counts": Arm(
+        AT, REHEARSAL, "pseudo_rehearsal", tuned_as="pseudo_rehearsal", kind="control", memory="new"
+    ),
+    "adamw_110_steps": Arm(f"{ADAMW} --max_steps 110", ADAMW_LR, tuned_as="adamw", kind="control"),
 }
+for rate in ("1e-5", "2e-5", "5e-5", "2e-4"):  # of the second task, after the same first one as `adamw`'s 1e-4
+    ARMS[f"adamw_{rate}"] = Arm(ADAMW, [f"--learning_rate {rate}"], kind="control", first="--learning_rate 1e-4")
 for dtype in ("bfloat16", "uint8"):  # its memory in two bytes and one byte a weight
     flags = f"{CLASSP} --optim_args state_dtype={dtype} --learning_rate 1e-3"
     ARMS[f"classp_{dtype}"] = Arm(flags, PRIOR, "logit_adjustment", tuned_as="classp_logit_adjustment")
@@ -138,11 +154,19 @@ def first_task(job: Job) -> Job | None:
     """The training of the first task by the plain optimizer, which all methods that run on it share."""
     if ARMS[job.arm].alone:
         return None
-    words = f"{ARMS[job.arm].flags} {job.setting}".split()
+    words = f"{ARMS[job.arm].flags} {ARMS[job.arm].first or job.setting}".split()
     kept = [w for i, w in enumerate(words) if {w, words[i - 1]} & {"--optim", "--optim_args", "--learning_rate"}]
+    kept[kept.index("--learning_rate") + 1] = f"{float(kept[kept.index('--learning_rate') + 1]):g}"
     if "--reset_optimizer" in words:
         kept += ["--reset_optimizer", "--gather_memory"]  # for the methods that use the memory without CLASSP
     return Job(job.stage, "first task", " ".join(kept), job.sequence.split(">")[0], job.seed)
+
+
+def memory_task(job: Job) -> Job | None:
+    """The first task that the memory comes from."""
+    first, domain = first_task(job), ARMS[job.arm].memory
+    named = {"old": first and first.sequence, "new": job.sequence.split(">")[1], "none": None}.get(domain, domain)
+    return replace(first, sequence=named) if first and named else None
 
 
 def folder_of(first: Job, cache: Path) -> Path:
@@ -153,14 +177,16 @@ def folder_of(first: Job, cache: Path) -> Path:
 @functools.cache
 def prepared_task(domain: str, stage: str, seed: int):
     """The tokenised task: `tune` and `report` see halves of the training split that share no example."""
-    task = load_task(f"icwsm14/{domain}", max_eval_samples=EVAL_EXAMPLES)
+    task = load_task(f"icwsm14/{domain}", max_eval_samples=EVAL_EXAMPLES[stage])
     halves = task.train_dataset.train_test_split(test_size=0.5, seed=0)
     half = halves["train" if stage == "tune" else "test"].shuffle(seed=seed)
     measured = task.eval_dataset if stage == "tune" else task.test_dataset
-    traced = measured.shuffle(seed=0).select(range(TRACE_EXAMPLES))  # while training
-    task = replace(task, train_dataset=half.select(range(TRAIN_EXAMPLES)), eval_dataset=traced, test_dataset=measured)
+    half = half.select(range(TRAIN_EXAMPLES))
+    task = replace(task, train_dataset=half, eval_dataset=measured, test_dataset=measured)
     tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.model_path())
-    return prepare_tasks([task], tokenizer, LABELS, max_length=32)[0]
+    task = prepare_tasks([task], tokenizer, LABELS, max_length=32)[0]
+    lengths = [len(ids) for ids in task.test_dataset["input_ids"]]  # sorted by them, batches need less padding
+    return replace(task, test_dataset=task.test_dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__)))
 
 
 def parse(flags: str, seed: int, folder: str) -> tuple[Any, ...]:
@@ -197,30 +223,40 @@ def train_first_task(first: Job, cache: Path) -> None:
         whole = Path(folder, "run")
         # which does nothing in a first task but count its tokens
         trainer = build_trainer(parse(first.setting, first.seed, str(whole))[0], method="pseudo_rehearsal")
-        trainer.train_sequence([prepared_task(first.sequence, first.stage, first.seed)])
+        task = prepared_task(first.sequence, first.stage, first.seed)
+        trainer.train_sequence([replace(task, test_dataset=task.test_dataset.select([0]))])  # measured by `run`
         shutil.rmtree(next(whole.glob("00-*")))  # the same model once more
         with suppress(OSError):  # another process was faster
             whole.rename(folder_of(first, cache))
 
 
-class Watch(transformers.TrainerCallback):
-    """Accuracy on the first two tasks while the second trains; what a step costs, the trace left out."""
+def measure_once(trainer: ContinualTrainer, folder: Path) -> None:
+    """What the first task's model scores, which all its arms share, is kept in its folder."""
+    evaluate = trainer.evaluate
 
-    def __init__(self, trainer: ContinualTrainer, traced: list[Any]) -> None:
-        self.trainer, self.traced = trainer, traced
-        self.seconds, self.trace, self.bytes_a_weight = [], [], 0.0
+    def kept(dataset: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        path = folder / f"{len(dataset)} of {trainer.logged_task}.json"
+        if trainer.state.global_step:
+            return evaluate(dataset, *args, **kwargs)
+        if not path.is_file():
+            path.write_text(json.dumps(evaluate(dataset, *args, **kwargs)))
+        return json.loads(path.read_text())
+
+    trainer.evaluate = kept
+
+
+class Watch(transformers.TrainerCallback):
+    """What a step costs, and what is held while the second task trains."""
+
+    def __init__(self, trainer: ContinualTrainer) -> None:
+        self.trainer, self.seconds, self.bytes_a_weight = trainer, [], 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.began = time.perf_counter()
+        self.began = CLOCK()
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
-        self.seconds.append(time.perf_counter() - self.began)
-        if len(self.trainer.seen_tasks) != 1:
-            return
-        if self.traced and state.global_step in TRACE_STEPS:
-            found = [self.trainer.evaluate(task.eval_dataset)["eval_accuracy"] for task in self.traced]
-            self.trace.append([state.global_step, *(round(v, 4) for v in found)])
-        if state.global_step == args.max_steps:
+        self.seconds.append(CLOCK() - self.began)
+        if len(self.seconds) == args.max_steps * (2 - args.learned_tasks):
             gathered = {} if args.optim == "classp" else self.trainer.accumulators()  # CLASSP's are its state
             held = tree_leaves([dict(optimizer.state), [vars(m) for m in self.trainer.methods], gathered])
             held = [t for x in held for t in (x.parameters() if isinstance(x, torch.nn.Module) else [x])]
@@ -233,14 +269,14 @@ def run(job: Job, cache: Path) -> dict[str, Any]:
     """Train one arm over one sequence; returns the line to keep."""
     arm, flags = ARMS[job.arm], f"{ARMS[job.arm].flags} {job.setting}"
     first, names = first_task(job), arm.method.split("+")
-    learned = first and folder_of(first, cache)
+    learned, remembered = (task and folder_of(task, cache) for task in (first, memory_task(job)))
     tasks = sequence = [prepared_task(domain, job.stage, job.seed) for domain in job.sequence.split(">")]
     with tempfile.TemporaryDirectory(prefix="compare_methods_") as folder:
         args, *configured, mofo = parse(flags, job.seed, folder)
         if learned is not None:
             args.learned_tasks = 1
             if args.optim == "classp" or any(METHODS[n].uses_accumulators or n == "pseudo_rehearsal" for n in names):
-                args.memory = str(learned)
+                args.memory = str(remembered or "none")
         if job.arm == "joint":  # as many steps as the sequence has in all
             args.max_steps *= len(sequence)
             together = concatenate_datasets([task.train_dataset for task in sequence])
@@ -249,7 +285,9 @@ def run(job: Job, cache: Path) -> dict[str, Any]:
         if job.arm == "mofo":
             kwargs["optimizer_cls_and_kwargs"] = (MoFO, {"lr": args.learning_rate, "fraction": mofo.mofo_fraction})
         trainer, started = build_trainer(args, arm.peft, learned, **kwargs), time.perf_counter()
-        watch = Watch(trainer, sequence[:2] if job.stage == "report" else [])
+        if learned is not None:
+            measure_once(trainer, learned)
+        watch = Watch(trainer)
         trainer.add_callback(watch)
         results = trainer.train_sequence(tasks)
         R = results["accuracy_matrix"]
@@ -258,7 +296,6 @@ def run(job: Job, cache: Path) -> dict[str, Any]:
         return {
             **asdict(job),
             "R": [[round(v, 4) for v in row] for row in R],
-            "trace": watch.trace,
             "seconds": round(time.perf_counter() - started, 1),
             "seconds_a_step": round(sum(watch.seconds) / len(watch.seconds), 4),
             "seconds_a_boundary": round(results["boundary_seconds"] / len(tasks), 2),
@@ -288,6 +325,8 @@ def frozen_setting(arm: str, lines: list[dict[str, Any]]) -> str:
     """The setting with the best validation ACC, mean over tuning sequences and seeds; the first of equals."""
     arm = ARMS[arm].tuned_as or arm
     scores: dict[str, dict[Any, float]] = {setting: {} for setting in ARMS[arm].settings}
+    if len(scores) == 1:  # nothing to choose
+        return ARMS[arm].settings[0]
     for line in lines:
         if line["stage"] == "tune" and line["arm"] == arm and line["setting"] in scores:
             scores[line["setting"]][line["sequence"], line["seed"]] = sum(line["R"][-1]) / len(line["R"][-1])
@@ -298,15 +337,16 @@ def frozen_setting(arm: str, lines: list[dict[str, Any]]) -> str:
 
 def jobs(options: argparse.Namespace, stage: str, lines: list[dict[str, Any]]) -> Iterator[Job]:
     if stage == "tune":
-        for arm, sequence, seed in itertools.product(options.arms, TUNING, options.tuning_seeds):
+        arms = [arm for arm in options.arms if len(ARMS[arm].settings) > 1]
+        for arm, sequence, seed in itertools.product(arms, TUNING, options.tuning_seeds):
             yield from (Job(stage, ARMS[arm].tuned_as or arm, s, sequence, seed) for s in ARMS[arm].settings)
         return
-    settings = {arm: frozen_setting(arm, lines) for arm in options.arms}
+    frozen = {arm: frozen_setting(arm, lines) for arm in options.arms}
     for seed, sequence, arm in itertools.product(options.seeds, options.sequences, options.arms):
         tasks = sequence.split(">")
         # of `joint` the first two tasks alone too, and the order says nothing
         parts = [">".join(sorted(tasks[:2])), ">".join(sorted(tasks))] if arm == "joint" else [sequence]
-        yield from (Job(stage, arm, settings[arm], part, seed) for part in parts)
+        yield from (Job(stage, arm, frozen[arm], part, seed) for part in parts)
 
 
 def main() -> None:
@@ -318,7 +358,8 @@ def main() -> None:
     add("--tuning_seeds", nargs="+", type=int, default=[0], help="of `tune`")
     add("--sequences", nargs="+", default=list(REPORTED), help="domains joined by '>'")
     add("--processes", type=int, default=os.cpu_count(), help="runs at the same time")
-    add("--output", type=Path, default=Path("benchmarks/results/compare_methods.jsonl"))
+    add("--output", type=Path, default=RESULTS / "compare_methods_2.jsonl")
+    add("--tuned", type=Path, nargs="*", default=TUNED, help="files of finished `tune` runs; a later line counts")
     add("--first_tasks", type=Path, help="default: a folder of OUTPUT's name with .first_tasks at its end")
     options = parser.parse_args()
     cache = options.first_tasks or options.output.with_suffix(".first_tasks")
@@ -332,10 +373,12 @@ def main() -> None:
             file.write("\n")
 
     for stage in ["tune", "report"] if options.stage == "all" else [options.stage]:
-        lines = read_lines(options.output)
+        lines = [line for path in options.tuned for line in read_lines(path) if line["stage"] == "tune"]
+        lines += read_lines(options.output)
         finished = {job_of(line) for line in lines}
         todo = [job for job in dict.fromkeys(jobs(options, stage, lines)) if job not in finished]
-        first = [task for task in dict.fromkeys(map(first_task, todo)) if task and not folder_of(task, cache).is_dir()]
+        needed = dict.fromkeys(task for job in todo for task in (first_task(job), memory_task(job)) if task)
+        first = [task for task in needed if not folder_of(task, cache).is_dir()]
         print(f"{stage}: {len(first)} first tasks, {len(todo)} runs to do, {len(finished)} there already", flush=True)
         pool = ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"))
         try:
