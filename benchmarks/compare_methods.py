@@ -235,7 +235,7 @@ def measure_once(trainer: ContinualTrainer, folder: Path) -> None:
     evaluate = trainer.evaluate
 
     def kept(dataset: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
-        path = folder / f"{len(dataset)} of {trainer.logged_task}.json"
+        path = folder / f"{len(dataset)}_{str(trainer.logged_task).replace('/', '_')}.json"
         if trainer.state.global_step:
             return evaluate(dataset, *args, **kwargs)
         if not path.is_file():
