@@ -5,9 +5,8 @@
 
 Every finished run is a line of `--output` and is never run again; stop and restart at will. `tune` and `report` share
 no training example (the protocol of Cha & Cho 2024, arXiv 2403.09066). A method does nothing before the second task,
-so those on one optimizer share the training of the first (`--first_tasks`, a folder that may be deleted). Each claim
-has a control: the same arm without what is said to work. CPUs compute in float32, GPUs that have bf16 under its
-autocast. Tables and plots: `benchmarks/report_methods.py`.
+so those on one optimizer share the training of the first (`--first_tasks`, a folder that may be deleted). CPUs
+compute in float32, GPUs that have bf16 under its autocast. Tables and figures: `benchmarks/report_methods.py`.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class Arm:
     peft: str | None = None  # or "lora", "osf"
     alone: bool = False  # differs from its plain optimizer in the first task already
     first: str | None = None  # the setting of the first task, if it is another
-    memory: str = "old"  # of the first task; or "none", "new": of the second one, or a domain's name
+    memory: str = "old"  # of the first task; or "" for none, "new": only counts, of the second one; or a domain's name
 
 
 def grid(flag: str, *values: Any) -> list[str]:
@@ -79,10 +78,8 @@ ADAMW, CLASSP = "--optim adamw_torch_fused --reset_optimizer", "--optim classp"
 ADAMW_LR, CLASSP_LR = grid("learning_rate", 5e-5, 1e-4, 2e-4), grid("learning_rate", 5e-4, 1e-3, 2e-3)
 AT = f"{ADAMW} --learning_rate 1e-4"  # of the methods on AdamW; `adamw` itself chooses its own
 KEPT = f"{CLASSP} --learning_rate 1e-3"
-OURS = f"{KEPT} --prior_strength 0.25"  # with logit adjustment this is what ClasspTrainer does by itself
-LAMBDA, WEIGHT = (0.03, 0.1, 0.3), (0.3, 1, 3)
-REHEARSAL = grid("rehearse_lambda", 0.5, 1, 2)
-SHARE, PRIOR = "interpolation_weight", grid("prior_strength", 0.25, 0.5, 1)
+OURS, TEXTS = f"{KEPT} --prior_strength 0.25", "pseudo_rehearsal"  # the first, adjusted, is what ClasspTrainer does
+LAMBDA, PRIOR, PSEUDO = (0.03, 0.1, 0.3), grid("prior_strength", 0.25, 0.5, 1), grid("rehearse_lambda", 0.5, 1, 2)
 
 ARMS: dict[str, Arm] = {
     # one optimizer after another, no method
@@ -97,33 +94,23 @@ ARMS: dict[str, Arm] = {
     "ewc": Arm(AT, grid("ewc_lambda", *LAMBDA), "ewc"),
     "ewc_summed": Arm(f"{AT} --ewc_mode summed", grid("ewc_lambda", *LAMBDA), "ewc", tuned_as="ewc"),
     "l2sp": Arm(AT, grid("l2sp_alpha", *LAMBDA), "l2sp"),
-    "interpolate": Arm(AT, grid(SHARE, 0.3, 0.5, 0.7), "interpolate"),
+    "interpolate": Arm(AT, grid("interpolation_weight", 0.3, 0.5, 0.7), "interpolate"),
     "ema": Arm(AT, grid("ema_decay", 0.9, 0.95, 0.98), "ema"),
     "lwf": Arm(AT, grid("lwf_lambda", 0.5, 1, 2), "lwf"),
     "logit_adjustment": Arm(AT, PRIOR, "logit_adjustment"),
-    "merge": Arm(AT, grid("merge_weight", *WEIGHT), "merge"),
-    "pseudo_rehearsal": Arm(AT, REHEARSAL, "pseudo_rehearsal"),
+    "merge": Arm(AT, grid("merge_weight", 0.3, 1, 3), "merge"),
+    "pseudo_rehearsal": Arm(AT, PSEUDO, TEXTS),
     # CLASSP and the uses of its memory
     "classp": Arm(CLASSP, CLASSP_LR),
-    "classp_pseudo_rehearsal": Arm(KEPT, REHEARSAL, "pseudo_rehearsal"),
+    "classp_pseudo_rehearsal": Arm(KEPT, PSEUDO, TEXTS),
     "classp_elastic": Arm(KEPT, grid("anchor_strength", *LAMBDA), "elastic"),
-    "classp_merge": Arm(KEPT, grid("merge_weight", *WEIGHT), "merge"),
     "classp_logit_adjustment": Arm(KEPT, PRIOR, "logit_adjustment"),
-    "classp_elastic_logit_adjustment": Arm(OURS, grid("anchor_strength", *LAMBDA), "elastic+logit_adjustment"),
-    "classp_merge_logit_adjustment": Arm(OURS, grid("merge_weight", 1, 3, 10), "merge+logit_adjustment"),
-    "classp_interpolate_logit_adjustment": Arm(OURS, grid(SHARE, 0.5, 0.7, 0.85), "interpolate+logit_adjustment"),
-    "classp_lwf": Arm(KEPT, grid("lwf_lambda", 0.5, 1, 2), "lwf"),
-    "classp_logit_adjustment_lwf": Arm(OURS, grid("lwf_lambda", 0.25, 0.5, 1), "logit_adjustment+lwf"),
-    "classp_logit_adjustment_pseudo_rehearsal": Arm(
-        OURS, REHEARSAL, "pseudo_rehearsal+logit_adjustment", tuned_as="classp_pseudo_rehearsal"
-    ),
-    # controls: the memory dropped, or of another domain; texts like the new task's; AdamW at the cost of rehearsal
-    "classp_dropped": Arm(CLASSP, CLASSP_LR, tuned_as="classp", kind="control", memory="none"),
-    "classp_other_memory": Arm(CLASSP, CLASSP_LR, tuned_as="classp", kind="control", memory="amazon"),
-    "pseudo_rehearsal_new_counts": Arm(
-        AT, REHEARSAL, "pseudo_rehearsal", tuned_as="pseudo_rehearsal", kind="control", memory="new"
-    ),
-    "adamw_110_steps": Arm(f"{ADAMW} --max_steps 110", ADAMW_LR, tuned_as="adamw", kind="control"),
+    "classp_logit_adjustment_pseudo_rehearsal": Arm(OURS, PSEUDO, f"{TEXTS}+logit_adjustment", f"classp_{TEXTS}"),
+    # each claim's control: the memory dropped, or of another domain; texts like the new task's; the cost of rehearsal
+    "classp_dropped": Arm(CLASSP, CLASSP_LR, "none", "classp", "control", memory=""),
+    "classp_other_memory": Arm(CLASSP, CLASSP_LR, "none", "classp", "control", memory="amazon"),
+    "pseudo_rehearsal_new_counts": Arm(AT, PSEUDO, TEXTS, TEXTS, "control", memory="new"),
+    "adamw_110_steps": Arm(f"{ADAMW} --max_steps 110", ADAMW_LR, "none", "adamw", "control"),
 }
 for rate in ("1e-5", "2e-5", "5e-5", "2e-4"):  # of the second task, after the same first one as `adamw`'s 1e-4
     ARMS[f"adamw_{rate}"] = Arm(ADAMW, [f"--learning_rate {rate}"], kind="control", first="--learning_rate 1e-4")
@@ -131,17 +118,15 @@ for dtype in ("bfloat16", "uint8"):  # its memory in two bytes and one byte a we
     flags = f"{CLASSP} --optim_args state_dtype={dtype} --learning_rate 1e-3"
     ARMS[f"classp_{dtype}"] = Arm(flags, PRIOR, "logit_adjustment", tuned_as="classp_logit_adjustment")
 for percent in (1, 5, 10):
-    flags = f"{ADAMW} --replay_fraction {percent / 100}"
-    ARMS[f"replay_{percent}"] = Arm(flags, ADAMW_LR, "replay", "replay_5", "stores data")
-for percent in (1, 5, 10):
-    given = (PRIOR, "replay+logit_adjustment", "classp_logit_adjustment", "stores data")
-    ARMS[f"classp_replay_{percent}"] = Arm(f"{KEPT} --replay_fraction {percent / 100}", *given)
+    share, given = f"--replay_fraction {percent / 100}", (PRIOR, "replay+logit_adjustment", "classp_logit_adjustment")
+    ARMS[f"replay_{percent}"] = Arm(f"{ADAMW} {share}", ADAMW_LR, "replay", "replay_5", "stores data")
+    ARMS[f"classp_replay_{percent}"] = Arm(f"{KEPT} {share}", *given, "stores data")
 ARMS["joint"] = Arm(ADAMW, ADAMW_LR, kind="upper bound", tuned_as="adamw", alone=True)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run. Its JSON is its identity."""
+    """One run."""
 
     stage: str  # "tune" or "report"
     arm: str
@@ -150,23 +135,17 @@ class Job:
     seed: int
 
 
-def first_task(job: Job) -> Job | None:
-    """The training of the first task by the plain optimizer, which all methods that run on it share."""
-    if ARMS[job.arm].alone:
+def first_task(job: Job, memory: str = "old") -> Job | None:
+    """The training of a first task by the plain optimizer, which all methods on it share; `memory` says of which."""
+    if ARMS[job.arm].alone or memory in ("", "new"):
         return None
     words = f"{ARMS[job.arm].flags} {ARMS[job.arm].first or job.setting}".split()
     kept = [w for i, w in enumerate(words) if {w, words[i - 1]} & {"--optim", "--optim_args", "--learning_rate"}]
     kept[kept.index("--learning_rate") + 1] = f"{float(kept[kept.index('--learning_rate') + 1]):g}"
     if "--reset_optimizer" in words:
         kept += ["--reset_optimizer", "--gather_memory"]  # for the methods that use the memory without CLASSP
-    return Job(job.stage, "first task", " ".join(kept), job.sequence.split(">")[0], job.seed)
-
-
-def memory_task(job: Job) -> Job | None:
-    """The first task that the memory comes from."""
-    first, domain = first_task(job), ARMS[job.arm].memory
-    named = {"old": first and first.sequence, "new": job.sequence.split(">")[1], "none": None}.get(domain, domain)
-    return replace(first, sequence=named) if first and named else None
+    domain = job.sequence.split(">")[0] if memory == "old" else memory
+    return Job(job.stage, "first task", " ".join(kept), domain, job.seed)
 
 
 def folder_of(first: Job, cache: Path) -> Path:
@@ -179,9 +158,8 @@ def prepared_task(domain: str, stage: str, seed: int):
     """The tokenised task: `tune` and `report` see halves of the training split that share no example."""
     task = load_task(f"icwsm14/{domain}", max_eval_samples=EVAL_EXAMPLES[stage])
     halves = task.train_dataset.train_test_split(test_size=0.5, seed=0)
-    half = halves["train" if stage == "tune" else "test"].shuffle(seed=seed)
+    half = halves["train" if stage == "tune" else "test"].shuffle(seed=seed).select(range(TRAIN_EXAMPLES))
     measured = task.eval_dataset if stage == "tune" else task.test_dataset
-    half = half.select(range(TRAIN_EXAMPLES))
     task = replace(task, train_dataset=half, eval_dataset=measured, test_dataset=measured)
     tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.model_path())
     task = prepare_tasks([task], tokenizer, LABELS, max_length=32)[0]
@@ -220,29 +198,13 @@ def train_first_task(first: Job, cache: Path) -> None:
     """Train it and keep model and memory in its folder, which appears when it is complete."""
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        whole = Path(folder, "run")
-        # which does nothing in a first task but count its tokens
-        trainer = build_trainer(parse(first.setting, first.seed, str(whole))[0], method="pseudo_rehearsal")
-        task = prepared_task(first.sequence, first.stage, first.seed)
+        whole, task = Path(folder, "run"), prepared_task(first.sequence, first.stage, first.seed)
+        # a method that does nothing in a first task but count its tokens
+        trainer = build_trainer(parse(first.setting, first.seed, str(whole))[0], method=TEXTS)
         trainer.train_sequence([replace(task, test_dataset=task.test_dataset.select([0]))])  # measured by `run`
         shutil.rmtree(next(whole.glob("00-*")))  # the same model once more
         with suppress(OSError):  # another process was faster
             whole.rename(folder_of(first, cache))
-
-
-def measure_once(trainer: ContinualTrainer, folder: Path) -> None:
-    """What the first task's model scores, which all its arms share, is kept in its folder."""
-    evaluate = trainer.evaluate
-
-    def kept(dataset: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
-        path = folder / f"{len(dataset)}_{str(trainer.logged_task).replace('/', '_')}.json"
-        if trainer.state.global_step:
-            return evaluate(dataset, *args, **kwargs)
-        if not path.is_file():
-            path.write_text(json.dumps(evaluate(dataset, *args, **kwargs)))
-        return json.loads(path.read_text())
-
-    trainer.evaluate = kept
 
 
 class Watch(transformers.TrainerCallback):
@@ -260,7 +222,7 @@ class Watch(transformers.TrainerCallback):
             gathered = {} if args.optim == "classp" else self.trainer.accumulators()  # CLASSP's are its state
             held = tree_leaves([dict(optimizer.state), [vars(m) for m in self.trainer.methods], gathered])
             held = [t for x in held for t in (x.parameters() if isinstance(x, torch.nn.Module) else [x])]
-            storages = {t.untyped_storage() for t in held if isinstance(t, torch.Tensor)}
+            storages = [t.untyped_storage() for t in held if isinstance(t, torch.Tensor)]
             total = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
             self.bytes_a_weight = total / sum(p.numel() for p in self.trainer.model.parameters())
 
@@ -269,25 +231,36 @@ def run(job: Job, cache: Path) -> dict[str, Any]:
     """Train one arm over one sequence; returns the line to keep."""
     arm, flags = ARMS[job.arm], f"{ARMS[job.arm].flags} {job.setting}"
     first, names = first_task(job), arm.method.split("+")
-    learned, remembered = (task and folder_of(task, cache) for task in (first, memory_task(job)))
+    learned, remembered = (task and folder_of(task, cache) for task in (first, first_task(job, ARMS[job.arm].memory)))
     tasks = sequence = [prepared_task(domain, job.stage, job.seed) for domain in job.sequence.split(">")]
     with tempfile.TemporaryDirectory(prefix="compare_methods_") as folder:
         args, *configured, mofo = parse(flags, job.seed, folder)
-        if learned is not None:
-            args.learned_tasks = 1
-            if args.optim == "classp" or any(METHODS[n].uses_accumulators or n == "pseudo_rehearsal" for n in names):
-                args.memory = str(remembered or "none")
+        args.learned_tasks = int(learned is not None)
+        if learned and (args.optim == "classp" or any(METHODS[n].uses_accumulators or n == TEXTS for n in names)):
+            args.memory = str(remembered or "none")
+        if (
+            arm.memory == "new"
+        ):  # the first task, which is not trained on again, shows the method the second one's texts
+            tasks = [replace(sequence[0], train_dataset=sequence[1].train_dataset), *sequence[1:]]
         if job.arm == "joint":  # as many steps as the sequence has in all
             args.max_steps *= len(sequence)
             together = concatenate_datasets([task.train_dataset for task in sequence])
             tasks = [replace(sequence[0], name="joint", train_dataset=together)]
-        kwargs: dict[str, Any] = {"method": [next((m for m in configured if m.name == name), name) for name in names]}
-        if job.arm == "mofo":
-            kwargs["optimizer_cls_and_kwargs"] = (MoFO, {"lr": args.learning_rate, "fraction": mofo.mofo_fraction})
-        trainer, started = build_trainer(args, arm.peft, learned, **kwargs), time.perf_counter()
-        if learned is not None:
-            measure_once(trainer, learned)
-        watch = Watch(trainer)
+        methods: Any = [next((m for m in configured if m.name == name), name) for name in names]
+        built = (MoFO, {"lr": args.learning_rate, "fraction": mofo.mofo_fraction}) if job.arm == "mofo" else None
+        trainer = build_trainer(args, arm.peft, learned, method=methods, optimizer_cls_and_kwargs=built)
+        evaluate, watch, started = trainer.evaluate, Watch(trainer), time.perf_counter()
+
+        def measure(dataset: Any, **kwargs: Any) -> dict[str, float]:
+            """What the first task's model scores, which all its arms share, is kept in its folder."""
+            if learned is None or trainer.state.global_step:
+                return evaluate(dataset, **kwargs)
+            path = learned / f"{len(dataset)}_{str(trainer.logged_task).replace('/', '_')}.json"
+            if not path.is_file():
+                path.write_text(json.dumps(evaluate(dataset, **kwargs)))
+            return json.loads(path.read_text())
+
+        trainer.evaluate = measure
         trainer.add_callback(watch)
         results = trainer.train_sequence(tasks)
         R = results["accuracy_matrix"]
@@ -325,7 +298,7 @@ def frozen_setting(arm: str, lines: list[dict[str, Any]]) -> str:
     """The setting with the best validation ACC, mean over tuning sequences and seeds; the first of equals."""
     arm = ARMS[arm].tuned_as or arm
     scores: dict[str, dict[Any, float]] = {setting: {} for setting in ARMS[arm].settings}
-    if len(scores) == 1:  # nothing to choose
+    if ARMS[arm].first:  # nothing to choose
         return ARMS[arm].settings[0]
     for line in lines:
         if line["stage"] == "tune" and line["arm"] == arm and line["setting"] in scores:
@@ -337,16 +310,13 @@ def frozen_setting(arm: str, lines: list[dict[str, Any]]) -> str:
 
 def jobs(options: argparse.Namespace, stage: str, lines: list[dict[str, Any]]) -> Iterator[Job]:
     if stage == "tune":
-        arms = [arm for arm in options.arms if len(ARMS[arm].settings) > 1]
+        arms = [ARMS[arm].tuned_as or arm for arm in options.arms if not ARMS[arm].first]
         for arm, sequence, seed in itertools.product(arms, TUNING, options.tuning_seeds):
-            yield from (Job(stage, ARMS[arm].tuned_as or arm, s, sequence, seed) for s in ARMS[arm].settings)
+            yield from (Job(stage, arm, setting, sequence, seed) for setting in ARMS[arm].settings)
         return
-    frozen = {arm: frozen_setting(arm, lines) for arm in options.arms}
     for seed, sequence, arm in itertools.product(options.seeds, options.sequences, options.arms):
-        tasks = sequence.split(">")
-        # of `joint` the first two tasks alone too, and the order says nothing
-        parts = [">".join(sorted(tasks[:2])), ">".join(sorted(tasks))] if arm == "joint" else [sequence]
-        yield from (Job(stage, arm, frozen[arm], part, seed) for part in parts)
+        named = ">".join(sorted(sequence.split(">"))) if arm == "joint" else sequence  # whose order says nothing
+        yield Job(stage, arm, frozen_setting(arm, lines), named, seed)
 
 
 def main() -> None:
@@ -360,11 +330,9 @@ def main() -> None:
     add("--processes", type=int, default=os.cpu_count(), help="runs at the same time")
     add("--output", type=Path, default=RESULTS / "compare_methods_2.jsonl")
     add("--tuned", type=Path, nargs="*", default=TUNED, help="files of finished `tune` runs; a later line counts")
-    add("--first_tasks", type=Path, help="default: a folder of OUTPUT's name with .first_tasks at its end")
+    add("--first_tasks", type=Path, default=RESULTS / "compare_methods.first_tasks", help="may be deleted")
     options = parser.parse_args()
-    cache = options.first_tasks or options.output.with_suffix(".first_tasks")
-    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error")
-    os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     # glibc: keep freed memory instead of asking the system for it again at every step
     os.environ.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**35), MALLOC_TOP_PAD_=str(2**28))
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -377,13 +345,15 @@ def main() -> None:
         lines += read_lines(options.output)
         finished = {job_of(line) for line in lines}
         todo = [job for job in dict.fromkeys(jobs(options, stage, lines)) if job not in finished]
-        needed = dict.fromkeys(task for job in todo for task in (first_task(job), memory_task(job)) if task)
-        first = [task for task in needed if not folder_of(task, cache).is_dir()]
+        needed = dict.fromkeys(
+            task for job in todo for task in (first_task(job), first_task(job, ARMS[job.arm].memory)) if task
+        )
+        first = [task for task in needed if not folder_of(task, options.first_tasks).is_dir()]
         print(f"{stage}: {len(first)} first tasks, {len(todo)} runs to do, {len(finished)} there already", flush=True)
         pool = ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"))
         try:
             for function, items in ((train_first_task, first), (run, todo)):
-                futures = [pool.submit(function, item, cache) for item in items]
+                futures = [pool.submit(function, item, options.first_tasks) for item in items]
                 done = (future.result() for future in tqdm(as_completed(futures), total=len(items), disable=not items))
                 for line in filter(None, done):  # a first task has none
                     with options.output.open("a") as file:
