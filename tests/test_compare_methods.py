@@ -129,9 +129,9 @@ def test_what_is_not_separated_from_its_control_is_said(monkeypatch, tmp_path):
     joint = [line("report", "joint", ARMS["adamw"].settings[0], "movie>nyt", seed, [[0.7, 0.6]]) for seed in range(3)]
     source = report_methods.Source("compare_methods_2.jsonl", [*lines, *joint], tuned)
     text, table = report_methods.controls([source])
-    assert text.startswith("Better than without it: CLASSP, its step and its memory (5.5 ± 1.2)")
-    assert "Not separated from its control: the memory of CLASSP (-0.5 ± 3.7)" in text
-    assert "Not run with 3 seeds yet, and nothing is claimed about it: its being of the old task" in text
+    assert text.startswith("Better than without it: CLASSP, its step and its memory (5.5 ± 1.2, 3 seeds)")
+    assert "Not separated from what is without it: the memory of CLASSP (-0.5 ± 3.7, 3 seeds)" in text
+    assert "Not run with 3 seeds, so that nothing is claimed: that memory being of the old task" in text
     assert "`classp` - `classp_dropped`" in table
     middle, low, high = report_methods.gap(source.found, "classp")
     assert low < middle < high and middle == pytest.approx(0.55)
