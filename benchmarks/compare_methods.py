@@ -125,9 +125,7 @@ ARMS["joint"] = Arm(ADAMW, ADAMW_LR, kind="upper bound", tuned_as="adamw", alone
 
 
 @dataclass(frozen=True)
-class Job:
-    """One run."""
-
+class Job:  # one run
     stage: str  # "tune" or "report"
     arm: str
     setting: str

@@ -278,7 +278,7 @@ def readme_block(source: Source, said: str) -> str:
         ]
         g = gap(source.found, arm)
         rows.append([NAMES[arm], *cells, f"{g[0]:.2f}" if g else {BASELINE: "0", JOINT: "1"}[arm]])
-    image = "![Share of the gap between AdamW and joint training that is recovered](docs/images/gap_recovered.png)"
+    image = "![Gap between AdamW and joint training that is recovered](docs/images/gap_recovered.png)"
     text = (
         f"{len(source.seeds(BASELINE))} seeds, {source.examples} test examples a task; {origin(source.lines)}. G: "
         "share of the gap between AdamW and joint training that is recovered. Paired differences of ACC over both "
