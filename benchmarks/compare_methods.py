@@ -6,7 +6,7 @@
 Every finished run is a line of `--output` and is never run again; stop and restart at will. `tune` and `report` share
 no training example (the protocol of Cha & Cho 2024, arXiv 2403.09066). A method does nothing before the second task,
 so those on one optimizer share the training of the first (`--first_tasks`, a folder that may be deleted). CPUs
-compute in float32, GPUs that have bf16 under its autocast. Tables and plots: `benchmarks/report_methods.py`.
+compute in float32, GPUs that have bf16 under its autocast. Tables and figures: `benchmarks/report_methods.py`.
 """
 
 from __future__ import annotations
@@ -40,17 +40,18 @@ from classp_hf.tasks import SENTIMENT, prepare_tasks
 
 LABELS = {name: i for i, name in enumerate(SENTIMENT)}
 TUNING = ("nyt>amazon", "tweets>amazon")
-REPORTED = ("nyt>movie>tweets>amazon", "movie>nyt>amazon>tweets", "amazon>tweets")
-"""The long ones begin with nyt>movie and movie>nyt; the last reverses a tuning sequence with little forgetting."""
+REPORTED = ("nyt>movie", "movie>nyt")
 
 BASE = (
     "--max_steps 80 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --max_length 32 "
     "--save_strategy no --logging_strategy no --report_to none --disable_tqdm True "
     "--dataloader_pin_memory False --log_level error"
 )
-TRAIN_EXAMPLES, EVAL_EXAMPLES, TRACE_EXAMPLES = 640, 300, 150
-TRACE_STEPS = (2, 6, 15, 30, 60)
+TRAIN_EXAMPLES, EVAL_EXAMPLES = 640, {"tune": 300, "report": 600}  # no domain has more in all of its splits
+RESULTS = Path("benchmarks/results")
+TUNED = [RESULTS / "compare_methods.jsonl", RESULTS / "pseudo_rehearsal.jsonl"]  # the first is of bf16
 GPU = torch.cuda.is_available()
+CLOCK = time.perf_counter if GPU else time.process_time  # of a step; what else a CPU does does not count
 PRECISION = "bf16" if GPU and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
@@ -62,9 +63,11 @@ class Arm:
     settings: list[str]
     method: str = "none"
     tuned_as: str | None = None  # take over the setting chosen for this arm instead of tuning again
-    kind: str = "replay-free"  # or "stores data", "upper bound"
+    kind: str = "replay-free"  # or "control", "stores data", "upper bound"
     peft: str | None = None  # or "lora", "osf"
     alone: bool = False  # differs from its plain optimizer in the first task already
+    first: str | None = None  # the setting of the first task, if it is another
+    memory: str = "old"  # of the first task; or "" for none, "new": only counts, of the second one; or a domain's name
 
 
 def grid(flag: str, *values: Any) -> list[str]:
@@ -75,10 +78,8 @@ ADAMW, CLASSP = "--optim adamw_torch_fused --reset_optimizer", "--optim classp"
 ADAMW_LR, CLASSP_LR = grid("learning_rate", 5e-5, 1e-4, 2e-4), grid("learning_rate", 5e-4, 1e-3, 2e-3)
 AT = f"{ADAMW} --learning_rate 1e-4"  # of the methods on AdamW; `adamw` itself chooses its own
 KEPT = f"{CLASSP} --learning_rate 1e-3"
-OURS = f"{KEPT} --prior_strength 0.25"  # with logit adjustment this is what ClasspTrainer does by itself
-LAMBDA, WEIGHT = (0.03, 0.1, 0.3), (0.3, 1, 3)
-REHEARSAL = grid("rehearse_lambda", 0.5, 1, 2)
-SHARE, PRIOR = "interpolation_weight", grid("prior_strength", 0.25, 0.5, 1)
+OURS, TEXTS = f"{KEPT} --prior_strength 0.25", "pseudo_rehearsal"  # the first, adjusted, is what ClasspTrainer does
+LAMBDA, PRIOR, PSEUDO = (0.03, 0.1, 0.3), grid("prior_strength", 0.25, 0.5, 1), grid("rehearse_lambda", 0.5, 1, 2)
 
 ARMS: dict[str, Arm] = {
     # one optimizer after another, no method
@@ -93,40 +94,38 @@ ARMS: dict[str, Arm] = {
     "ewc": Arm(AT, grid("ewc_lambda", *LAMBDA), "ewc"),
     "ewc_summed": Arm(f"{AT} --ewc_mode summed", grid("ewc_lambda", *LAMBDA), "ewc", tuned_as="ewc"),
     "l2sp": Arm(AT, grid("l2sp_alpha", *LAMBDA), "l2sp"),
-    "interpolate": Arm(AT, grid(SHARE, 0.3, 0.5, 0.7), "interpolate"),
+    "interpolate": Arm(AT, grid("interpolation_weight", 0.3, 0.5, 0.7), "interpolate"),
     "ema": Arm(AT, grid("ema_decay", 0.9, 0.95, 0.98), "ema"),
     "lwf": Arm(AT, grid("lwf_lambda", 0.5, 1, 2), "lwf"),
     "logit_adjustment": Arm(AT, PRIOR, "logit_adjustment"),
-    "merge": Arm(AT, grid("merge_weight", *WEIGHT), "merge"),
-    "pseudo_rehearsal": Arm(AT, REHEARSAL, "pseudo_rehearsal"),
+    "merge": Arm(AT, grid("merge_weight", 0.3, 1, 3), "merge"),
+    "pseudo_rehearsal": Arm(AT, PSEUDO, TEXTS),
     # CLASSP and the uses of its memory
     "classp": Arm(CLASSP, CLASSP_LR),
-    "classp_pseudo_rehearsal": Arm(KEPT, REHEARSAL, "pseudo_rehearsal"),
+    "classp_pseudo_rehearsal": Arm(KEPT, PSEUDO, TEXTS),
     "classp_elastic": Arm(KEPT, grid("anchor_strength", *LAMBDA), "elastic"),
-    "classp_merge": Arm(KEPT, grid("merge_weight", *WEIGHT), "merge"),
     "classp_logit_adjustment": Arm(KEPT, PRIOR, "logit_adjustment"),
-    "classp_elastic_logit_adjustment": Arm(OURS, grid("anchor_strength", *LAMBDA), "elastic+logit_adjustment"),
-    "classp_merge_logit_adjustment": Arm(OURS, grid("merge_weight", 1, 3, 10), "merge+logit_adjustment"),
-    "classp_interpolate_logit_adjustment": Arm(OURS, grid(SHARE, 0.5, 0.7, 0.85), "interpolate+logit_adjustment"),
-    "classp_lwf": Arm(KEPT, grid("lwf_lambda", 0.5, 1, 2), "lwf"),
-    "classp_logit_adjustment_lwf": Arm(OURS, grid("lwf_lambda", 0.25, 0.5, 1), "logit_adjustment+lwf"),
+    "classp_logit_adjustment_pseudo_rehearsal": Arm(OURS, PSEUDO, f"{TEXTS}+logit_adjustment", f"classp_{TEXTS}"),
+    # each claim's control: the memory dropped, or of another domain; texts like the new task's; the cost of rehearsal
+    "classp_dropped": Arm(CLASSP, CLASSP_LR, "none", "classp", "control", memory=""),
+    "classp_other_memory": Arm(CLASSP, CLASSP_LR, "none", "classp", "control", memory="amazon"),
+    "pseudo_rehearsal_new_counts": Arm(AT, PSEUDO, TEXTS, TEXTS, "control", memory="new"),
+    "adamw_110_steps": Arm(f"{ADAMW} --max_steps 110", ADAMW_LR, "none", "adamw", "control"),
 }
+for rate in ("1e-5", "2e-5", "5e-5", "2e-4"):  # of the second task, after the same first one as `adamw`'s 1e-4
+    ARMS[f"adamw_{rate}"] = Arm(ADAMW, [f"--learning_rate {rate}"], kind="control", first="--learning_rate 1e-4")
 for dtype in ("bfloat16", "uint8"):  # its memory in two bytes and one byte a weight
     flags = f"{CLASSP} --optim_args state_dtype={dtype} --learning_rate 1e-3"
     ARMS[f"classp_{dtype}"] = Arm(flags, PRIOR, "logit_adjustment", tuned_as="classp_logit_adjustment")
 for percent in (1, 5, 10):
-    flags = f"{ADAMW} --replay_fraction {percent / 100}"
-    ARMS[f"replay_{percent}"] = Arm(flags, ADAMW_LR, "replay", "replay_5", "stores data")
-for percent in (1, 5, 10):
-    given = (PRIOR, "replay+logit_adjustment", "classp_logit_adjustment", "stores data")
-    ARMS[f"classp_replay_{percent}"] = Arm(f"{KEPT} --replay_fraction {percent / 100}", *given)
+    share, given = f"--replay_fraction {percent / 100}", (PRIOR, "replay+logit_adjustment", "classp_logit_adjustment")
+    ARMS[f"replay_{percent}"] = Arm(f"{ADAMW} {share}", ADAMW_LR, "replay", "replay_5", "stores data")
+    ARMS[f"classp_replay_{percent}"] = Arm(f"{KEPT} {share}", *given, "stores data")
 ARMS["joint"] = Arm(ADAMW, ADAMW_LR, kind="upper bound", tuned_as="adamw", alone=True)
 
 
 @dataclass(frozen=True)
-class Job:
-    """One run. Its JSON is its identity."""
-
+class Job:  # one run
     stage: str  # "tune" or "report"
     arm: str
     setting: str
@@ -134,15 +133,17 @@ class Job:
     seed: int
 
 
-def first_task(job: Job) -> Job | None:
-    """The training of the first task by the plain optimizer, which all methods that run on it share."""
-    if ARMS[job.arm].alone:
+def first_task(job: Job, memory: str = "old") -> Job | None:
+    """The training of a first task by the plain optimizer, which all methods on it share; `memory` says of which."""
+    if ARMS[job.arm].alone or memory in ("", "new"):
         return None
-    words = f"{ARMS[job.arm].flags} {job.setting}".split()
+    words = f"{ARMS[job.arm].flags} {ARMS[job.arm].first or job.setting}".split()
     kept = [w for i, w in enumerate(words) if {w, words[i - 1]} & {"--optim", "--optim_args", "--learning_rate"}]
+    kept[kept.index("--learning_rate") + 1] = f"{float(kept[kept.index('--learning_rate') + 1]):g}"
     if "--reset_optimizer" in words:
         kept += ["--reset_optimizer", "--gather_memory"]  # for the methods that use the memory without CLASSP
-    return Job(job.stage, "first task", " ".join(kept), job.sequence.split(">")[0], job.seed)
+    domain = job.sequence.split(">")[0] if memory == "old" else memory
+    return Job(job.stage, "first task", " ".join(kept), domain, job.seed)
 
 
 def folder_of(first: Job, cache: Path) -> Path:
@@ -153,14 +154,15 @@ def folder_of(first: Job, cache: Path) -> Path:
 @functools.cache
 def prepared_task(domain: str, stage: str, seed: int):
     """The tokenised task: `tune` and `report` see halves of the training split that share no example."""
-    task = load_task(f"icwsm14/{domain}", max_eval_samples=EVAL_EXAMPLES)
+    task = load_task(f"icwsm14/{domain}", max_eval_samples=EVAL_EXAMPLES[stage])
     halves = task.train_dataset.train_test_split(test_size=0.5, seed=0)
-    half = halves["train" if stage == "tune" else "test"].shuffle(seed=seed)
+    half = halves["train" if stage == "tune" else "test"].shuffle(seed=seed).select(range(TRAIN_EXAMPLES))
     measured = task.eval_dataset if stage == "tune" else task.test_dataset
-    traced = measured.shuffle(seed=0).select(range(TRACE_EXAMPLES))  # while training
-    task = replace(task, train_dataset=half.select(range(TRAIN_EXAMPLES)), eval_dataset=traced, test_dataset=measured)
+    task = replace(task, train_dataset=half, eval_dataset=measured, test_dataset=measured)
     tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.model_path())
-    return prepare_tasks([task], tokenizer, LABELS, max_length=32)[0]
+    task = prepare_tasks([task], tokenizer, LABELS, max_length=32)[0]
+    lengths = [len(ids) for ids in task.test_dataset["input_ids"]]  # sorted by them, batches need less padding
+    return replace(task, test_dataset=task.test_dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__)))
 
 
 def parse(flags: str, seed: int, folder: str) -> tuple[Any, ...]:
@@ -194,37 +196,31 @@ def train_first_task(first: Job, cache: Path) -> None:
     """Train it and keep model and memory in its folder, which appears when it is complete."""
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        whole = Path(folder, "run")
-        # which does nothing in a first task but count its tokens
-        trainer = build_trainer(parse(first.setting, first.seed, str(whole))[0], method="pseudo_rehearsal")
-        trainer.train_sequence([prepared_task(first.sequence, first.stage, first.seed)])
+        whole, task = Path(folder, "run"), prepared_task(first.sequence, first.stage, first.seed)
+        # a method that does nothing in a first task but count its tokens
+        trainer = build_trainer(parse(first.setting, first.seed, str(whole))[0], method=TEXTS)
+        trainer.train_sequence([replace(task, test_dataset=task.test_dataset.select([0]))])  # measured by `run`
         shutil.rmtree(next(whole.glob("00-*")))  # the same model once more
         with suppress(OSError):  # another process was faster
             whole.rename(folder_of(first, cache))
 
 
 class Watch(transformers.TrainerCallback):
-    """Accuracy on the first two tasks while the second trains; what a step costs, the trace left out."""
+    """What a step costs, and what is held while the second task trains."""
 
-    def __init__(self, trainer: ContinualTrainer, traced: list[Any]) -> None:
-        self.trainer, self.traced = trainer, traced
-        self.seconds, self.trace, self.bytes_a_weight = [], [], 0.0
+    def __init__(self, trainer: ContinualTrainer) -> None:
+        self.trainer, self.seconds, self.bytes_a_weight = trainer, [], 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.began = time.perf_counter()
+        self.began = CLOCK()
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
-        self.seconds.append(time.perf_counter() - self.began)
-        if len(self.trainer.seen_tasks) != 1:
-            return
-        if self.traced and state.global_step in TRACE_STEPS:
-            found = [self.trainer.evaluate(task.eval_dataset)["eval_accuracy"] for task in self.traced]
-            self.trace.append([state.global_step, *(round(v, 4) for v in found)])
-        if state.global_step == args.max_steps:
+        self.seconds.append(CLOCK() - self.began)
+        if len(self.seconds) == args.max_steps * (2 - args.learned_tasks):
             gathered = {} if args.optim == "classp" else self.trainer.accumulators()  # CLASSP's are its state
             held = tree_leaves([dict(optimizer.state), [vars(m) for m in self.trainer.methods], gathered])
             held = [t for x in held for t in (x.parameters() if isinstance(x, torch.nn.Module) else [x])]
-            storages = {t.untyped_storage() for t in held if isinstance(t, torch.Tensor)}
+            storages = [t.untyped_storage() for t in held if isinstance(t, torch.Tensor)]
             total = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
             self.bytes_a_weight = total / sum(p.numel() for p in self.trainer.model.parameters())
 
@@ -233,23 +229,36 @@ def run(job: Job, cache: Path) -> dict[str, Any]:
     """Train one arm over one sequence; returns the line to keep."""
     arm, flags = ARMS[job.arm], f"{ARMS[job.arm].flags} {job.setting}"
     first, names = first_task(job), arm.method.split("+")
-    learned = first and folder_of(first, cache)
+    learned, remembered = (task and folder_of(task, cache) for task in (first, first_task(job, ARMS[job.arm].memory)))
     tasks = sequence = [prepared_task(domain, job.stage, job.seed) for domain in job.sequence.split(">")]
     with tempfile.TemporaryDirectory(prefix="compare_methods_") as folder:
         args, *configured, mofo = parse(flags, job.seed, folder)
-        if learned is not None:
-            args.learned_tasks = 1
-            if args.optim == "classp" or any(METHODS[n].uses_accumulators or n == "pseudo_rehearsal" for n in names):
-                args.memory = str(learned)
+        args.learned_tasks = int(learned is not None)
+        if learned and (args.optim == "classp" or any(METHODS[n].uses_accumulators or n == TEXTS for n in names)):
+            args.memory = str(remembered or "none")
+        if (
+            arm.memory == "new"
+        ):  # the first task, which is not trained on again, shows the method the second one's texts
+            tasks = [replace(sequence[0], train_dataset=sequence[1].train_dataset), *sequence[1:]]
         if job.arm == "joint":  # as many steps as the sequence has in all
             args.max_steps *= len(sequence)
             together = concatenate_datasets([task.train_dataset for task in sequence])
             tasks = [replace(sequence[0], name="joint", train_dataset=together)]
-        kwargs: dict[str, Any] = {"method": [next((m for m in configured if m.name == name), name) for name in names]}
-        if job.arm == "mofo":
-            kwargs["optimizer_cls_and_kwargs"] = (MoFO, {"lr": args.learning_rate, "fraction": mofo.mofo_fraction})
-        trainer, started = build_trainer(args, arm.peft, learned, **kwargs), time.perf_counter()
-        watch = Watch(trainer, sequence[:2] if job.stage == "report" else [])
+        methods: Any = [next((m for m in configured if m.name == name), name) for name in names]
+        built = (MoFO, {"lr": args.learning_rate, "fraction": mofo.mofo_fraction}) if job.arm == "mofo" else None
+        trainer = build_trainer(args, arm.peft, learned, method=methods, optimizer_cls_and_kwargs=built)
+        evaluate, watch, started = trainer.evaluate, Watch(trainer), time.perf_counter()
+
+        def measure(dataset: Any, **kwargs: Any) -> dict[str, float]:
+            """What the first task's model scores, which all its arms share, is kept in its folder."""
+            if learned is None or trainer.state.global_step:
+                return evaluate(dataset, **kwargs)
+            path = learned / f"{len(dataset)}_{str(trainer.logged_task).replace('/', '_')}.json"
+            if not path.is_file():
+                path.write_text(json.dumps(evaluate(dataset, **kwargs)))
+            return json.loads(path.read_text())
+
+        trainer.evaluate = measure
         trainer.add_callback(watch)
         results = trainer.train_sequence(tasks)
         R = results["accuracy_matrix"]
@@ -258,7 +267,6 @@ def run(job: Job, cache: Path) -> dict[str, Any]:
         return {
             **asdict(job),
             "R": [[round(v, 4) for v in row] for row in R],
-            "trace": watch.trace,
             "seconds": round(time.perf_counter() - started, 1),
             "seconds_a_step": round(sum(watch.seconds) / len(watch.seconds), 4),
             "seconds_a_boundary": round(results["boundary_seconds"] / len(tasks), 2),
@@ -288,6 +296,8 @@ def frozen_setting(arm: str, lines: list[dict[str, Any]]) -> str:
     """The setting with the best validation ACC, mean over tuning sequences and seeds; the first of equals."""
     arm = ARMS[arm].tuned_as or arm
     scores: dict[str, dict[Any, float]] = {setting: {} for setting in ARMS[arm].settings}
+    if ARMS[arm].first:  # nothing to choose
+        return ARMS[arm].settings[0]
     for line in lines:
         if line["stage"] == "tune" and line["arm"] == arm and line["setting"] in scores:
             scores[line["setting"]][line["sequence"], line["seed"]] = sum(line["R"][-1]) / len(line["R"][-1])
@@ -298,15 +308,13 @@ def frozen_setting(arm: str, lines: list[dict[str, Any]]) -> str:
 
 def jobs(options: argparse.Namespace, stage: str, lines: list[dict[str, Any]]) -> Iterator[Job]:
     if stage == "tune":
-        for arm, sequence, seed in itertools.product(options.arms, TUNING, options.tuning_seeds):
-            yield from (Job(stage, ARMS[arm].tuned_as or arm, s, sequence, seed) for s in ARMS[arm].settings)
+        arms = [ARMS[arm].tuned_as or arm for arm in options.arms if not ARMS[arm].first]
+        for arm, sequence, seed in itertools.product(arms, TUNING, options.tuning_seeds):
+            yield from (Job(stage, arm, setting, sequence, seed) for setting in ARMS[arm].settings)
         return
-    settings = {arm: frozen_setting(arm, lines) for arm in options.arms}
     for seed, sequence, arm in itertools.product(options.seeds, options.sequences, options.arms):
-        tasks = sequence.split(">")
-        # of `joint` the first two tasks alone too, and the order says nothing
-        parts = [">".join(sorted(tasks[:2])), ">".join(sorted(tasks))] if arm == "joint" else [sequence]
-        yield from (Job(stage, arm, settings[arm], part, seed) for part in parts)
+        named = ">".join(sorted(sequence.split(">"))) if arm == "joint" else sequence  # whose order says nothing
+        yield Job(stage, arm, frozen_setting(arm, lines), named, seed)
 
 
 def main() -> None:
@@ -318,12 +326,11 @@ def main() -> None:
     add("--tuning_seeds", nargs="+", type=int, default=[0], help="of `tune`")
     add("--sequences", nargs="+", default=list(REPORTED), help="domains joined by '>'")
     add("--processes", type=int, default=os.cpu_count(), help="runs at the same time")
-    add("--output", type=Path, default=Path("benchmarks/results/compare_methods.jsonl"))
-    add("--first_tasks", type=Path, help="default: a folder of OUTPUT's name with .first_tasks at its end")
+    add("--output", type=Path, default=RESULTS / "compare_methods_2.jsonl")
+    add("--tuned", type=Path, nargs="*", default=TUNED, help="files of finished `tune` runs; a later line counts")
+    add("--first_tasks", type=Path, default=RESULTS / "compare_methods.first_tasks", help="may be deleted")
     options = parser.parse_args()
-    cache = options.first_tasks or options.output.with_suffix(".first_tasks")
-    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error")
-    os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     # glibc: keep freed memory instead of asking the system for it again at every step
     os.environ.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**35), MALLOC_TOP_PAD_=str(2**28))
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -332,15 +339,19 @@ def main() -> None:
             file.write("\n")
 
     for stage in ["tune", "report"] if options.stage == "all" else [options.stage]:
-        lines = read_lines(options.output)
+        lines = [line for path in options.tuned for line in read_lines(path) if line["stage"] == "tune"]
+        lines += read_lines(options.output)
         finished = {job_of(line) for line in lines}
         todo = [job for job in dict.fromkeys(jobs(options, stage, lines)) if job not in finished]
-        first = [task for task in dict.fromkeys(map(first_task, todo)) if task and not folder_of(task, cache).is_dir()]
+        needed = dict.fromkeys(
+            task for job in todo for task in (first_task(job), first_task(job, ARMS[job.arm].memory)) if task
+        )
+        first = [task for task in needed if not folder_of(task, options.first_tasks).is_dir()]
         print(f"{stage}: {len(first)} first tasks, {len(todo)} runs to do, {len(finished)} there already", flush=True)
         pool = ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"))
         try:
             for function, items in ((train_first_task, first), (run, todo)):
-                futures = [pool.submit(function, item, cache) for item in items]
+                futures = [pool.submit(function, item, options.first_tasks) for item in items]
                 done = (future.result() for future in tqdm(as_completed(futures), total=len(items), disable=not items))
                 for line in filter(None, done):  # a first task has none
                     with options.output.open("a") as file:

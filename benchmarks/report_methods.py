@@ -1,8 +1,8 @@
-"""Tables and plots of `compare_methods.py`: reads its JSON lines, writes docs/results.md and its figures.
+"""Tables and figures of `compare_methods.py`: docs/results.md, its images, README's part between the marks.
 
     python benchmarks/report_methods.py
 
-No number in docs/results.md is written by hand.
+No number there is written by hand.
 """
 
 from __future__ import annotations
@@ -13,24 +13,69 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare_methods import ARMS, EVAL_EXAMPLES, REPORTED, TRAIN_EXAMPLES, TUNING, frozen_setting, read_lines
+from compare_methods import ARMS, REPORTED, TUNING, frozen_setting, job_of, read_lines
+from plot_methods import BARS, BASELINE, JOINT, NAMES, RATES, half_width, plot_cost, plot_gap, plot_old_new
 from report_performance import ROOT, cpu, wrapped
 from summarize_seeds import interval
 
 from classp_hf import report
 from classp_hf.metrics import gap_recovered, summarize
 
-BASELINE, JOINT, OURS = "adamw", "joint", "classp_logit_adjustment"
+Lines = list[dict[str, Any]]
+Runs = dict[str, dict[int, list[list[float]]]]  # arm -> seed -> R
+
+FILES = {"compare_methods.jsonl": 300, "pseudo_rehearsal.jsonl": 300, "compare_methods_2.jsonl": 600}
+"""Results, oldest first -> test examples a task. Settings that a file does not choose are those of the ones before."""
+ENOUGH = 3  # seeds
+
+README_ARMS = (BASELINE, JOINT, "classp", "classp_pseudo_rehearsal", "pseudo_rehearsal", "classp_dropped")
+README_ARMS += ("classp_logit_adjustment", "ewc", "lwf")  # the first six that were run
+PAIRS = {  # what is said to work: the arm with it, the arm without it
+    "CLASSP, its step and its memory": ("classp", BASELINE),
+    "the memory of CLASSP": ("classp", "classp_dropped"),
+    "that memory being of the old task": ("classp", "classp_other_memory"),
+    "the step of CLASSP without a memory": ("classp_dropped", BASELINE),
+    "rehearsal on AdamW": ("pseudo_rehearsal", BASELINE),
+    "rehearsal on AdamW, beyond its compute": ("pseudo_rehearsal", "adamw_110_steps"),
+    "rehearsed texts being like the old task's": ("pseudo_rehearsal", "pseudo_rehearsal_new_counts"),
+    "rehearsal beside CLASSP": ("classp_pseudo_rehearsal", "classp"),
+    "CLASSP beside rehearsal": ("classp_pseudo_rehearsal", "pseudo_rehearsal"),
+    "logit adjustment beside CLASSP": ("classp_logit_adjustment", "classp"),
+    "a second task at a fifth of the rate": ("adamw_2e-5", BASELINE),
+    "a second task at a tenth of the rate": ("adamw_1e-5", BASELINE),
+    "EWC": ("ewc", BASELINE),
+    "LwF": ("lwf", BASELINE),
+}
+MARKS = ("<!-- results: written by benchmarks/report_methods.py -->", "<!-- end of results -->")
 
 
-def collect(lines: list[dict[str, Any]], sequence: str) -> dict[str, dict[int, list[list[float]]]]:
-    """arm -> seed -> R of `sequence`, which a longer run that begins with it holds too."""
-    found: dict[str, dict[int, list[list[float]]]] = defaultdict(dict)
+class Source:
+    """One file of runs: those reported at the settings that were chosen, and the runs that chose them."""
+
+    def __init__(self, name: str, lines: Lines, known: Lines) -> None:
+        reported = [line for line in lines if line["stage"] == "report"]
+        self.name, self.examples = name, FILES[name]
+        self.frozen = {arm: frozen_setting(arm, known) for arm in {line["arm"] for line in reported}}
+        self.lines = [line for line in reported if line["setting"] == self.frozen[line["arm"]]]
+        arms = {ARMS[arm].tuned_as or arm for arm in self.frozen}
+        tuned = [line for line in known if line["stage"] == "tune" and line["arm"] in arms]
+        self.tuned = list({job_of(line): line for line in tuned}.values())  # the later of two alike
+        self.found = [collect(self.lines, sequence) for sequence in REPORTED]
+
+    def __str__(self) -> str:
+        return f"`{self.name.removesuffix('.jsonl')}`"
+
+    def seeds(self, *arms: str) -> list[int]:
+        """Those that all `arms` have on all of `REPORTED`."""
+        return sorted(set.intersection(*(set(over_sequences(self.found, arm)) for arm in arms)))
+
+
+def collect(lines: Lines, sequence: str) -> Runs:
+    """The runs of `sequence`, which a longer run that begins with it holds too."""
+    found: Runs = defaultdict(dict)
     tasks = sequence.split(">")
     for line in lines:
         done = line["sequence"].split(">")
-        if line["stage"] != "report":
-            continue
         if line["arm"] == JOINT:
             if sorted(tasks) == sorted(done):
                 order = [done.index(task) for task in tasks]
@@ -40,33 +85,82 @@ def collect(lines: list[dict[str, Any]], sequence: str) -> dict[str, dict[int, l
     return {arm: found[arm] for arm in ARMS if arm in found}
 
 
-def table(found: dict[str, dict[int, list[list[float]]]], tasks: list[str]) -> str:
-    """A Markdown table, best ACC first; replay-free methods, those that store data, and joint training."""
+def at_the_end(runs: dict[int, list[list[float]]]) -> dict[int, np.ndarray]:
+    """seed -> accuracy on each task at the end, and their mean, ACC."""
+    return {seed: np.array([*R[-1], np.mean(R[-1])]) for seed, R in runs.items()}
+
+
+def over_sequences(found: list[Runs], arm: str) -> dict[int, float]:
+    """seed -> ACC, the mean over the sequences, of the seeds that all of them have."""
+    each = [at_the_end(runs.get(arm, {})) for runs in found]
+    return {seed: float(np.mean([of[seed][-1] for of in each])) for seed in sorted(set.intersection(*map(set, each)))}
+
+
+def gap(found: list[Runs], arm: str) -> tuple[float, float, float] | None:
+    """G of ACC's mean over sequences and seeds, and its 95% interval from a bootstrap of the seeds, paired."""
+    each = [over_sequences(found, name) for name in (arm, BASELINE, JOINT)]
+    seeds = sorted(set.intersection(*map(set, each)))
+    if not seeds or arm in (BASELINE, JOINT):
+        return None
+    acc = np.array([[of[seed] for seed in seeds] for of in each])
+    drawn = acc[:, np.random.default_rng(0).integers(len(seeds), size=(10_000, len(seeds)))].mean(-1)
+    low, high = np.percentile((drawn[0] - drawn[1]) / (drawn[2] - drawn[1]), [2.5, 97.5])
+    return float(gap_recovered(*map(float, acc.mean(1)))), float(low), float(high)
+
+
+def gap_text(found: list[Runs], arm: str) -> str:
+    return f"{g[0]:.2f} ({g[1]:.2f} to {g[2]:.2f})" if (g := gap(found, arm)) else ""
+
+
+# ---- Tables ----
+
+
+def controls(sources: list[Source]) -> tuple[str, str]:
+    """What is and what is not separated from its control, as a sentence and as a table; newest runs first."""
+    header = ["what is added", "with it - without it", "runs", "seeds", "ACC of both"]
+    header += [f"{s.replace('>', ' → ')}: {what}" for s in REPORTED for what in ("old", "new", "ACC")]
+    rows, sides = [], defaultdict(list)
+    for what, pair in PAIRS.items():
+        said = (0, "missing", what)  # of the file with most seeds, the newest of equals
+        for source in sources:
+            seeds = source.seeds(*pair)
+            if len(seeds) < ENOUGH:
+                continue
+            ends = [[at_the_end(runs[arm]) for arm in pair] for runs in source.found]
+            difference = np.array([[a[seed] - b[seed] for seed in seeds] for a, b in ends])  # sequences, seeds, 3
+            both = list(difference[..., -1].mean(0))
+            cells = [what, " - ".join(f"`{arm}`" for arm in pair), str(source), str(len(seeds)), interval(both)]
+            rows.append([*cells, *(interval(list(of)) for each in difference for of in each.T)])
+            mean, half = float(np.mean(both)), half_width(both)
+            side = "above" if mean > half else "below" if mean < -half else "not"
+            said = max(said, (len(seeds), side, f"{what} ({interval(both)}, {len(seeds)} seeds)"), key=lambda x: x[0])
+        sides[said[1]].append(said[2])
+    kinds = {"above": "Better than without it", "not": "Not separated from what is without it"}
+    kinds |= {"below": "Worse than without it", "missing": f"Not run with {ENOUGH} seeds, so that nothing is claimed"}
+    text = " ".join(f"{kinds[side]}: {'; '.join(sides[side])}." for side in kinds if sides[side])
+    return text, report.markdown_table([header, *rows], "<<<" + ">" * (len(header) - 3))
+
+
+def table(found: Runs, tasks: list[str]) -> str:
+    """A Markdown table, best ACC first; replay-free methods, controls, those that store data, and joint training."""
     two = len(tasks) == 2
-    header = ["method", "seeds", "ACC", "ACC - AdamW's, paired", f"`{OURS}`'s ACC - its, paired", "LA", "BWT"]
+    header = ["method", "seeds", "ACC", "ACC - AdamW's, paired", "LA", "BWT"]
     header += [f"{task} at the end" for task in tasks] if two else ["forgetting"]
     header.append("gap recovered G")
     acc = {arm: {seed: float(np.mean(R[-1])) for seed, R in runs.items()} for arm, runs in found.items()}
-
-    def paired(arm: str, other: str) -> str:
-        common = [s for s in acc[arm] if s in acc.get(other, {})]
-        return interval([acc[arm][s] - acc[other][s] for s in common]) if common and arm != other else ""
-
     rows: dict[str, list[tuple[float, list[str]]]] = defaultdict(list)
     for arm, runs in found.items():
         metrics = [summarize(R) for R in runs.values()] if arm != JOINT else []
-        cells = [f"`{arm}`", str(len(runs)), interval(list(acc[arm].values())), paired(arm, BASELINE)]
-        cells.append(paired(OURS, arm) if arm not in (BASELINE, JOINT) and OURS in acc else "")
+        common = [seed for seed in acc[arm] if seed in acc.get(BASELINE, {}) and arm != BASELINE]
+        paired = interval([acc[arm][s] - acc[BASELINE][s] for s in common]) if common else ""
+        cells = [f"`{arm}`", str(len(runs)), interval(list(acc[arm].values())), paired]
         for key in ("learning_accuracy", "backward_transfer", *(() if two else ("forgetting",))):
             cells.append(interval([m[key] for m in metrics]) if metrics else "")
         cells += [interval([R[-1][j] for R in runs.values()]) for j in range(2 if two else 0)]
-        three = [acc[arm], acc.get(BASELINE, {}), acc.get(JOINT, {})]
-        common = set.intersection(*map(set, three)) if arm not in (BASELINE, JOINT) else ()  # the seeds that all have
-        means = (float(np.mean([of[seed] for seed in common])) for of in three)
-        cells.append(f"{gap_recovered(*means):.2f}" if common else "")
+        cells.append(gap_text([found], arm))
         rows[ARMS[arm].kind].append((float(np.mean(list(acc[arm].values()))), cells))
     text = []
-    for kind in ("replay-free", "stores data", "upper bound"):
+    for kind in ("replay-free", "control", "stores data", "upper bound"):
         if rows[kind]:
             ordered = [cells for _, cells in sorted(rows[kind], key=lambda row: -row[0])]
             shown = report.markdown_table([header, *ordered], "<" + ">" * (len(header) - 1))
@@ -74,228 +168,168 @@ def table(found: dict[str, dict[int, list[list[float]]]], tasks: list[str]) -> s
     return "\n\n".join(text)
 
 
-def traces(lines: list[dict[str, Any]], tasks: tuple[str, str]) -> dict[str, np.ndarray]:
-    """arm -> (seeds, points, 3): step, accuracy on the old task and on the new one while it trains; last the end."""
-    found: dict[str, list[list[list[float]]]] = defaultdict(list)
+def step_costs(lines: Lines) -> dict[str, np.ndarray]:
+    """arm -> quartiles of a step's time, that of AdamW's median on the same sequence at the same commit = 1."""
+    base: dict[Any, list[float]] = defaultdict(list)
+    found: dict[str, list[Any]] = defaultdict(list)
     for line in lines:
-        if line["stage"] == "report" and line["trace"] and tuple(line["sequence"].split(">")[:2]) == tasks:
-            end = [line["trace"][-1][0] + 20, *line["R"][2][:2]]
-            found[line["arm"]].append([[0, *line["R"][1][:2]], *line["trace"], end])
-    return {arm: np.array(found[arm]) for arm in ARMS if arm in found}
+        where = line["sequence"], line["commit"]
+        found[line["arm"]].append((where, line["seconds_a_step"]))
+        if line["arm"] == BASELINE:
+            base[where].append(line["seconds_a_step"])
+    ratios = {arm: [t / np.median(base[s]) for s, t in found[arm] if s in base] for arm in ARMS if arm in found}
+    return {arm: np.percentile(of, [25, 50, 75]) for arm, of in ratios.items() if of}
 
 
-def equal_plasticity(found: dict[str, np.ndarray], slack: float = 0.02) -> str:
-    """Old-task accuracy where the new task is learned as well as by AdamW, less `slack`; and the stability gap."""
-    if BASELINE not in found:
-        return ""
-    wanted = float(found[BASELINE][:, -1, 2].mean()) - slack
+def costs(lines: Lines) -> str:
     rows = []
-    for arm, runs in found.items():
-        mean = runs.mean(0)
-        reached = [point for point in mean if point[2] >= wanted]
-        best = f"{100 * max(p[1] for p in reached):.1f}" if reached else "not reached"
-        lowest = runs[:, :, 1].min(1).mean()
-        ends = [f"{100 * v:.1f}" for v in (lowest, *mean[-1][1:])]
-        rows.append((float(best) if reached else -1.0, [f"`{arm}`", best, *ends]))
-    header = ["method", f"old task where new >= {100 * wanted:.1f}", "old task at its lowest (min-ACC)"]
-    header += ["old task at the end", "new task at the end"]
-    return report.markdown_table([header, *(cells for _, cells in sorted(rows, key=lambda r: -r[0]))], "<>>>>")
-
-
-def plot_front(found: dict[str, np.ndarray], tasks: tuple[str, str], path: Path) -> None:
-    figure = report.new_figure(8, 5.2)
-    axes = figure.subplots()
-    shown = [(arm, found[arm]) for arm in README_ARMS if arm in found]  # more would hide each other
-    for i, (arm, runs) in enumerate(shown):
-        mean = 100 * runs.mean(0)
-        style = report.series_style(i)
-        line = {**style, "marker": None, "linewidth": 3 if arm == OURS else 1, "alpha": 0.7}
-        axes.plot(mean[1:, 2], mean[1:, 1], **line)
-        axes.plot(mean[-1:, 2], mean[-1:, 1], label=arm, markersize=11 if arm == OURS else 7, **style)
-    axes.set_xlabel(f"accuracy on the new task ({tasks[1]}), %")
-    axes.set_ylabel(f"accuracy on the old task ({tasks[0]}), %")
-    axes.set_title(f"{tasks[0]}, then {tasks[1]}: each line follows one training, the marker is its end", fontsize=10)
-    axes.grid(color="0.92")
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    report.save_figure(figure, path)
-
-
-def costs(lines: list[dict[str, Any]]) -> str:
-    by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    reported = [line for line in lines if line["stage"] == "report" and line["arm"] != JOINT]
-    arms: dict[str, set[str]] = defaultdict(set)
-    for line in reported:
-        arms[line["commit"]].add(line["arm"])
-    together = max((c for c in arms if BASELINE in arms[c]), key=lambda c: len(arms[c]), default=None)
-    for line in reported:
-        if line["commit"] == together:
-            by_arm[line["arm"]].append(line)
-    base = np.median([line["seconds_a_step"] for line in by_arm.get(BASELINE, [])]) if by_arm.get(BASELINE) else None
-    rows = []
-    for arm, runs in ((a, by_arm[a]) for a in ARMS if a in by_arm):
-        step = np.array([line["seconds_a_step"] for line in runs])
-        low, middle, high = np.percentile(step, [25, 50, 75]) / (base or np.nan)
-        boundary = np.median([line["seconds_a_boundary"] for line in runs])
-        held = np.median([line["bytes_a_weight"] for line in runs])
+    for arm, (low, middle, high) in step_costs([line for line in lines if line["arm"] != JOINT]).items():
+        boundary, held = (
+            np.median([line[key] for line in lines if line["arm"] == arm])
+            for key in ("seconds_a_boundary", "bytes_a_weight")
+        )
         rows.append([f"`{arm}`", f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{boundary:.1f}", f"{held:.1f}"])
-    header = ["method", "time a step, AdamW = 1 (quartiles)", "seconds a boundary"]
-    header.append("bytes a weight held while training")
-    return report.markdown_table([header, *rows], "<>>>")
+    header = ["method", "time a step, AdamW = 1 (quartiles)", "seconds a boundary", "bytes a weight held"]
+    return report.markdown_table([header, *rows], "<>>>") if rows else ""
 
 
-def tuning(lines: list[dict[str, Any]]) -> str:
+def tuning(lines: Lines, frozen: dict[str, str]) -> str:
     scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        if line["stage"] == "tune" and line["setting"] in ARMS[line["arm"]].settings:
-            scores[line["arm"]][line["setting"]].append(float(np.mean(line["R"][-1])))
+        scores[line["arm"]][line["setting"]].append(float(np.mean(line["R"][-1])))
     rows = []
-    for arm in (a for a in ARMS if a in scores):
-        mean = {s: 100 * float(np.mean(scores[arm][s])) for s in ARMS[arm].settings if scores[arm][s]}
-        best = max(mean, key=mean.__getitem__)
+    for arm in (a for a in ARMS if a in frozen and a in scores):
+        mean = {s: 100 * float(np.mean(scores[arm][s])) for s in ARMS[arm].settings}
         named = {s: f"{s.replace('--', '')}: {v:.1f}" for s, v in mean.items()}
-        rows.append([f"`{arm}`", ", ".join(f"**{text}**" if s == best else text for s, text in named.items())])
+        rows.append([f"`{arm}`", ", ".join(f"**{t}**" if s == frozen[arm] else t for s, t in named.items())])
     return report.markdown_table([["method", "settings tried: validation ACC; chosen in bold"], *rows], "<<")
 
 
-README_ARMS = {
-    OURS: "`ClasspTrainer`",
-    "classp": "CLASSP, the paper's rule alone",
-    "logit_adjustment": "logit adjustment",
-    "lwf": "LwF",
-    "ewc": "EWC",
-    "merge": "merge",
-    "interpolate": "interpolation (WiSE-FT)",
-    "l2sp": "L2-SP",
-    BASELINE: "nothing (AdamW)",
-    "adagrad": "AdaGrad",
-    "mofo": "MoFO",
-    "lora": "LoRA",
-    "olora": "O-LoRA",
-    "osf": "OSF",
-    "classp_replay_5": "`ClasspTrainer` + replay of 5%",
-    "replay_5": "replay of 5%",
-    JOINT: "joint training (upper bound)",
-}
-MARKS = ("<!-- results: written by benchmarks/report_methods.py -->", "<!-- end of results -->")
+# ---- Pages ----
 
 
-def all_sequences() -> list[str]:
-    """Those of two tasks, then the longer ones."""
-    return list(dict.fromkeys([*(">".join(s.split(">")[:2]) for s in REPORTED), *REPORTED]))
-
-
-def readme_table(lines: list[dict[str, Any]]) -> str:
-    """Old and new task and their mean on two tasks, ACC on four: the rows of `README_ARMS`, best first of a kind."""
-    sequences = all_sequences()
-    found = {sequence: collect(lines, sequence) for sequence in sequences}
-    shown = [sequence for sequence in sequences if BASELINE in found[sequence]]
-    header = ["method", *(f"{s.replace('>', ', ')}: {'old / new / ' if s.count('>') == 1 else ''}ACC" for s in shown)]
-    rows = []
-    for arm, name in README_ARMS.items():
-        cells, order = [name], []
-        for sequence in shown:
-            runs = found[sequence].get(arm)
-            if runs is None:
-                cells.append("")
-                continue
-            tasks = [f"{100 * np.mean([R[-1][j] for R in runs.values()]):.1f}" for j in (0, 1)]
-            acc = [float(np.mean(R[-1])) for R in runs.values()]
-            cells.append(" / ".join([*(tasks if sequence.count(">") == 1 else []), interval(acc)]))
-            order.append(float(np.mean(acc)))
-        if order:
-            kind = ["replay-free", "stores data", "upper bound"].index(ARMS[arm].kind)
-            rows.append((kind, -order[0], cells))
-    return report.markdown_table([header, *(cells for *_, cells in sorted(rows))], "<" + ">" * len(shown))
-
-
-def protocol(lines: list[dict[str, Any]], frozen: dict[str, str]) -> list[str]:
-    versions = ", ".join(sorted({line["torch"] for line in lines}))
-    hardware = [line["hardware"] for line in lines]
-    ran_on = {f"{cpu(h)}, {h['torch_threads']} thread a run, GPUs: {', '.join(h['gpus']) or 'none'}" for h in hardware}
-    machines = "; ".join(sorted(ran_on))
+def origin(lines: Lines) -> str:
+    """Commits, processor, precision: what a number needs to be reproduced."""
+    machines = {f"{cpu(h)}, {h['torch_threads']} thread" for h in (line["hardware"] for line in lines)}
     # lines that do not say their precision are older
     precisions = {line.get("precision", "bf16" if "--bf16 True" in line["flags"] else "fp32") for line in lines}
-    shown = " and ".join(sorted({"bf16": "bf16 autocast", "fp32": "float32"}[p] for p in precisions))
-    commits = ", ".join(sorted({line["commit"][:7] for line in lines}))
-    tuned = [a for a in ARMS if a in frozen and ARMS[a].tuned_as is None]
-    edges = ", ".join(f"`{a}`" for a in tuned if frozen[a] in (ARMS[a].settings[0], ARMS[a].settings[-1]))
-    if edges:
-        edges = f"A best setting at the edge of its grid may be bettered beyond it: {edges}. "
-    unreported = ", ".join(f"`{a}`" for a in ARMS if a not in frozen)
-    if unreported:
-        unreported = f"Arms of the comparison without a reported run, about which nothing is claimed: {unreported}."
-    return [
-        f"`python benchmarks/compare_methods.py all` ({len(lines)} runs; commits {commits}; {machines}; torch "
-        f"{versions}). all-MiniLM-L6-v2 (22.7M weights, all trained, one shared head, no dropout), "
-        f"{shown}, {TRAIN_EXAMPLES} training examples a task, 32 tokens, "
-        "80 steps of 16 (two epochs) for every method on every task, clipping 1.0, linear decay. R is measured on "
-        f"{EVAL_EXAMPLES} test examples a task (one accuracy: binomial error 2.9 points); the training examples, "
-        "their order and the new head differ from seed to seed and are the same for all methods of a seed: "
-        "differences are paired. ± is the half width of the 95% interval of the mean over seeds.",
-        f"Settings were chosen on {', '.join(TUNING)} by validation accuracy (mean ACC, one seed), three settings a "
-        "method, on a half of the training data that no reported run sees, and then frozen (table at the end). "
-        "Methods on AdamW use the learning rate 1e-4 (on which `adamw` itself ties with the 2e-4 it chose), those "
-        "on CLASSP 1e-3. Which of CLASSP's additions to offer at all was searched before, also on tuning sequences "
-        "and validation data alone: that search ([log.md](log.md)) is a budget the other methods did not have. "
-        f"{edges}`joint` trains on all tasks' data together, with as many steps as the sequence has; methods "
-        f"that store data take as many steps as the others. `{OURS}` is what `ClasspTrainer` does by itself.",
-        unreported,
-        "ACC: mean accuracy at the end. LA: mean accuracy right after each task's training. BWT: change since, "
-        "negative = forgetting. G: share of the gap between `adamw` and `joint` that is recovered, of the means "
-        "over seeds ([metrics.md](metrics.md)). What the methods are: [methods/](methods/README.md).",
+    shown = {"bf16": "bf16 autocast", "fp32": "float32"}
+    parts = [f"{len(lines)} runs", ", ".join(sorted(shown[p] for p in precisions)), "; ".join(sorted(machines))]
+    parts.append("commits " + ", ".join(sorted({line["commit"][:7] for line in lines})))
+    return "; ".join([*parts, "torch " + ", ".join(sorted({line["torch"] for line in lines}))])
+
+
+PROTOCOL = (
+    "all-MiniLM-L6-v2 (22.7M weights, all trained, one shared head, no dropout), 640 training examples a task, 32 "
+    "tokens, 80 steps of 16 (two epochs) for every method on every task, clipping 1.0, linear decay. The training "
+    "examples, their order and the new head differ from seed to seed and are the same for all methods of a seed: "
+    "differences are paired. ± is the half width of the 95% interval of the mean over seeds.",
+    f"Settings were chosen on {', '.join(TUNING)} by validation accuracy (mean ACC, one seed, 300 examples a task), "
+    "three settings a method, on a half of the training data that no reported run sees, and then frozen. Methods on "
+    "AdamW use the learning rate 1e-4, those on CLASSP 1e-3. Which of CLASSP's additions to offer at all was searched "
+    "before, also on tuning sequences and validation data alone: that search ([log.md](log.md)) is a budget the other "
+    "methods did not have. Grids were not extended where the best was at an edge.",
+    "Controls take over the setting of what they control and are not tuned themselves. `classp_dropped` goes on from "
+    "the same first task as `classp` with an empty memory, `classp_other_memory` with that of a training on amazon; "
+    "`pseudo_rehearsal_new_counts` draws texts with the new task's token frequencies; `adamw_110_steps` trains the "
+    "second task for what rehearsal costs; `adamw_1e-5` and so on train the second task at that rate, after the same "
+    "first task as `adamw`. `joint` trains on all tasks' data together, with as many steps as the sequence has. "
+    "`classp_logit_adjustment` is what `ClasspTrainer` does by itself.",
+    "ACC: mean accuracy at the end. LA: mean accuracy right after each task's training. BWT: change since, negative = "
+    "forgetting. G: share of the gap between `adamw` and `joint` that is recovered, of the means over seeds, with a "
+    "95% interval from a bootstrap of the seeds, which is too narrow for few ([metrics.md](metrics.md)). What the "
+    "methods are: [methods/](methods/README.md).",
+)
+
+
+def section(source: Source) -> list[str]:
+    own = [arm for arm in ARMS if arm in source.frozen and ARMS[arm].tuned_as is None and not ARMS[arm].first]
+    edges = [f"`{arm}`" for arm in own if source.frozen[arm] in (ARMS[arm].settings[0], ARMS[arm].settings[-1])]
+    error = 100 * np.sqrt(0.25 / source.examples)
+    text = (
+        f"[{source.name}](../benchmarks/results/{source.name}), by `python benchmarks/compare_methods.py`: "
+        f"{origin(source.lines)}. {source.examples} test examples a task (one accuracy: binomial error {error:.1f} "
+        f"points). The runs that chose the settings: {origin(source.tuned)}. Best at the edge of their grid: "
+        f"{', '.join(edges) or 'none'}."
+    )
+    parts = [f"## Runs of {source}", wrapped(text)]
+    longer = {line["sequence"] for line in source.lines if line["arm"] == BASELINE} - set(REPORTED)
+    for sequence in (*REPORTED, *sorted(longer, key=lambda s: (s.count(">"), s))):
+        parts += [
+            f"### {' → '.join(sequence.split('>'))}",
+            table(collect(source.lines, sequence), sequence.split(">")),
+        ]
+    if shown := costs(source.lines):
+        text = "Time of a step: the processor's in `compare_methods_2`, the clock's on shared machines before. "
+        text += "Seconds of a method before and after a task; bytes held beside weights and gradients."
+        parts += ["### Cost", wrapped(text), shown]
+    return [*parts, "### Settings", tuning(source.tuned, source.frozen)]
+
+
+def readme_block(source: Source, said: str) -> str:
+    """A table of six of `README_ARMS`, and what is separated from its control, or not; all of it is in the page."""
+    header = ["", *(f"{s.replace('>', ', ')}: old / new / ACC" for s in REPORTED), "G"]
+    shown = [arm for arm in README_ARMS if len(source.seeds(arm)) >= ENOUGH][:6]
+    rows = []
+    for arm in (arm for arm in NAMES if arm in shown):
+        ends = [np.array(list(at_the_end(runs[arm]).values())) for runs in source.found]
+        cells = [
+            f"{100 * x:.1f} / {100 * y:.1f} / {interval(list(of[:, 2]))}" for of in ends for x, y, _ in [of.mean(0)]
+        ]
+        g = gap(source.found, arm)
+        rows.append([NAMES[arm], *cells, f"{g[0]:.2f}" if g else {BASELINE: "0", JOINT: "1"}[arm]])
+    text = (
+        f"{len(source.seeds(BASELINE))} seeds, {source.examples} test examples a task. G: share of the gap between "
+        f"AdamW and joint training that is recovered. Paired differences of ACC. {said.partition(' Not run with')[0]}"
+    )
+    return f"{report.markdown_table([header, *rows], '<>>>')}\n\n{wrapped(text)}"
+
+
+def figures(source: Source, images: Path) -> list[str]:
+    recovered = {arm: g for arm in NAMES if len(source.seeds(arm)) > 1 and (g := gap(source.found, arm))}
+    spent, grey = step_costs(source.lines), {name for arm, name in NAMES.items() if ARMS[arm].kind == "control"}
+    plot_gap({NAMES[arm]: g for arm, g in recovered.items() if arm in BARS}, grey, images / "gap_recovered.png")
+    points = {NAMES[arm]: (spent[arm][1], g[0]) for arm, g in recovered.items() if arm in spent and arm not in RATES}
+    plot_cost({NAMES[BASELINE]: (1.0, 0.0), **points}, grey, images / "gap_and_cost.png")
+    names = ["gap_recovered", *(f"old_new_{s.replace('>', '_')}" for s in REPORTED), "gap_and_cost"]
+    for sequence, runs, name in zip(REPORTED, source.found, names[1:]):
+        ends = {NAMES[arm]: np.array([R[-1] for R in runs[arm].values()]) for arm in NAMES if arm in runs}
+        curve = [NAMES[arm] for arm in RATES]
+        plot_old_new(ends, grey, NAMES[JOINT], curve, sequence.split(">"), images / f"{name}.png")
+    titles = [
+        "Gap recovered",
+        *(f"Old task against new task: {s.replace('>', ', ')}" for s in REPORTED),
+        "Gap and cost",
     ]
+    return [f"![{title}](images/{name}.png)" for title, name in zip(titles, names)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, default=ROOT / "benchmarks/results/compare_methods.jsonl")
+    parser.add_argument("--input", type=Path, default=ROOT / "benchmarks/results", help="the folder of the results")
     parser.add_argument("--output", type=Path, default=ROOT / "docs/results.md")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="its table is written anew")
     options = parser.parse_args()
-    lines = read_lines(options.input)
-    frozen = {arm: frozen_setting(arm, lines) for arm in {line["arm"] for line in lines if line["stage"] == "report"}}
-    lines = [line for line in lines if line["stage"] == "tune" or line["setting"] == frozen[line["arm"]]]
-    reported = [line for line in lines if line["stage"] == "report"]
-    parts = [
-        "# What each method keeps, and what it costs",
-        wrapped(
-            "Generated by `python benchmarks/report_methods.py` from "
-            "[compare_methods.jsonl](../benchmarks/results/compare_methods.jsonl); nothing here is written by hand."
-        ),
-        "## Protocol",
-        *map(wrapped, protocol(lines, frozen)),
-    ]
-    sequences = all_sequences()
-    for sequence in sequences:
-        found = collect(lines, sequence)
-        tasks = sequence.split(">")
-        if BASELINE not in found:
-            continue
-        parts += [f"## {' → '.join(tasks)}", table(found, tasks)]
-        if len(tasks) == 2 and (seen := traces(lines, (tasks[0], tasks[1]))):
-            image = options.output.parent / "images" / f"front_{'_'.join(tasks)}.png"
-            plot_front(seen, (tasks[0], tasks[1]), image)
-            parts += [
-                f"![Old-task against new-task accuracy along training](images/{image.name})",
-                "While the second task trains (150 of the test examples, steps 2, 6, 15, 30, 60 and the end):",
-                equal_plasticity(seen),
-            ]
-    if reported:
-        parts += [
-            "## Cost",
-            wrapped(
-                "Time of a step (forward, backward, optimizer; runs side by side on the machine's cores, so ratios "
-                "rather than seconds; of the runs at the commit at which most methods ran), time of a method before "
-                "and after a task, and what optimizer and method hold beside weights and gradients."
-            ),
-            costs(lines),
-        ]
-    parts += ["## Settings", tuning(lines)]
-    options.output.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    known: Lines = []
+    sources: list[Source] = []
+    for name in FILES:
+        lines = read_lines(options.input / name)
+        known = [*known, *lines]
+        sources.insert(0, Source(name, lines, known))
+    sources = [source for source in sources if source.lines]
+    # of README's methods most, the newest of equals
+    shown = max(sources, key=lambda source: sum(len(source.seeds(arm)) >= ENOUGH for arm in README_ARMS))
+    said, table_of_controls = controls(sources)
+    text = f"In points of ACC, the mean over {' and '.join(REPORTED)}, paired by seed (± 95%). {said}"
+    parts = ["# What each method keeps, and what it costs", wrapped(text), table_of_controls]
+    parts += [wrapped(f"Figures: the runs of {shown}."), *figures(shown, options.output.parent / "images")]
+    parts += ["## Protocol", "Generated by `python benchmarks/report_methods.py`, nothing by hand."]
+    parts += [*map(wrapped, PROTOCOL), *(part for source in sources for part in section(source))]
+    options.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     before, mark, rest = options.readme.read_text(encoding="utf-8").partition(MARKS[0])
-    text = f"{before}{mark}\n\n{readme_table(lines)}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
+    text = f"{before}{mark}\n\n{readme_block(shown, said)}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
     options.readme.write_text(text, encoding="utf-8")
-    print(f"{options.output}: {len(lines)} runs")
+    print(f"{options.output}: {', '.join(f'{len(source.lines)} of {source}' for source in sources)}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from classp_hf import METHODS, embedded
@@ -14,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare_methods  # noqa: E402
+import plot_methods  # noqa: E402
 import report_methods  # noqa: E402
 import report_performance  # noqa: E402
 from compare_methods import ARMS, Job, first_task, folder_of, frozen_setting, job_of, read_lines  # noqa: E402
@@ -28,7 +31,8 @@ def small(monkeypatch, tmp_path_factory):
     BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=32, **sizes)).save_pretrained(folder)
     monkeypatch.setattr(embedded, "model_path", lambda: str(folder))
     steps = compare_methods.BASE.replace("--max_steps 80", "--max_steps 2").replace("batch_size 16", "batch_size 4")
-    for name, value in {"BASE": steps, "TRAIN_EXAMPLES": 32, "EVAL_EXAMPLES": 24, "TRACE_EXAMPLES": 12}.items():
+    examples = {"tune": 20, "report": 24}
+    for name, value in {"BASE": steps, "TRAIN_EXAMPLES": 32, "EVAL_EXAMPLES": examples}.items():
         monkeypatch.setattr(compare_methods, name, value)
     monkeypatch.setattr(compare_methods, "prepared_task", functools.cache(compare_methods.prepared_task.__wrapped__))
 
@@ -49,8 +53,9 @@ def test_tuned_and_reported_runs_share_no_example(small, monkeypatch):
 
 
 def run(job, cache):
-    if (first := first_task(job)) and not folder_of(first, cache).is_dir():
-        compare_methods.train_first_task(first, cache)
+    for memory in ("old", ARMS[job.arm].memory):
+        if (first := first_task(job, memory)) and not folder_of(first, cache).is_dir():
+            compare_methods.train_first_task(first, cache)
     return json.loads(json.dumps(compare_methods.run(job, cache)))
 
 
@@ -58,7 +63,8 @@ def test_a_shared_first_task_changes_no_result(small, monkeypatch, tmp_path):
     jobs = {arm: Job("tune", arm, ARMS[arm].settings[0], "nyt>movie", 0) for arm in ARMS}
     firsts = {arm: first_task(job) for arm, job in jobs.items()}
     assert firsts["ewc"] == firsts["lwf"] != firsts["adamw"] and firsts["mofo"] is None
-    assert firsts["ewc"].setting.endswith("--learning_rate 1e-4 --reset_optimizer --gather_memory")
+    assert firsts["ewc"].setting.endswith("--learning_rate 0.0001 --reset_optimizer --gather_memory")
+    assert firsts["adamw_1e-5"] == firsts["ewc"] and firsts["classp_dropped"] == firsts["classp"]
     for arm in ("adamw", "merge", "classp_logit_adjustment"):
         shared = run(jobs[arm], tmp_path)
         monkeypatch.setattr(ARMS[arm], "alone", True)
@@ -67,27 +73,76 @@ def test_a_shared_first_task_changes_no_result(small, monkeypatch, tmp_path):
     assert [p.name[:9] for p in tmp_path.iterdir()] == ["tune_nyt_"] * 3  # nothing half-written
 
 
+def test_controls_differ_in_the_memory_alone(small, monkeypatch, tmp_path):
+    """The arms `classp*` begin at the same first task, and end elsewhere."""
+    monkeypatch.setattr(ARMS["classp_other_memory"], "memory", "tweets")
+    arms = ("classp", "classp_dropped", "classp_other_memory", "pseudo_rehearsal", "pseudo_rehearsal_new_counts")
+    seen, build = [], compare_methods.build_trainer
+
+    def built(args, *rest, **kwargs):
+        seen.append(build(args, *rest, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(compare_methods, "build_trainer", built)
+    weights, counts = [], []
+    for arm in arms:
+        line = run(Job("report", arm, ARMS[arm].settings[1], "nyt>movie", 0), tmp_path)
+        assert line["R"][0] == line["R"][1] and len(list(tmp_path.glob("report_nyt_0_*/24_icwsm14_*.json"))) % 2 == 0
+        weights.append(seen[-1].model.get_input_embeddings().weight.detach().clone())
+        counts.append(getattr(seen[-1].methods[0], "tokens", {}) if seen[-1].methods else {})
+    assert len({w.sum().item() for w in weights}) == 5
+    (old, new), (control, same) = (c.values() for c in counts[-2:])
+    assert torch.equal(control, new) and torch.equal(same, new) and not torch.equal(old, new)
+
+
 def test_runs_and_their_report(small, tmp_path):
-    sequences = dict.fromkeys(("adamw", "classp_logit_adjustment_lwf", "mofo", "lora", "olora", "osf"), "nyt>movie")
+    sequences = dict.fromkeys(("adamw", "classp_logit_adjustment", "mofo", "lora", "olora", "osf"), "nyt>movie")
     jobs = [Job("report", arm, ARMS[arm].settings[0], s, 0) for arm, s in {**sequences, "joint": "movie>nyt"}.items()]
     lines = [run(job, tmp_path) for job in jobs]
     assert [job_of(line) for line in lines] == jobs
     plain, ours, mofo, lora, olora, osf, joint = lines
     assert plain["precision"] == compare_methods.PRECISION and plain["hardware"]["cpu_capability"]
     assert [len(row) for row in plain["R"]] == [2, 2, 2] and len(joint["R"]) == 1
-    assert [point[0] for point in plain["trace"]] == [2]
-    # optimizer state a weight: two moments, an accumulator and a teacher, adapters
-    assert [x["bytes_a_weight"] for x in (plain, ours, mofo)] == pytest.approx([8, 8, 8], abs=0.1)
+    # optimizer state a weight: two moments, an accumulator, adapters
+    assert [x["bytes_a_weight"] for x in (plain, ours, mofo)] == pytest.approx([8, 4, 8], abs=0.1)
     assert lora["bytes_a_weight"] < olora["bytes_a_weight"] < 1 and osf["method"]["name"] == "osf"
     assert ours["method"]["prior_strength"] == 0.25 and ours["optimizer"]["name"] == "CLASSP"
 
-    found, seen = report_methods.collect(lines, "nyt>movie"), report_methods.traces(lines, ("nyt", "movie"))
+    found = report_methods.collect(lines, "nyt>movie")
     assert found["joint"][0] == [joint["R"][0][::-1]]
     table = report_methods.table(found, ["nyt", "movie"])
     assert len(found) == 7 and all(f"`{arm}`" in table for arm in found)
-    report_methods.plot_front(seen, ("nyt", "movie"), tmp_path / "front.png")
-    assert (tmp_path / "front.png").stat().st_size > 1000
-    assert "`mofo`" in report_methods.equal_plasticity(seen) and "`lora`" in report_methods.costs(lines)
+    assert "`lora`" in report_methods.costs(lines)
+
+
+def test_what_is_not_separated_from_its_control_is_said(monkeypatch, tmp_path):
+    def line(stage, arm, setting, sequence, seed, R):
+        return {**vars(Job(stage, arm, setting, sequence, seed)), "R": R}
+
+    tuned = [line("tune", arm, s, "a>b", 0, [[0.5]]) for arm in ("adamw", "classp") for s in ARMS[arm].settings]
+    lines = [
+        line("report", arm, ARMS[arm].settings[0], sequence, seed, [[0.6, 0.4]] * 2 + [[old + seed * noise, 0.7]])
+        for arm, old, noise in (("adamw", 0.4, 0), ("classp", 0.5, 0.01), ("classp_dropped", 0.48, 0.04))
+        for sequence in compare_methods.REPORTED
+        for seed in range(3)
+    ]
+    joint = [line("report", "joint", ARMS["adamw"].settings[0], "movie>nyt", seed, [[0.7, 0.6]]) for seed in range(3)]
+    source = report_methods.Source("compare_methods_2.jsonl", [*lines, *joint], tuned)
+    text, table = report_methods.controls([source])
+    assert text.startswith("Better than without it: CLASSP, its step and its memory (5.5 ± 1.2, 3 seeds)")
+    assert "Not separated from what is without it: the memory of CLASSP (-0.5 ± 3.7, 3 seeds)" in text
+    assert "Not run with 3 seeds, so that nothing is claimed: that memory being of the old task" in text
+    assert "`classp` - `classp_dropped`" in table
+    middle, low, high = report_methods.gap(source.found, "classp")
+    assert low < middle < high and middle == pytest.approx(0.55)
+
+
+def test_figures(tmp_path):
+    ends = {"a b c": np.array([[0.4, 0.7], [0.5, 0.7]]), "d": np.array([[0.45, 0.7]])}
+    plot_methods.plot_gap({"a": (0.5, 0.4, 0.6), "d": (0.2, 0.1, 0.3)}, {"a"}, tmp_path / "gap.png")
+    plot_methods.plot_old_new(ends, {"d"}, "d", ["a b c", "d"], ["x", "y"], tmp_path / "old_new.png")
+    plot_methods.plot_cost({"a": (1.0, 0.5), "d": (1.0, 0.5)}, {"a"}, tmp_path / "cost.png")
+    assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir()) and len(list(tmp_path.iterdir())) == 3
 
 
 def test_the_setting_with_the_best_validation_accuracy_is_frozen():
@@ -106,7 +161,7 @@ def test_a_killed_runs_last_line_is_no_result(tmp_path):
 
 def test_every_method_has_an_arm_and_every_arm_three_settings():
     assert {name for arm in ARMS.values() for name in arm.method.split("+")} == set(METHODS)
-    assert all(len(arm.settings) == 3 for arm in ARMS.values())
+    assert all(len(arm.settings) == (1 if arm.first else 3) for arm in ARMS.values())
 
 
 def test_the_committed_results_give_the_committed_pages(tmp_path, monkeypatch):
