@@ -1,10 +1,13 @@
-.PHONY: install test test-deepspeed lint format demo compat docs dist
+.PHONY: install test test-slow test-deepspeed lint format demo compat docs dist
 
 install:
 	pip install -c constraints.txt -e ".[dev]"
 
 test:
 	python -m pytest -n 2
+
+test-slow:
+	python -m pytest -n 2 --slow
 
 test-deepspeed:
 	python3.11 -m venv /tmp/classp_hf_deepspeed

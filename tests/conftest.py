@@ -19,6 +19,19 @@ VOCABULARY = 40
 LABELS = ("negative", "neutral", "positive")
 
 
+SLOW = ("test_compare_methods.py", "test_docs.py", "test_long_sequences.py", "test_quickstart.py")
+"""Left out without `--slow`, unless they are named: benchmarks, pages, notebook, fifty tasks. `make test-slow`."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help=f"also run {', '.join(SLOW)}")
+
+
+def pytest_ignore_collect(collection_path, config):
+    named = any(collection_path.name in argument for argument in config.args)
+    return True if collection_path.name in SLOW and not (named or config.getoption("--slow")) else None
+
+
 @pytest.fixture
 def collator():
     """Pads token ids with 0."""
