@@ -236,9 +236,7 @@ def run(job: Job, cache: Path) -> dict[str, Any]:
         args.learned_tasks = int(learned is not None)
         if learned and (args.optim == "classp" or any(METHODS[n].uses_accumulators or n == TEXTS for n in names)):
             args.memory = str(remembered or "none")
-        if (
-            arm.memory == "new"
-        ):  # the first task, which is not trained on again, shows the method the second one's texts
+        if arm.memory == "new":  # the first task, not trained on again, shows the method the second one's texts
             tasks = [replace(sequence[0], train_dataset=sequence[1].train_dataset), *sequence[1:]]
         if job.arm == "joint":  # as many steps as the sequence has in all
             args.max_steps *= len(sequence)

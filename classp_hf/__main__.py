@@ -112,7 +112,8 @@ def split(arguments: list[str], command: argparse.ArgumentParser) -> tuple[list[
 def for_register(own: argparse.Namespace, command: argparse.ArgumentParser) -> dict[str, Any]:
     """What `register` is given; a ValueError for what cannot work in a script nobody edits."""
     methods = {m.name: m for m in make_methods(own.method)}
-    methods |= {cls.name: cls(v) for name, cls in SHORTCUTS.items() if (v := getattr(own, name)) is not None}  # type: ignore[call-arg]
+    shortcuts: dict[str, Any] = SHORTCUTS
+    methods |= {cls.name: cls(v) for name, cls in shortcuts.items() if (v := getattr(own, name)) is not None}
     for name, method in methods.items():
         if method.needs_trainer():
             raise ValueError(

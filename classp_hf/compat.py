@@ -49,6 +49,7 @@ def add_optimizer(name: str, factory: Callable[[Any], tuple[type, dict[str, Any]
 
     if name in OptimizerNames._value2member_map_:
         return
+    trainer: Any = Trainer
     try:
         from transformers.trainer import DEFAULT_CALLBACKS
 
@@ -60,14 +61,14 @@ def add_optimizer(name: str, factory: Callable[[Any], tuple[type, dict[str, Any]
             def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
                 return factory(args) if args.optim == name else of_transformers(args, model)
 
-            Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)  # type: ignore[assignment]
+            trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
         else:
             _OPTIMIZER_HANDLERS[name] = lambda context: factory(context.args)  # type: ignore[index]
         member: Any = _OptimizerName(name)
         OptimizerNames._member_map_[name.upper()] = member
         OptimizerNames._member_names_.append(name.upper())
         OptimizerNames._value2member_map_[name] = member
-        Trainer._load_optimizer_and_scheduler = _explained(Trainer._load_optimizer_and_scheduler)  # type: ignore[method-assign]
+        trainer._load_optimizer_and_scheduler = _explained(trainer._load_optimizer_and_scheduler)
         DEFAULT_CALLBACKS.append(callback)  # type: ignore[arg-type]
     except (ImportError, AttributeError, TypeError) as error:
         raise ImportError(

@@ -1,8 +1,8 @@
 """The continual memory: what earlier tasks needed, keyed by parameter name, as a file beside the model.
 
 `continual_memory.st` is a safetensors file under a name that no loader takes for weights. It holds tensors named
-`<kind>/<parameter name>`: `accumulator/…` (`sum |g|^p`), `<method>.<part>/…` (such as `ewc.importance/…`),
-`head.<task>/…` (per-task heads) and `samples/…` (a few values of every weight, by which a memory knows its model). Its
+`<kind>/<parameter name>`. Kinds are `accumulator` (`sum |g|^p`), `<method>.<part>` (such as `ewc.importance`),
+`head.<task>` (per-task heads) and `samples` (a few values of every weight, by which a memory knows its model). Its
 metadata carry a format version, tasks, hyperparameters and a digest of everything else. Accumulators of low-bit
 optimizers are stored in bfloat16, which holds them exactly.
 

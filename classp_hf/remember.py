@@ -67,7 +67,6 @@ def remember(
         max_length: tokens of a sample or a text at most.
         batch_size: samples in a batch; part of the memory's scale.
         power: of the optimizer that is to go on from it.
-
         seed: of the samples and the drawn labels.
 
     Returns:

@@ -39,7 +39,7 @@ def test_two_ranks_of_zero_remember_as_one_process(one, tmp_path, stage):
     given = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 8, "gradient_clipping": "auto"}
     path = tmp_path / "zero.json"
     path.write_text(json.dumps(given))
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29650 + stage))
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
     said = run(tmp_path, *launcher, configuration=[str(path)])
     assert "Going on from the continual memory of first in" in said
     for folder in ("first", "second"):

@@ -329,7 +329,8 @@ def test_a_real_language_model(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = embedded.smollm2()
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)  # noqa: F811
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)  # noqa: F811
     texts = [tokenizer(f"Word number {i} is banana banana banana.")["input_ids"] for i in range(8)]
     data = Dataset.from_dict({"input_ids": texts, "labels": texts})
     args = TrainingArguments(

@@ -148,10 +148,13 @@ def test_good_optim_args():
 def test_optim_args_cover_the_optimizers_hyperparameters():
     import inspect
 
+    import torch
+
     from classp_hf import CLASSP
 
-    known = set(inspect.signature(CLASSP).parameters) - {"params", "lr", "weight_decay"}
-    assert set(optim_args.OPTIM_ARGS) == known
+    hyperparameters = set(inspect.signature(CLASSP).parameters) - {"params"}
+    assert set(optim_args.OPTIM_ARGS) == hyperparameters - {"lr", "weight_decay"}
+    assert set(CLASSP([torch.zeros(1)]).defaults) == hyperparameters
 
 
 @pytest.mark.parametrize(

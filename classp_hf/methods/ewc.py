@@ -36,7 +36,7 @@ class EWC(AnchoredMethod):
     gradients of batches, labels drawn from the model, over the number of batches.
 
     Raises:
-        ValueError: a hyperparameter out of its range; when training begins, FSDP, and a dataset without a length.
+        ValueError: a hyperparameter out of its range; when training begins, a dataset without a length.
     """
 
     name = "ewc"

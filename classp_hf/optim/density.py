@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ def cuts_for_density(grads: list[Tensor], density: float) -> Tensor:
         float32, one cut a gradient. On a GPU nothing is read back to the host.
     """
     share = min(density + 1e-6, 1 - 1e-6)  # so that rounding takes nothing from a product that is whole
-    samples = [_sample(g.full_tensor() if is_sharded(g) else g.detach()).abs() for g in grads]  # type: ignore[attr-defined]
+    given: list[Any] = grads
+    samples = [_sample(g.full_tensor() if is_sharded(g) else g.detach()).abs() for g in given]
     nonzero = torch.stack([sample.count_nonzero() for sample in samples])
     largest = [sample.topk(min(sample.numel(), int(share * sample.numel()) + 2)).values for sample in samples]
     first_out = (nonzero * share).long().unbind()

@@ -87,9 +87,10 @@ def batches(params: list[Tensor], group: dict[str, Any], states: Mapping[Tensor,
     batch: list[_Piece] = []
     filled = 0
     for p, cut in zip(params, cuts(params, group)):
+        grad: Any = p.grad
         state = states[p]
-        whole = _Piece(local(p), local(p.grad), local(state["accumulator"]), state.get("base"), 0, cut)  # type: ignore[arg-type]
-        in_place = fused and cut is None and whole.is_contiguous() and p.dtype == p.grad.dtype == torch.float32  # type: ignore[union-attr]
+        whole = _Piece(local(p), local(grad), local(state["accumulator"]), state.get("base"), 0, cut)
+        in_place = fused and cut is None and whole.is_contiguous() and p.dtype == grad.dtype == torch.float32
         for piece in [whole] if in_place else whole.split(most):
             size = 0 if in_place else piece.weight.numel()
             if batch and (group["foreach"] is False or filled + size > most):
