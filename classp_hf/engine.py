@@ -279,6 +279,8 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         self.seconds += time.monotonic() - started
         if self.context.task not in self.tasks:
             self.tasks.append(self.context.task)
+        if self.zero is not None:  # the next training has buffers of its own, and parameters know those alone
+            self._pending = self.accumulators()
         self.stop()
         self.start = self.checkpoint = None
         self.samples = samples(self.model)

@@ -246,7 +246,7 @@ def _named_labels(task: Task) -> tuple[list[str], dict[str, list[str]]]:
     _check_columns(task)
     own, rows, mapping = list(task.label_names or []), {}, task.label_map or {}
     for split, dataset in task.splits.items():
-        feature, values = dataset.features[task.label_column], list(dataset[task.label_column])
+        feature, values = dataset.features[task.label_column], dataset[task.label_column][:]
         names: list[str] = task.label_names or (feature.names if isinstance(feature, ClassLabel) else [])
         own, known = own or list(names), dict[Any, str](enumerate(names))
         if isinstance(feature, Value) and "string" in feature.dtype:
@@ -284,7 +284,7 @@ def _prepare(task: Task, tokenizer, label2id: dict[str, int], max_length: int | 
         # Not inside map, where a column that was already called "labels" would impose its old ClassLabel.
         tokens = tokens.add_column("labels", np.array([label2id[row] for row in rows[split]], dtype=np.int64))
         if split != "train_dataset":  # an evaluation batch of like lengths holds little padding
-            tokens = tokens.select(np.argsort([len(ids) for ids in tokens["input_ids"]], kind="stable"))
+            tokens = tokens.select(np.argsort([len(ids) for ids in tokens["input_ids"][:]], kind="stable"))
         prepared[split] = tokens
     return replace(task, **prepared, label_ids=sorted(label2id[n] for n in names))
 
@@ -350,7 +350,7 @@ def _cut(dataset: Dataset, label_column: str, sizes: list[int], seed: int) -> li
     """The rest, then parts of these sizes; each has about the label proportions of the whole."""
     # RandomState, not default_rng: its streams are frozen (NEP 19), so the fixed splits outlive NumPy's versions.
     random = np.random.RandomState(seed)
-    _, classes = np.unique([str(label) for label in dataset[label_column]], return_inverse=True)
+    _, classes = np.unique([str(label) for label in dataset[label_column][:]], return_inverse=True)
     position = np.empty(len(classes))
     for c in range(classes.max() + 1):
         members = random.permutation(np.flatnonzero(classes == c))

@@ -60,12 +60,12 @@ def link(zero: Any) -> None:
 
 
 def get_accumulators(zero: Any, model: nn.Module) -> dict[str, Tensor]:
-    """Canonical name -> whole accumulator, float32. A collective call on every rank."""
+    """Canonical name -> whole accumulator, float32, on the CPU. A collective call on every rank."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     offset = zero.optimizer.param_groups[0]["offset"]
     found = ((n, safe_get_full_optimizer_state(p, _KEY)) for n, p in model.named_parameters() if p.requires_grad)
-    return {canonical_name(n): (t - offset).clamp_(min=0) for n, t in found if t is not None}
+    return {canonical_name(n): (t - offset).clamp_(min=0).cpu() for n, t in found if t is not None}
 
 
 def set_accumulators(zero: Any, model: nn.Module, values: Mapping[str, Tensor]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 
 # Before anything imports the libraries: tests need no network, and two workers must not fight over two cores.
@@ -13,7 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification
 
-from classp_hf import ContinualTrainingArguments, Task
+from classp_hf import ContinualTrainingArguments, Task, sequence
 
 VOCABULARY = 40
 LABELS = ("negative", "neutral", "positive")
@@ -23,6 +24,10 @@ SLOW = ("test_compare_methods.py", "test_docs.py", "test_long_sequences.py", "te
 """Left out without `--slow`, unless they are named: benchmarks, pages, notebook, fifty tasks. `make test-slow`."""
 
 
+LONG = ("test_distributed.py", "test_recipe.py", "test_trainer.py", "test_methods.py")
+"""They come first, so that two workers, which get a file at a time, end together."""
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help=f"also run {', '.join(SLOW)}")
 
@@ -30,6 +35,35 @@ def pytest_addoption(parser):
 def pytest_ignore_collect(collection_path, config):
     named = any(collection_path.name in argument for argument in config.args)
     return True if collection_path.name in SLOW and not (named or config.getoption("--slow")) else None
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # every training collects garbage, which among all that the libraries made takes half a second
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """What commands that run in this process set in it would make tests/warm_python.py start real interpreters."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def no_figures(request, monkeypatch):
+    """They take longer than the training of a tiny model. A test that needs them asks for the fixture `figures`."""
+    if "figures" not in request.fixturenames:
+        monkeypatch.setattr(sequence, "write_figures", lambda *_: None)
+
+
+@pytest.fixture
+def figures():
+    """Runs write their figures."""
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from classp_hf.methods import PseudoRehearsal
 from classp_hf.names import full_tensor, trainable_parameters
 from classp_hf.optim import CLASSP
 from classp_hf.optim.density import cuts_for_density
+from classp_hf.remember import remember
 
 make_model = conftest.make_model.__wrapped__()
 make_tasks = conftest.make_tasks.__wrapped__()
@@ -63,6 +64,7 @@ def arguments(folder, **changes):
 def language(folder):
     """A causal model that rehearses its own samples, with the memory of what it knew, and a guard."""
     os.environ["CLASSP_HF_CACHE"] = str(folder / "cache")
+    remember.__kwdefaults__.update(samples=32, max_length=12)
     rows = [[1, *[3 + (i + j) % 5 for j in range(7)]] for i in range(64)]
     data = Dataset.from_dict({"input_ids": rows, "labels": rows, "attention_mask": [[1] * 8] * 64})
     torch.manual_seed(0)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import weights
 from test_language import WORDS, make_causal, tokenizer  # noqa: F401  (fixtures)
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from warm_python import python
 
 from classp_hf import ContinualMemory
 from classp_hf.blend import blend, format_blend
@@ -180,7 +180,7 @@ def test_what_is_no_whole_model_is_refused(pair, tmp_path):
 
 
 def test_the_command(pair, tmp_path):
-    command = [sys.executable, "-m", "classp_hf", "blend", *pair[:2], "--output_dir", str(tmp_path / "out")]
+    command = [python(), "-m", "classp_hf", "blend", *pair[:2], "--output_dir", str(tmp_path / "out")]
     run = subprocess.run([*command, "--eval_file", pair[2]], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "guard loss" in run.stdout and (tmp_path / "out" / "model.safetensors").is_file()

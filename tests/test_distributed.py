@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +18,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
+from warm_python import python
 
 from classp_hf import ContinualMemory
 
@@ -38,7 +38,7 @@ def one(tmp_path_factory):
 
 
 def launch(configuration, ranks, *arguments):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE / configuration)]
+    command = [python(), "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE / configuration)]
     command += ["--mixed_precision", "no", "--num_processes", str(ranks), "--main_process_port", "0"]
     command += [str(Path(worker.__file__)), *map(str, arguments)]
     run = subprocess.run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -12,6 +11,7 @@ from conftest import weights
 from fake_hub import FakeHub
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
+from warm_python import python
 
 import classp_hf
 from classp_hf import ClasspTrainer, ContinualCallback, ContinualMemory
@@ -37,7 +37,7 @@ def test_two_runs_of_an_unedited_script(make_model, tmp_path):
     (tmp_path / "unedited.py").write_text(textwrap.dedent(SCRIPT))
 
     def launch(start, output, *flags):
-        command = [sys.executable, "-m", "classp_hf", str(tmp_path / "unedited.py"), str(tmp_path / start)]
+        command = [python(), "-m", "classp_hf", str(tmp_path / "unedited.py"), str(tmp_path / start)]
         command += ["--output_dir", str(tmp_path / output), "--max_steps", "2", "--use_cpu", "--report_to", "none"]
         command += ["--optim", "classp", "--learning_rate", "1e-2", "--save_steps", "1", *flags]
         run = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -74,7 +74,7 @@ def test_the_second_run_finds_the_memory_of_a_model_on_the_hub(make_model, tmp_p
         for repo, tasks in (("me/a", ["finance", "me-a"]), ("me/plain", ["me-plain"])):
             out = tmp_path / repo.replace("/", "-")
             command = [
-                sys.executable,
+                python(),
                 "-m",
                 "classp_hf",
                 str(tmp_path / "unedited.py"),
@@ -121,7 +121,7 @@ def test_offline_the_memory_beside_a_model_comes_from_the_cache(make_model, tmp_
             env = hub.env(tmp_path / "cache") | offline
             asked = len(hub.requests)
             run = subprocess.run(
-                [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, env=env
+                [python(), "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, env=env
             )
             assert run.returncode == 0, run.stderr
             found = [line for line in run.stdout.splitlines() if line.startswith("FOUND")]

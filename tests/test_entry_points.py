@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
 from test_language import make_causal, make_seq2seq, tokenizer  # noqa: F401  (fixtures)
+from warm_python import python
 
 from classp_hf import ContinualMemory, embedded
 
@@ -33,7 +33,7 @@ FLAGS = [
 def launch(tmp_path):
     def call(target, *flags):
         run = subprocess.run(
-            [sys.executable, "-m", "classp_hf", *target, *flags, *FLAGS],
+            [python(), "-m", "classp_hf", *target, *flags, *FLAGS],
             capture_output=True,
             text=True,
             timeout=500,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from conftest import weights
 from datasets import Dataset
 from test_language import make_causal, tokenizer  # noqa: F401  (fixtures)
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from warm_python import python
 
 from classp_hf import ContinualTrainer, GuardCallback, Task, embedded, guard, register
 from classp_hf.guard import GUARD_NAME, LaunchedGuard, spacing
@@ -277,7 +277,7 @@ def test_a_script_nobody_edited(given, make_causal, tmp_path):  # noqa: F811
     make_causal().save_pretrained(tmp_path / "model")
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "texts.txt").write_text("say a then b\n\nsay c then d")
-    command = [sys.executable, "-m", "classp_hf", *given, "--guard_every", "2", "script.py", "model"]
+    command = [python(), "-m", "classp_hf", *given, "--guard_every", "2", "script.py", "model"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     if "texts" in given[0]:  # the script has no tokenizer
         assert "need the tokenizer" in run.stderr
@@ -289,7 +289,7 @@ def test_a_script_nobody_edited(given, make_causal, tmp_path):  # noqa: F811
 
 def test_texts_in_the_scripts_place_are_told(tmp_path):
     (tmp_path / "texts.txt").write_text("Hello.")
-    command = [sys.executable, "-m", "classp_hf", "--guard", "texts.txt", "script.py"]
+    command = [python(), "-m", "classp_hf", "--guard", "texts.txt", "script.py"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert run.returncode == 2 and "write --guard=texts.txt" in run.stderr
 
@@ -314,7 +314,7 @@ open(f"{sys.argv[2]}-{args.process_index}.json", "w").write(json.dumps(found))
 
 def test_two_ranks_stop_at_one_step_with_the_same_weights(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command = [python(), "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command += [str(tmp_path / "worker.py"), str(Path(__file__).parent), str(tmp_path / "out")]
     run = subprocess.run(
         command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -334,7 +334,7 @@ def test_a_real_language_model(tmp_path):
     texts = [tokenizer(f"Word number {i} is banana banana banana.")["input_ids"] for i in range(8)]
     data = Dataset.from_dict({"input_ids": texts, "labels": texts})
     args = TrainingArguments(
-        str(tmp_path), max_steps=4, use_cpu=True, report_to="none", save_strategy="no", learning_rate=2e-4,
+        str(tmp_path), max_steps=2, use_cpu=True, report_to="none", save_strategy="no", learning_rate=5e-4,
         per_device_train_batch_size=1, disable_tqdm=True,
     )  # fmt: skip
     callback = GuardCallback(samples=4, length=24)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 from fake_hub import FakeHub
+from warm_python import python
 
 TOKEN = "hf_" + "a" * 34
 
@@ -57,7 +57,7 @@ def push(tmp_path):
     def call(hub):
         changes = {"PYTHONPATH": str(Path(__file__).parent), "HF_HUB_OFFLINE": "0"}
         return subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(PUSH), str(tmp_path / "run")],
+            [python(), "-c", textwrap.dedent(PUSH), str(tmp_path / "run")],
             capture_output=True,
             text=True,
             timeout=300,
@@ -99,7 +99,7 @@ def test_a_failed_push_loses_nothing(push, tmp_path):
 
         hub.failures = {}  # the command that the message gives
         command = run.stderr.partition("Nothing local is lost. To try again: ")[2].splitlines()[0]
-        client = [sys.executable, "-m", "huggingface_hub.cli.hf", *shlex.split(command)[1:]]
+        client = [python(), "-m", "huggingface_hub.cli.hf", *shlex.split(command)[1:]]
         env = hub.env(tmp_path / "cache") | {"HF_TOKEN": TOKEN}
         again = subprocess.run(client, capture_output=True, text=True, timeout=300, env=env)
         assert again.returncode == 0, again.stderr

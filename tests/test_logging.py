@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from warm_python import python
 
 from classp_hf import CLASSP, ClasspTrainer, ContinualTrainer
 
@@ -73,7 +73,7 @@ def test_update_density_counts_what_a_step_changes():
     assert optimizer.update_density() == 0.0
 
 
-def test_importance_says_which_layers_grew(make_model, make_tasks, make_args, collator, tmp_path):
+def test_importance_says_which_layers_grew(figures, make_model, make_tasks, make_args, collator, tmp_path):
     results = ClasspTrainer(make_model(), make_args(), collator).train_sequence(make_tasks(2))
     importance = results["importance"]
     assert list(importance) == [
@@ -109,16 +109,14 @@ def test_trackio_gets_one_run_for_the_whole_sequence(tmp_path):
     """Trackio's own package writes into its own database, in a process of its own."""
     pytest.importorskip("trackio")
     env = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONPATH": str(Path(__file__).parent)}
-    run = subprocess.run(
-        [sys.executable, "-c", TRACKIO], capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path
-    )
+    run = subprocess.run([python(), "-c", TRACKIO], capture_output=True, text=True, timeout=300, env=env, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     R = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("[[")))
     read = (
         "import json; from trackio.sqlite_storage import SQLiteStorage as S; "
         "print(json.dumps({run: S.get_logs('kept', run) for run in S.get_runs('kept')}, default=str))"
     )
-    shown = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, timeout=300, env=env)
+    shown = subprocess.run([python(), "-c", read], capture_output=True, text=True, timeout=300, env=env)
     assert shown.returncode == 0, shown.stderr
     runs = json.loads(shown.stdout.splitlines()[-1])
     assert list(runs) == ["one"]

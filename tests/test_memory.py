@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from fake_hub import FakeHub
 from safetensors.torch import load_file, save_file
 from torch import nn
+from warm_python import python
 
 from classp_hf import ContinualMemory
 from classp_hf.memory import FORMAT, MEMORY_NAME
@@ -107,7 +107,7 @@ def test_from_a_hub_repository_and_revision(saved, tmp_path):
     """
     with FakeHub({("me/model", "v2"): {MEMORY_NAME: path.read_bytes()}, ("me/model", "main"): {"a": b""}}) as hub:
         run = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code)], env=hub.env(tmp_path), capture_output=True, text=True
+            [python(), "-c", textwrap.dedent(code)], env=hub.env(tmp_path), capture_output=True, text=True
         )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == [f"TASKS {memory.metadata['tasks']}", "MISSING 'me/model'", "MISSING 'me/other'"]

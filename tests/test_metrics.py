@@ -4,11 +4,11 @@ import json
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from warm_python import python
 
 from classp_hf import metrics
 
@@ -103,7 +103,7 @@ for wrong in (lambda: metric.compute(accuracy_matrix=R[1:]), lambda: metrics.loa
 def test_every_metric_through_evaluate(tmp_path):
     """By name and by path, in an interpreter without a network or other caches."""
     env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", THROUGH_EVALUATE]
+    command = [python(), "-c", THROUGH_EVALUATE]
     done = subprocess.run(command, env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     said = done.stdout.splitlines()
     assert len(said) == 2 and "must have shape (T+1, T), got (2, 2)" in said[0], done.stderr

@@ -6,7 +6,6 @@ import logging
 import os
 import pickle
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +26,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from warm_python import python
 
 import classp_hf
 from classp_hf import (
@@ -289,7 +289,7 @@ def test_training_args_are_read_by_processes_that_know_nothing_of_classp(make_ar
     code = (
         "import sys, torch; a = torch.load(sys.argv[1], weights_only=False); assert str(a.optim) == 'classp', a.optim"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "training_args.bin")], check=True)
+    subprocess.run([python(), "-c", code, str(tmp_path / "training_args.bin")], check=True)
     assert pickle.loads(pickle.dumps(args.optim)) == "classp"
 
 
@@ -379,7 +379,7 @@ def test_pushes_during_training_carry_the_memory_and_no_tasks_folder(make_model,
     """
     with FakeHub({}) as hub:
         for kind in ("plain", "sequence"):
-            command = [sys.executable, "-c", textwrap.dedent(code), kind, str(tmp_path / kind)]
+            command = [python(), "-c", textwrap.dedent(code), kind, str(tmp_path / kind)]
             env = hub.env(tmp_path / "cache") | {
                 "PYTHONPATH": str(Path(classp_hf.__file__).parents[1]),
                 "HF_HUB_OFFLINE": "0",
@@ -441,7 +441,7 @@ def test_the_launcher_overrides_scripts_that_build_their_own_arguments(make_mode
     (tmp_path / "other.py").write_text("print('no Trainer here')")
 
     def run(*options, script="script.py"):
-        command = [sys.executable, "-m", "classp_hf", *options, script]
+        command = [python(), "-m", "classp_hf", *options, script]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
 
     first = run("--optim", "classp", "--learning_rate", "0.01")

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import textwrap
 from types import SimpleNamespace
 
 import pytest
+from warm_python import python
 
 from classp_hf import ContinualTrainer, optim_args, registration
 
@@ -38,14 +38,14 @@ def script(tmp_path):
 
 def launch(launcher, script, tmp_path, *flags):
     command = [*launcher, str(script), "--output_dir", str(tmp_path / "out"), "--num_train_epochs", "1", "--use_cpu"]
-    return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
+    return subprocess.run([python(), *command, *flags], capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(
     "launcher",
     [
-        [sys.executable, "-m", "classp_hf"],
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "classp_hf"],
+        ["-m", "classp_hf"],
+        ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "classp_hf"],
     ],
     ids=["python -m", "accelerate launch -m"],
 )
@@ -59,11 +59,9 @@ def test_an_unedited_script_trains_with_classp(launcher, script, tmp_path):
 
 
 def test_other_optimizers_and_modules_still_run(script, tmp_path):
-    run = launch([sys.executable, "-m", "classp_hf"], script, tmp_path, "--optim", "sgd")
+    run = launch(["-m", "classp_hf"], script, tmp_path, "--optim", "sgd")
     assert "INSIDE torch.optim.sgd SGD" in run.stdout, run.stderr
-    run = subprocess.run(
-        [sys.executable, "-m", "classp_hf", "-m", "json.tool", "--help"], capture_output=True, text=True
-    )
+    run = subprocess.run([python(), "-m", "classp_hf", "-m", "json.tool", "--help"], capture_output=True, text=True)
     assert "usage: " in run.stdout
 
 
@@ -82,7 +80,7 @@ def test_other_optimizers_and_modules_still_run(script, tmp_path):
 )
 def test_usage(arguments, code, message, tmp_path):
     (tmp_path / "x.py").touch()
-    run = subprocess.run([sys.executable, "-m", "classp_hf", *arguments], capture_output=True, text=True, cwd=tmp_path)
+    run = subprocess.run([python(), "-m", "classp_hf", *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == code
     assert message in run.stdout + run.stderr
 
@@ -104,7 +102,7 @@ def test_without_register_the_name_is_unknown_and_with_it_argparse_lists_it():
         help = HfArgumentParser(TrainingArguments).format_help()
         assert help.count(",classp}") >= 1, help
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+    subprocess.run([python(), "-c", textwrap.dedent(code)], check=True)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +125,7 @@ def test_bad_optim_args(text, match):
 
 
 def test_bad_optim_args_stop_an_unedited_script(script, tmp_path):
-    run = launch([sys.executable, "-m", "classp_hf"], script, tmp_path, "--optim", "classp", "--optim_args", "powr=2")
+    run = launch(["-m", "classp_hf"], script, tmp_path, "--optim", "classp", "--optim_args", "powr=2")
     assert run.returncode != 0
     assert "Unknown key 'powr' in --optim_args" in run.stderr
     assert "INSIDE" not in run.stdout
@@ -199,7 +197,7 @@ def test_a_continual_trainer_does_not_run_under_deepspeed(make_model, make_args)
 )
 def test_unsupported_transformers(sabotage, message):
     code = f"import transformers\nfrom transformers import Trainer\n{sabotage}\nimport classp_hf\nclassp_hf.register()"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = subprocess.run([python(), "-c", code], capture_output=True, text=True)
     assert run.returncode != 0
     assert message in run.stderr
     # nothing is left half registered
@@ -209,4 +207,4 @@ def test_unsupported_transformers(sabotage, message):
         "from transformers.training_args import OptimizerNames\n"
         "assert 'classp' not in OptimizerNames._value2member_map_",
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([python(), "-c", code], check=True)

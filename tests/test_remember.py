@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from warm_python import python
 
 import classp_hf.remember
 from classp_hf import CLASSP, EWC, ContinualCallback, ContinualMemory, ContinualTrainer, Elastic, embedded
@@ -398,7 +398,7 @@ def test_the_command_and_an_unedited_script(tokenizer, tmp_path):
     """The command's folder is a model with its memory, which a script goes on from; the launcher takes a strength."""
 
     def run(*command, code=0):
-        command = [sys.executable, "-m", "classp_hf", *map(str, command)]
+        command = [python(), "-m", "classp_hf", *map(str, command)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr
@@ -457,7 +457,7 @@ torch.save([state[p]["accumulator"] for p in trainer.model.parameters()], f"{sys
 
 def test_all_ranks_begin_with_the_same_memory(tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(tmp_path / "ranks.py"), str(tmp_path), str(Path(__file__).parent)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr

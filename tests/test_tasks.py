@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Image,
 from fake_hub import FakeHub
 from transformers import AutoTokenizer
 from transformers.trainer_pt_utils import LabelSmoother
+from warm_python import python
 
 from classp_hf import embedded
 from classp_hf.classification import classification_loss, is_single_label_classifier
@@ -221,7 +221,7 @@ def test_hub_ids_over_the_wire(tmp_path):
         },
     }
     with FakeHub(repos) as hub:
-        command, root = [sys.executable, "-c", ASK_THE_HUB], Path(__file__).parent.parent
+        command, root = [python(), "-c", ASK_THE_HUB], Path(__file__).parent.parent
         run = subprocess.run(command, env=hub.env(tmp_path), cwd=root, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     (imdb, fpb_found, pairs), names, hub_ids = json.loads(run.stdout)

@@ -87,7 +87,7 @@ def test_plain_training_arguments_and_default_learning_rates(make_model, tmp_pat
     assert unset.learning_rate == 5e-5 and unset.optim != "classp"  # the caller's arguments are left alone
 
 
-def test_sequence_fills_the_accuracy_matrix(make_model, make_tasks, make_args, collator, tmp_path):
+def test_sequence_fills_the_accuracy_matrix(figures, make_model, make_tasks, make_args, collator, tmp_path):
     tasks = make_tasks(3)
     args = make_args(num_train_epochs=6, learning_rate=1e-2, optim_args="power=2")
     trainer = ClasspTrainer(model=make_model(), args=args, data_collator=collator)
