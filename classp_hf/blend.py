@@ -114,35 +114,36 @@ def blend(
 ) -> dict[str, Any]:  # fmt: skip
     """Score models between `start` and `tuned`, and save the one that is best at the task at a bounded cost.
 
-    Three paths lead from one to the other, and at each `share` of them a model is scored: `line`, every weight alike
-    (WiSE-FT, arXiv 2109.01903); `depth`, from `share` of the way in the first layer to all of it in the last (LiNeS,
-    arXiv 2410.17146); `memory`, by how much each model's training needed a weight, as the method `merge` weighs, if
-    a continual memory lies beside either (a model without one counts all its weights alike). Tensors that the start
-    lacks, such as a new head, are the tuned model's.
+    A model is scored at each `share` of three paths from start to tuned: `line`, every weight alike (WiSE-FT, arXiv
+    2109.01903); `depth`, from `share` of the way in the first layer to all of it in the last (LiNeS, arXiv
+    2410.17146); `memory`, each weight by the importance that the method `merge` gives it, if a continual memory lies
+    beside either model (a model without one counts all its weights alike). Tensors that the start lacks, such as a
+    new head, are the tuned model's.
 
-    The point that is saved, with tokenizer and the tuned model's memory, has the best task score of those whose guard
-    loss rose by at most `max_rise`; without `eval_file` it is the one with the largest share. Into `output_dir` go
-    also `blend.json` and `blend.png`. Weights are mapped from their files: one model is in memory.
+    The saved model has the best task score of those whose guard loss rose by at most `max_rise`; without `eval_file`
+    it is the one with the largest share. `output_dir` also gets the tokenizer, the tuned model's memory, `blend.json`
+    and `blend.png`. Weights are mapped from their files: one model is in memory.
 
     Args:
         start: folder or Hub id of the model before its training, saved as safetensors.
         tuned: the same of the model after it.
         output_dir: folder for the chosen model, the table and the figure.
-        guard: texts for the guard loss ([`~classp_hf.rehearsal.read_texts`]), default the start's own samples and
-            plain English; of a classifier a file of rows that it is to keep, like `eval_file`.
+        guard: texts for the guard loss of a language model, a file or a Hub id, with `:column` (default: the start's
+            own samples and plain English); for a classifier, a file like `eval_file` that it should still do well on.
         eval_file: .json, .jsonl, .csv or .parquet with the columns `text` and `label` for a classifier (scored by
-            accuracy), else `messages`, `prompt` and `completion`, or `text` (by loss on what is to be written).
-        max_rise: how much the guard loss may rise, as a share of the start's.
-        shares: points of a path that are scored, from 0 (start) to 1 (tuned).
-        samples_drawn: texts for the guard at most.
+            accuracy), else `messages`, `prompt` and `completion`, or `text` (scored by loss).
+        max_rise: how much the guard loss may rise, as a share of its value at the first point.
+        shares: the points of a path that are scored, from 0 (start; must be the first) to 1 (tuned).
+        samples_drawn: number of texts for the guard at most.
         length: tokens of such a text at most.
 
     Returns:
         The content of `blend.json`: `points` (each `path`, `share`, `task`, `guard_loss`, `guard_kl`, `rise`),
-        `chosen` (its number), `metric`, `rule`, `only_tuned`.
+        `chosen` (index of the saved point), `metric` ("loss", "accuracy" or None), `rule` (of the choice),
+        `only_tuned` (names of tensors that only the tuned model has), `start`, `tuned` and `guard_texts`.
 
     Raises:
-        ValueError: a model without such weights; a classifier without a file to score it on; rows of another kind.
+        ValueError: a model without safetensors weights; a classifier without a file to score it on; other columns.
     """
     _weights(tuned)  # says what is wrong with an adapter
     model = load_saved(tuned, dtype="auto").eval().to(PartialState().device)

@@ -40,28 +40,30 @@ _ATTRIBUTE = "_continual_engine"
 class ContinualCallback(LiveMemory, TrainerCallback):
     """Continual learning in any [`transformers.Trainer`]: each training goes on from the memory of the last.
 
-    When training begins, the memory is found and put into the optimizer; under other optimizers than CLASSP it is
-    gathered beside them, if a method reads it. The method adds its gradients to every step that is really taken. The
-    memory is written where the model is: into every checkpoint, into `output_dir` when training ends, and into every
-    folder that `save_pretrained` is given afterwards. Under another optimizer and without a method nothing happens.
+    When training begins, the callback finds the memory and puts it into the optimizer; under other optimizers than
+    CLASSP it accumulates the memory itself, if a method reads it. The methods add their gradients to every step that
+    is not skipped. The callback writes the memory where the model is: into every checkpoint, into `output_dir` when
+    training ends, and into every folder that `save_pretrained` is given afterwards. It does nothing under another
+    optimizer without a method, unless `gather` is True.
 
     `classp_hf.register` gives one to every Trainer of the process; `ContinualTrainer` has its own.
 
     Args:
         method: a [`~classp_hf.methods.Method`], the name of one, or several (`"ewc+elastic"`, a list). Methods that
             change the data or the loss need [`ContinualTrainer`].
-        memory: a file, the folder of a model saved with one, a Hub id, `"none"` for an empty one; `"pretrained"` for
-            that of the model as it is loaded, if it has none ([`remember.pretrained_memory`]). Default: the memory
-            beside the model, wherever it was loaded from.
-        memory_strength: training steps, > 0, that a memory of `remember` counts as: its accumulators are scaled so
-            that their mean is that of so many steps. Default: the number of batches it was made of.
+        memory: a file, the folder of a model saved with one, a Hub id, or `"none"` for an empty one; `"pretrained"`
+            makes one of the loaded causal language model's own samples, if it has none (see `remember`). Default: the
+            memory in the folder or Hub repository that the model was loaded from, if any.
+        memory_strength: number of training steps, > 0, that a memory of `remember` counts as: its accumulators are
+            multiplied by this over its number of batches. Default: that number.
         revision: branch, tag or commit of a Hub repository given as `memory`.
         gather: keep a memory under other optimizers than CLASSP too, even if no method reads it. Default: False.
         power: the p of the gathered `sum |g|^p`, > 0; CLASSP has its own. Default: 2.
 
     Raises:
-        ValueError: an unknown method; when training begins, a memory of another power or another model, and a method
-            that cannot run in this set-up.
+        ValueError: an unknown method, `memory_strength` out of range; when training begins, a memory of another power
+            or another model, and a method that cannot run in this set-up.
+        FileNotFoundError: when training begins, there is no memory at `memory`.
     """
 
     launched: ClassVar[dict[str, Any]] = {}

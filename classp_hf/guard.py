@@ -61,28 +61,29 @@ def spacing(steps: int, step: float, evaluation: float, least: int = 0) -> int:
 
 
 class GuardCallback(TrainerCallback):
-    """Measures what a training costs a causal language model, and changes nothing in it (without `stop`).
+    """Measures what a training costs a causal language model. Without `stop` it changes nothing in the training.
 
-    Before the training, every few steps and at the end: the loss on fixed texts (`guard_loss`, nats a token) and the
-    KL from the starting model on them (`guard_kl`, nats) and on the first 16 new examples (`guard_kl_new`, which
-    predicts forgetting: "RL's Razor", arXiv 2509.04259). The starting model's answers are kept (the 32 most probable
-    tokens a position), not its weights. The values go into `state.log_history` and to loggers: to all if `register` or
-    [`ContinualTrainer`] has this callback, to those behind it if it is in a plain Trainer's `callbacks`. The next
-    training of the same model counts from the same start, as in a sequence.
+    Before the training, every few steps and at the end it measures the loss on fixed texts (`guard_loss`, nats a
+    token), KL(starting model || model) on them (`guard_kl`, nats a token) and on the first 16 new examples
+    (`guard_kl_new`, which predicts forgetting: "RL's Razor", arXiv 2509.04259). It keeps the starting model's answers
+    (the 32 most probable tokens at each position), not its weights. The values go into `state.log_history` and to
+    loggers: to all with `register` or [`ContinualTrainer`], to those behind it in a plain Trainer's `callbacks`.
+    Further trainings of the same model, as in a sequence, are measured from the same start.
 
     Args:
         texts: a file or a Hub id, with `:column`. Default: the model's own samples and 24 paragraphs of plain English.
         every: steps between evaluations, >= 1. Default: as many as keep all evaluations under 3% of the training's
-            time, if need be none but those before and after; with `stop` there are at least nine between. Drawing the
-            samples comes on top.
-        stop: end the training when the loss has risen by more than this share (0.1: 10%), and put back the trained
-            weights of the evaluation before, which the CPU's memory holds (once; of a sharded model every rank its
-            part). The memory of gradients and the optimizer stay as they are. Default: never.
-        samples: texts at most, of `texts` or drawn, >= 1.
+            time, if need be none but those before and after; `stop` asks for nine between, whatever they take. The
+            time to draw the samples is not counted.
+        stop: end the training when the loss has risen by more than this share, > 0 (0.1: 10%), and restore the trained
+            weights of the previous evaluation, of which the CPU's memory holds one copy (of a sharded model every rank
+            its part). The memory of gradients and the optimizer are not restored. Default: never.
+        samples: number of texts at most, of `texts` or drawn, >= 1.
         length: tokens of a text at most, >= 8.
 
     Raises:
-        ValueError: bad arguments, another kind of model, `stop` with `load_best_model_at_end`.
+        ValueError: an argument out of range; when Trainer is built, another kind of model, or `stop` with
+            `load_best_model_at_end`; when training begins, `texts` that hold no texts.
     """
 
     applied: ClassVar[bool] = False
@@ -242,8 +243,9 @@ class GuardCallback(TrainerCallback):
         return False
 
     def report(self) -> dict[str, Any]:
-        """What the training cost: `texts`, `tokens`; `loss_before`, `loss_after` (nats a token), `rise` (a share);
-        `kl`, `kl_new` (nats; the latter from the start of the last training); `history`; `summary`, a sentence."""
+        """Return what the training cost: `texts` (a description), `tokens` (their number); `loss_before`, `loss_after`
+        (nats a token), `rise` (a share); `kl`, `kl_new` (nats a token; the latter from the start of the last training,
+        or None); `history`, a list of all measurements; `summary`, a sentence. Call it after training has begun."""
         history = self.known["history"]
         before, after, kl = history[0]["guard_loss"], history[-1]["guard_loss"], history[-1]["guard_kl"]
         new, rise = history[-1].get("guard_kl_new"), after / before - 1 if before else 0.0

@@ -19,19 +19,21 @@ IGNORED = -100  # label of tokens without a loss
 def prepare_language_tasks(
     tasks: list[Task], tokenizer: Any, encoder_decoder: bool, max_length: int | None = None
 ) -> list[Task]:
-    """Tokenise every split; other columns go.
+    """Return new tasks whose datasets hold `input_ids`, `attention_mask` and `labels` (-100: no loss) only.
 
     Args:
-        tasks: of rows with `messages` (a list of `{"role": ..., "content": ...}`: the loss is on what the assistant
-            says, all turns), `prompt` and `completion` (texts, or lists of messages: the loss is on the completion),
-            or `text` (the loss is on all of it). Prepared tasks pass untouched.
-        tokenizer: with a pad token; for messages with a chat template. Unused if all tasks are prepared.
-        encoder_decoder: the prompt goes into the encoder, the completion is what the decoder writes.
-        max_length: in tokens. Longer examples lose their end; those with nothing left to write are left out. Default:
-            what the tokenizer allows.
+        tasks: their rows have `messages` (a list of `{"role": ..., "content": ...}`: the loss is on the assistant's
+            turns), `prompt` and `completion` (texts, or lists of messages: the loss is on the completion), or `text`
+            (the loss is on all of it). Prepared tasks are returned as they are.
+        tokenizer: with a chat template if there are messages; training needs its pad token, too. Unused if all tasks
+            are prepared.
+        encoder_decoder: whether the prompt goes into an encoder, and a decoder writes the completion; both are texts.
+        max_length: in tokens. Longer examples are truncated; those without a label left are dropped. Default: the
+            tokenizer's limit.
 
     Raises:
-        ValueError: other columns, or a tokenizer without what they need.
+        ValueError: other columns, no tokenizer, a chat template that writes a message differently when others follow,
+            or a split without any label left.
     """
     validate_tasks(tasks)
     return [t if is_prepared(t) else _prepare(t, tokenizer, encoder_decoder, max_length) for t in tasks]

@@ -71,22 +71,22 @@ class ContinualMemory:
             self.tensors[f"{kind}/{name}"] = tensor.detach().cpu().contiguous()
 
     def get(self, kind: str) -> dict[str, Tensor]:
-        """The tensors of `kind`, keyed by parameter name; empty if there are none."""
+        """Return the tensors of `kind`, keyed by parameter name; empty if there are none."""
         prefix = f"{kind}/"
         return {key[len(prefix) :]: t for key, t in self.tensors.items() if key.startswith(prefix)}
 
     def kinds(self) -> list[str]:
-        """The kinds of tensors that are there, sorted: `"accumulator"`, `"samples"`, `"ewc.anchor"`, ..."""
+        """Return the kinds of its tensors, sorted: `"accumulator"`, `"ewc.anchor"`, `"samples"`, ..."""
         return sorted({key.split("/", 1)[0] for key in self.tensors})
 
     def parts_of(self, owner: str) -> dict[str, dict[str, Tensor]]:
-        """What follows `owner.` in the kinds that begin so -> the tensors of that kind: of a method, or of heads."""
+        """Return part -> tensors by name, for all kinds `<owner>.<part>`; `owner` is a method's name, or "head"."""
         prefix = f"{owner}."
         return {kind.removeprefix(prefix): self.get(kind) for kind in self.kinds() if kind.startswith(prefix)}
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the tasks it remembers, the oldest first."""
+        """Names of the tasks trained on so far, the oldest first."""
         return list(self.metadata.get("tasks", []))
 
     def save(self, folder: str | os.PathLike) -> Path:
@@ -114,10 +114,10 @@ class ContinualMemory:
             revision: branch, tag or commit of the Hub repository.
 
         Raises:
-            FileNotFoundError: no memory there ([`NoMemoryError`]), or it could not be found out.
+            FileNotFoundError: there is no memory ([`NoMemoryError`]), or the Hub could not be asked.
             ValueError: not a memory, a truncated or altered one, one of another format version, or one with content
-                that no run writes: other metadata, NaN, infinite or negative accumulators. The digest tells damage,
-                not intent: whoever alters a file can make it anew.
+                that no run writes: other metadata, NaN, infinite or negative accumulators. The digest detects damage,
+                not forgery: whoever alters a file can compute a new one.
         """
         path = find_memory(path_or_repo, revision)
         try:

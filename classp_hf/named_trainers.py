@@ -22,20 +22,20 @@ class ClasspTrainer(ContinualTrainer):
     """[`ContinualTrainer`] with the CLASSP optimizer (arXiv 2405.09637), whatever `args.optim` says.
 
     Args:
-        consolidation: what else the memory is used for: `"anchor"` pulls weights back to the last boundary while
-            training ([`~classp_hf.Elastic`]), `"merge"` averages old and new weights when a task ends
-            ([`~classp_hf.Merge`]), `"both"` does both, and `"none"`, the default, is the paper's method.
+        consolidation: further uses of the memory: `"anchor"` pulls weights back to the last boundary during training
+            ([`~classp_hf.Elastic`]), `"merge"` averages old and new weights when a task ends ([`~classp_hf.Merge`]),
+            `"both"` does both, and `"none"`, the default, is the paper's method.
         anchor_strength: strength of the anchor, >= 0. Default: that of `Elastic`.
         merge_weight: weight of the new task in the merge, >= 0. Default: that of `Merge`.
         logit_adjustment: whether to correct for labels that are rarer in the new task
-            ([`~classp_hf.LogitAdjustment`]). Default: where it can be used, which is single-label classification with
-            one shared head.
+            ([`~classp_hf.LogitAdjustment`]). Default: True for single-label classification with one shared head, the
+            trainer's own loss and a column of labels.
         method: further methods, run before these.
         kwargs: as in [`ContinualTrainer`].
 
     Raises:
-        ValueError: what [`ContinualTrainer`] refuses, another optimizer than CLASSP in `optimizers`, and a strength
-            that `consolidation` does not use.
+        ValueError: what [`ContinualTrainer`] refuses, another optimizer than CLASSP in `optimizers` or
+            `optimizer_cls_and_kwargs`, an unknown `consolidation`, and a strength that it does not use.
     """
 
     default_optim = CLASSP_NAME
@@ -84,9 +84,9 @@ class EWCTrainer(ContinualTrainer):
     """[`ContinualTrainer`] with Elastic Weight Consolidation (arXiv 1612.00796) and the optimizer of `args.optim`.
 
     Args:
-        ewc_lambda: strength of the penalty, >= 0. Default: that of `EWC`. Other hyperparameters are given as
+        ewc_lambda: strength of the penalty, >= 0. Default: that of `EWC`. To set other hyperparameters, pass
             `method=EWC(ewc_mode="summed", ...)`.
-        method: further methods; EWC is among them in any case.
+        method: further methods. EWC runs before them, unless they include one.
         kwargs: as in [`ContinualTrainer`].
 
     Raises:

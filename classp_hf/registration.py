@@ -16,16 +16,15 @@ from .zero import check_zero
 def register(**options: Any) -> None:
     """Add `classp` to the names `--optim` accepts, for this process, and give every Trainer a [`ContinualCallback`].
 
-    The callback does nothing under another optimizer and without a method. Calling this again changes the options
-    alone.
+    The callback does nothing under another optimizer without a method. A second call replaces the options.
 
     Args:
-        options: `method`, `memory` and `memory_strength` are those of the callbacks. `optim`, `learning_rate` and
-            `optim_args` are set in the training arguments of every Trainer, whatever its script says. `guard`, a dict
-            of arguments, gives every Trainer a [`~classp_hf.guard.GuardCallback`]. Default: nothing.
+        options: `method`, `memory` and `memory_strength` are arguments of [`ContinualCallback`]. `optim`,
+            `learning_rate` and `optim_args` replace those in the training arguments of every Trainer. `guard`, a dict
+            of arguments, gives every Trainer a [`~classp_hf.guard.GuardCallback`]. Default: none of them.
 
     Raises:
-        ImportError: the private names of the installed transformers have moved.
+        ImportError: the installed version of transformers lacks the private names that this needs.
     """
     guard = options.pop("guard", None)
     ContinualCallback.launched = {k: v for k, v in options.items() if v is not None}

@@ -52,31 +52,34 @@ def remember(
     power: float = 2.0,
     seed: int = 0,
 ) -> ContinualMemory:
-    """The memory of what a model knows: `sum |g|^power` over batches, g the gradient of a batch's mean loss.
+    """Compute the memory of what a model knows: `sum |g|^power` over batches, g the gradient of a batch's mean loss.
 
-    Labels are drawn from the model, one at every position given the tokens before it; in evaluation mode. With power 2
-    the sum estimates the diagonal Fisher up to a factor: the Fisher, not the empirical one, in the words of Kunstner
-    et al. (2019, arXiv 1905.12558). Such labels are independent and their gradients have mean 0, so that squaring a
-    batch's gradient is no mistake here. Masked models answer for 15% of the tokens. The model stays as it is.
+    Labels are drawn from the model: the label of a text or token, the next token at every position, or, of masked
+    models, 15% of the tokens. With power 2 the sum estimates the diagonal Fisher up to a factor: the Fisher, not the
+    empirical one, in the words of Kunstner et al. (2019, arXiv 1905.12558). Such labels are independent and their
+    gradients have mean 0, so that the squared gradient of a batch may stand for the sum of squares. The model runs in
+    evaluation mode and is not changed.
 
     Args:
         model: a causal language model; with `texts` also a masked one, or a classifier of texts or tokens.
-        tokenizer: None: the model's config names the token that samples begin with.
-        texts: a file or a Hub id, with `:column` ([`read_texts`]). Default: the model's own samples.
-        samples: how many of them, or texts at most.
-        max_length: tokens of a sample or a text at most.
-        batch_size: samples in a batch; part of the memory's scale.
-        power: of the optimizer that is to go on from it.
+        tokenizer: None only for samples; the model's config then names their first token.
+        texts: a file (.txt, .md: a text a paragraph; .json, .jsonl, .csv, .parquet) or a Hub id, with `:column`, by
+            default `text`. Default: the model's own samples.
+        samples: number of samples, or of texts at most, >= 1.
+        max_length: tokens of a sample or a text at most, > 1.
+        batch_size: samples in a batch, >= 1; the memory's scale depends on it.
+        power: the p of the optimizer that will use the memory, > 0.
         seed: of the samples and the drawn labels.
 
     Returns:
         A memory of the task "pretrained" and of all parameters that require a gradient; `metadata["steps"]` is the
-        number of batches. As the state of `pseudo_rehearsal` it holds the model's own samples, or, of classifiers and
+        number of batches. As the state of `pseudo_rehearsal` it holds the model's own samples or, for classifiers and
         masked models, how often each token occurred in the texts. Given texts are not kept.
 
     Raises:
-        ValueError: another kind of model, no texts where they are needed, a number out of range, and gradients that
-            are not finite.
+        ValueError: another kind of model, no texts where they are needed, a number out of range, no parameter that
+            requires a gradient, and gradients that are not finite.
+        FileNotFoundError: there is no file `texts`.
     """
     given = {"samples": samples, "max_length": max_length, "batch_size": batch_size, "power": power, "seed": seed}
     if min(samples, batch_size, max_length - 1) < 1 or not 0 < power < float("inf"):

@@ -47,10 +47,10 @@ class Task:
       classification 0.0 or 1.0 a class, of token classification a class id a token (-100: no loss).
 
     Args:
-        name: Unique in the sequence, of letters, digits, `.`, `_`, `-` and inner `/`.
-        train_dataset: What is trained on.
+        name: Unique in the sequence, of letters, digits, `.`, `_`, `-` and inner `/`, with a letter or digit first.
+        train_dataset: The training split.
         eval_dataset: The validation split, for choices such as the best checkpoint or a hyperparameter.
-        test_dataset: What the accuracy matrix is measured on. Default: `eval_dataset`.
+        test_dataset: The split that the accuracy matrix is measured on. Default: `eval_dataset`.
         text_column: Column of the text. Default: "text".
         text_pair_column: Column of the second text of a sentence pair. Default: there is none.
         label_column: Column of a ClassLabel, of strings (each its own name), or of integers with `label_names`.
@@ -61,7 +61,7 @@ class Task:
         hub_id: Where on the Hub the data come from, for the model card; `load_task` fills it.
 
     Raises:
-        ValueError: a name that cannot be a folder's.
+        ValueError: a `name` of another form.
     """
 
     name: str
@@ -111,10 +111,11 @@ def load_task(
               `fpb:/path/Sentences_50Agree.txt`: the same from the original file.
             - `imdb`: Large Movie Review Dataset (Maas et al., 2011), from the Hub; `imdb:/path/aclImdb`: the same
               from the original folder. Its neg/pos are mapped to negative/positive.
-            - anything else: `GRAMMAR`; a .csv, .tsv, .json, .jsonl or .parquet file, a local folder, or a Hub id.
-        seed: Of the splits that are cut here and of the training subset; default 0. A source without a
-            validation split loses a stratified 10% of train to it, one without any split is cut 80/10/10.
-        max_train_samples: Size of the (stratified) training subset; default None: all.
+            - `name:path_or_id[:config][,text=COL][,text_pair=COL][,label=COL][,names=a|b|c][,map=x>y|z>w]`: a .csv,
+              .tsv, .json, .jsonl or .parquet file, a local folder, or a Hub id; the options are fields of [`Task`].
+        seed: Seed of the splits that are cut here and of the training subset; default 0. A source without a validation
+            split loses a stratified 10% of train to it; one with neither validation nor test is cut 80/10/10.
+        max_train_samples: Size, >= 1, of the (stratified) training subset; default None: all.
         max_eval_samples: The same for validation and for test, with a fixed seed; default None: all.
 
     Returns:
@@ -150,7 +151,7 @@ def load_task(
 
 
 def label_names(tasks: list[Task]) -> list[str]:
-    """The label names of a sequence, in order of first appearance: index = the model's class id.
+    """Return the label names of a sequence, in order of first appearance: index = the model's class id.
 
     Within a task the order is that of `label_names`, else the ClassLabel's, else alphabetical. Prepared tasks hold
     ids, not names, and add none.
@@ -163,7 +164,7 @@ def label_names(tasks: list[Task]) -> list[str]:
 
 
 def prepare_tasks(tasks: list[Task], tokenizer, label2id: dict[str, int], max_length: int | None = None) -> list[Task]:
-    """New tasks, with every split tokenised and labels replaced by the model's ids, by name; `label_ids` is filled.
+    """Return new tasks, with every split tokenised and label names replaced by the model's ids; `label_ids` is filled.
 
     Their datasets hold the tokenizer's columns and integer `labels`; validation and test rows are sorted by length.
 
@@ -174,7 +175,7 @@ def prepare_tasks(tasks: list[Task], tokenizer, label2id: dict[str, int], max_le
         max_length: In tokens; default None: `tokenizer.model_max_length` where the tokenizer has one.
 
     Raises:
-        ValueError: whatever `label_names` refuses, texts that are not strings, labels not in `label2id`.
+        ValueError: what `label_names` refuses, no tokenizer, texts that are not strings, labels not in `label2id`.
     """
     names = label_names(tasks)
     if missing := [name for name in names if name not in label2id]:

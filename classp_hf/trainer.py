@@ -55,22 +55,23 @@ class ContinualTrainer(PatchedTrainer):
 
     Args:
         model: as in Trainer.
-        args: [`ContinualTrainingArguments`], or any other `TrainingArguments`.
+        args: [`ContinualTrainingArguments`], or any other `TrainingArguments`; a copy is used.
         method: a [`~classp_hf.methods.Method`], the name of one (`"ewc"`), or several of either (`"replay+elastic"`,
             or a list). Default: none.
-        memory: go on from this continual memory: a file, the folder of a model saved with one, or a Hub id. Default:
-            `args.memory`.
-        task_metric: fills R instead of a metric from `compute_metrics`, for what has to be generated, for instance.
-            `task_metric(model, processing_class, dataset)` returns one number; `dataset` is the measured split of a
-            task as it was given, with its own columns. It is called on every rank, with the whole split, in
-            evaluation mode. Default: none.
-        kwargs: every other argument of Trainer. `compute_metrics` defaults to the accuracy, and the loss of
-            single-label classifiers to the cross-entropy averaged over the whole accumulated batch (see
-            `docs/architecture.md`).
+        memory: the continual memory to start from: a file, the folder of a model saved with one, a Hub id, `"none"`,
+            or `"pretrained"` as in [`ContinualTrainingArguments`]. Default: `args.memory`.
+        task_metric: fills R instead of a metric from `compute_metrics`, for generated texts, for instance.
+            `task_metric(model, processing_class, dataset)` returns one finite number; `dataset` is the measured split
+            of a task as it was given, with its own columns. Every rank calls it, with the whole split, in evaluation
+            mode. Default: none.
+        kwargs: every other argument of Trainer. For single-label classifiers `compute_metrics` defaults to the
+            accuracy, and the loss to the cross-entropy averaged over the whole accumulated batch (see
+            `docs/architecture.md`). For language models `data_collator` defaults to `DataCollatorForSeq2Seq`.
 
     Raises:
-        ValueError: an unknown method, bad `optim_args`, a memory that does not fit the model, DeepSpeed, FSDP
-            version 1.
+        ValueError: an unknown method, bad `optim_args`, a memory that does not fit the model, a `compute_loss_func`
+            beside a method that adjusts logits, DeepSpeed, FSDP version 1, one process on several GPUs.
+        FileNotFoundError: there is no memory at `memory`.
     """
 
     default_optim: ClassVar[str | None] = None
@@ -169,10 +170,12 @@ class ContinualTrainer(PatchedTrainer):
 
     @property
     def methods(self) -> list[Method]:
+        """The methods of this trainer, in the order in which their hooks run."""
         return self.engine.methods
 
     @property
     def seen_tasks(self) -> list[str]:
+        """Names of the tasks trained on so far, the oldest first."""
         return self.engine.tasks
 
     @property
@@ -182,15 +185,20 @@ class ContinualTrainer(PatchedTrainer):
         return folds and bool(self.seen_tasks) and self.engine.context is None
 
     def accumulators(self) -> dict[str, Tensor]:
-        """Canonical name -> `sum |g|^p` over all training so far: [`ContinualCallback.accumulators`]."""
+        """Return canonical name -> `sum |g|^p` over all training so far, float32, sharded as the parameters are; empty
+        if there is none. Do not write to the tensors."""
         return self.engine.accumulators()
 
     def continual_memory(self) -> ContinualMemory:
-        """The memory as it stands. If the model is sharded, call it on every rank."""
+        """Return the present continual memory. If the model is sharded, call it on every rank."""
         return self.engine.memory(self.args)
 
     def load_memory(self, memory: ContinualMemory, where: str = "", *, same_run: bool = False) -> None:
-        """Go on from `memory`; [`ContinualCallback.load`] says how, and what it raises."""
+        """Go on from `memory`: methods take their state now, the optimizer its accumulators when training begins.
+
+        `where` is its source, for messages; `same_run` says that it is of a checkpoint or task boundary of this run.
+        Raises ValueError for a memory of another power or model, or with a state that cannot be a method's.
+        """
         self.engine.load(memory, self.model, self.args, same_run=same_run, where=where)
 
     def context(self) -> Context:
@@ -242,7 +250,8 @@ class ContinualTrainer(PatchedTrainer):
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """As Trainer's; a checkpoint that holds a continual memory gives back the methods' state too."""
+        """As Trainer's; a checkpoint with a continual memory also restores the state of the methods. Raises ValueError
+        for a method that cannot run in this set-up, and a checkpoint without its memory or of another optimizer."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(Path(self._get_output_dir(None))) or True
         if isinstance(resume_from_checkpoint, str) and any(m.needs_start for m in self.methods):
@@ -258,27 +267,29 @@ class ContinualTrainer(PatchedTrainer):
     def train_sequence(self, tasks: list[Task], resume_from_checkpoint: str | bool | None = None) -> dict[str, Any]:
         """Train on `tasks`, one after another, and evaluate all of them before the first and after each.
 
-        Texts are tokenised with `processing_class` and labels aligned by name with `model.config.label2id`; prepared
-        datasets are used as they are. `args.output_dir` gets `sequence_state.json` (what is done), `00-<task>/` and so
-        on (Trainer's checkpoints, the model and the memory after the task; deleted when the next task is done, unless
-        `args.keep_task_models`), and at the end the final model with its memory, plots, a model card,
-        `results.html` and, last of all, `results.json`. Nothing is pushed to the Hub before [`push_to_hub`].
+        Texts are tokenised with `processing_class`, and labels are aligned by name with `model.config.label2id`;
+        prepared datasets are used as they are. The run writes into `args.output_dir`: `sequence_state.json` (its
+        progress), `00-<task>/` and so on (Trainer's checkpoints, the model and the memory after the task; deleted when
+        the next task is done, unless `args.keep_task_models`), and at the end the final model with its memory, plots,
+        a model card, `results.html` and, last, `results.json`. Nothing is pushed to the Hub before [`push_to_hub`].
 
         Args:
             tasks: at least one, with distinct names. The first `args.learned_tasks` are evaluated and shown to the
                 method, not trained on; their rows of R repeat the row before.
-            resume_from_checkpoint: True goes on from what `args.output_dir` holds; a run killed at any point ends with
-                the same R, weights and memory, bit for bit on CPUs. Default: `args.resume_from_checkpoint`.
+            resume_from_checkpoint: True resumes the run in `args.output_dir`; a run killed at any point ends with the
+                same R, weights and memory, bit for bit on CPUs. Default: `args.resume_from_checkpoint`.
 
         Returns:
-            The content of `results.json`: `tasks`, `accuracy_matrix` (T+1 rows x T columns, row 0 = before any
-            training here, values in the metric's own unit), `metrics`, `seconds`, `boundary_seconds` (the method's,
-            before and after tasks), and what describes the run.
+            The content of `results.json`: `tasks` (names), `accuracy_matrix` (R, T+1 rows x T columns, row 0 = before
+            any training here, in the unit of `metric`), `metrics` (of `classp_hf.metrics.summarize`), `seconds`,
+            `boundary_seconds` (the methods' share, before and after tasks), `importance` (layer -> mean accumulator
+            at every stage), and the run's settings, command, versions and hardware.
 
         Raises:
-            ValueError: bad tasks (see `prepare_tasks`), or an output directory that holds another run.
+            ValueError: bad tasks (see `prepare_tasks`), a method that cannot run in this set-up, arguments that would
+                go wrong over several trainings, or an output directory that holds another run.
             OSError: the disk is full, or the output directory cannot be written to.
-            SystemExit: 143, after a SIGTERM with `args.enable_jit_checkpoint`, when what was done is saved.
+            SystemExit: 143, after a SIGTERM with `args.enable_jit_checkpoint`, once the progress is saved.
         """
         if isinstance(tasks, Task):
             raise ValueError(f"train_sequence takes a list of tasks, got the task {tasks.name!r} alone. Pass [task].")
@@ -353,8 +364,8 @@ class ContinualTrainer(PatchedTrainer):
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
     ):
-        """As Trainer's; after `train_sequence` the final model, its memory, R and the card, in one commit and without
-        the tasks' folders."""
+        """As Trainer's; after `train_sequence` it pushes the final model, its memory, R, figures and the card in one
+        commit, without the tasks' folders. An error of the upload names the command that tries again."""
         if self.sequence_results is None:
             return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
         token = token or self.args.hub_token

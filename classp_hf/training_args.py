@@ -19,8 +19,10 @@ ADAMW_LEARNING_RATE = 5e-5
 
 @dataclass(repr=False)  # whose own would show tokens
 class ContinualTrainingArguments(TrainingArguments):
-    """Arguments of a [`ContinualTrainer`]. Defaults that differ from `TrainingArguments`: `learning_rate` (by
-    optimizer, see its help).
+    """Arguments of a [`ContinualTrainer`]. Of the defaults of `TrainingArguments` only `learning_rate` differs.
+
+    Raises:
+        ValueError: `memory_power`, `learned_tasks` or `heads` out of range, and what `TrainingArguments` refuses.
     """
 
     learning_rate: float | None = flag(  # type: ignore[assignment]

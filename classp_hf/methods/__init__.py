@@ -23,7 +23,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def make_methods(method: Method | str | Sequence[Method | str | Sequence] | None) -> list[Method]:
-    """The methods that `method` stands for, in its order.
+    """Return the methods that `method` names, in its order.
 
     Args:
         method: a method, names joined by "+" (of `METHODS`, with their default hyperparameters), a list of any of

@@ -21,23 +21,23 @@ class Context:
 
     Args:
         model: the model, with PEFT's and FSDP2's wrappers and without DDP's.
-        args: of the training.
+        args: the arguments of the training.
         seen_tasks: names of the tasks trained on before this one.
-        accumulators: gives canonical name -> `sum |g|^p` so far, float32; empty where none is kept. While training
-            these are the tensors that change (copies of low-bit ones), sharded as the parameters are.
+        accumulators: returns canonical name -> `sum |g|^p` so far, float32, sharded as the parameters are; empty where
+            none is kept. Do not write to them: they may be the optimizer's state.
         optimizer: without accelerate's wrapper; None before training.
         task: name of the task that is trained on.
-        train_dataset: what is trained on, other tasks' examples that a method mixed in among them.
+        train_dataset: what is trained on, with the earlier tasks' examples that a method mixed in.
         task_dataset: the task's own examples.
         collate: makes a batch of examples.
         processing_class: tokenizer, image processor or None.
         accelerator: None in scripts that build a Trainer of their own.
         per_task_heads: whether each task has a head of its own.
         max_steps: optimizer steps of this training in all; 0 before it.
-        fisher_steps: of how many steps' squared gradients the accumulators are the sum, if they are those of a model
-            that nobody trained here (`remember`); else None.
-        start: canonical name -> weights at the start of the task, on the CPU, where the model holds later ones; {} if
-            no method needs them. None unless the task is resumed.
+        fisher_steps: if this run began with a memory of `remember` with power 2: how many steps' squared gradients
+            that memory counts as. Otherwise, and in a resumed run, None.
+        start: of a resumed task, canonical name -> weights at its start, on the CPU; {} if no method needs them. None
+            if the task is not resumed.
     """
 
     model: Any
@@ -58,12 +58,12 @@ class Context:
 
     @property
     def resumed(self) -> bool:
-        """Whether the task was begun before: what `load_state_dict` gave back is the state in the midst of it."""
+        """Whether the task is resumed: `load_state_dict` was then given the state of an interrupted task."""
         return self.start is not None
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP shards the model, or is going to."""
+        """Whether FSDP shards the model, or will when training begins."""
         plugin = None if self.accelerator is None else getattr(self.accelerator.state, "fsdp_plugin", None)
         return plugin is not None or bool(self.args.fsdp) or reshard(self.model)
 
@@ -96,15 +96,15 @@ class Method:
     Order of the hooks, for each task: `extend_train_dataset`, `prepare_model`, `before_task`; in every forward pass
     `adjust_logits` and `loss_term`; around every optimizer step that is taken `before_step` and `after_step`; and
     `after_task`. `state_dict()` goes into the continual memory and comes back through `load_state_dict`, before
-    `before_task`, when a run goes on from it. A method says by what it overrides what it needs: the first two hooks
-    and those of the forward pass need [`ContinualTrainer`], the others work in any script.
+    `before_task`, when a run goes on from it. The first two hooks and those of the forward pass need
+    [`ContinualTrainer`]; a method that overrides none of them works in any script.
 
     Raises:
         ValueError: a hyperparameter out of its range; from `check`, before any training, a set-up that cannot work.
     """
 
     name: ClassVar[str] = "none"
-    """By which `method=`, the command line and the memory know the method."""
+    """Name of the method in `method=`, on the command line and in the memory."""
 
     ranges: ClassVar[Mapping[str, tuple[str, Callable[[Any], bool]]]] = {}
     """Hyperparameter -> the values it takes, in words and as a test."""
@@ -117,15 +117,15 @@ class Method:
     """Whether a resumed run needs the weights that its task began with."""
 
     folds_adapters: ClassVar[bool] = False
-    """Whether a task's PEFT adapter becomes part of the base weights when the task ends: saved then is a plain
-    model."""
+    """Whether a task's PEFT adapter is merged into the base weights when the task ends, so that a plain model is
+    saved."""
 
     parts: ClassVar[tuple[str, ...]] = ()
     """Attributes that are the state: canonical name -> float32 tensor each."""
 
     per_parameter: ClassVar[tuple[str, ...]] = ()
-    """Parts of the state that hold one number a weight. Of these a run that goes on from a memory takes what fits its
-    model: rows that an embedding gained get 0 in `importance`, the weight itself elsewhere."""
+    """Parts of the state that hold one number a weight. A run that goes on from a memory takes those that fit its
+    model; rows that an embedding gained get 0 in `importance`, the weight itself in other parts."""
 
     positive: ClassVar[Mapping[str, str]] = {}
     """Parts of the state that hold one number > 0 a name -> what the number is, for messages."""
@@ -146,11 +146,12 @@ class Method:
         """Called before anything is trained: raise a ValueError if the method cannot run in this set-up.
 
         Args:
+            context: `train_dataset`, `task_dataset` and `optimizer` may still be None.
             others: the methods it is combined with.
         """
 
     def extend_train_dataset(self, dataset: Any, earlier: Sequence[Any]) -> Any:
-        """The dataset to train on, from the task's own and the earlier tasks' training datasets."""
+        """Return the dataset to train on, given the task's training dataset and those of the earlier tasks."""
         return dataset
 
     def prepare_model(self, model: nn.Module, seen_tasks: Sequence[str]) -> None:
@@ -160,17 +161,17 @@ class Method:
         """Called on every rank when training on a task begins or is resumed, with all wrappers on the model."""
 
     def adjust_logits(self, logits: Tensor) -> Tensor:
-        """The logits that the training loss is computed from, (examples, classes)."""
+        """Return the logits that the training loss is computed from; `logits` and result are (examples, classes)."""
         return logits
 
     def loss_term(self, outputs: Any, inputs: Mapping[str, Tensor], count: Tensor | int | None) -> Tensor | None:
-        """A 0-dim term for the training loss of one micro-batch, with its graph, weighed as the loss itself is.
+        """Return a 0-dim term, with its graph, that is added to the training loss of one micro-batch; None adds none.
 
         Args:
             outputs: of the model.
-            inputs: with `labels`.
-            count: items (examples, of language models tokens with a label) in the whole accumulated batch: return the
-                sum over the micro-batch's items divided by it. None: return the mean over the micro-batch's items.
+            inputs: of the model, with `labels`.
+            count: number of items (examples; for language models, tokens with a label) in the whole accumulated batch:
+                return the sum over the micro-batch's items divided by it. None: return the mean over these items.
         """
         return None
 
@@ -202,7 +203,7 @@ class Method:
         return {part: tensors for part in self.parts if (tensors := getattr(self, part))}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take back what `state_dict` gave; tensors are on the CPU."""
+        """Restore what `state_dict` returned; tensors are on the CPU."""
         for part in self.parts:
             setattr(self, part, {n: t.float() for n, t in state.get(part, {}).items()})
 
@@ -216,7 +217,7 @@ class Method:
 
     @classmethod
     def needs_trainer(cls) -> bool:
-        """Whether it changes the data, the model or the loss, which takes a [`ContinualTrainer`]."""
+        """Whether the method changes the data, the model or the loss, and so needs a [`ContinualTrainer`]."""
         hooks = ("extend_train_dataset", "prepare_model", "adjust_logits", "loss_term")
         return any(getattr(cls, hook) is not getattr(Method, hook) for hook in hooks)
 
@@ -251,6 +252,7 @@ class AnchoredMethod(Method):
     importance: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def strength(self) -> float:
+        """Return the factor of the pull, >= 0."""
         raise NotImplementedError
 
     @torch.no_grad()

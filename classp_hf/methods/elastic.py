@@ -18,19 +18,18 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Elastic(Method):
-    """EWC without a Fisher pass: a pull `strength * A_i * (w_i - a_i)`, A = s / mean(s) (Kirkpatrick et al. 2017, eq.
-    3).
+    """EWC without a Fisher pass: the gradient `strength * A_i * (w_i - a_i)`, with A = s / mean(s).
 
-    s is the accumulator (`sum |g|^p`); mean(s) its mean over all weights and a the weights at the boundary, both of
-    which a model and its memory hold. Under CLASSP the pull is divided by the root of the memory as a gradient is, but
-    kept out of the memory (it would feed on itself), and applied implicitly after the step, which is stable at any
-    strength::
+    This is the penalty of Kirkpatrick et al. 2017 (arXiv 1612.00796, eq. 3) with another importance. s is the present
+    accumulator (`sum |g|^p`). a are the weights, and mean(s) is the mean of s over all weights, at the last task
+    boundary. Under CLASSP the pull is divided by the root of the memory as a gradient is, does not enter the memory
+    (it would increase itself), and is applied implicitly after the step, which is stable at any strength::
 
         c_i = lr * strength * A_i / (eps + s_i)^(1/p)
         w_i <- w_i - c_i / (1 + c_i) * (w_i - a_i)
 
-    Under any other optimizer it is added to the clipped gradient. Without a memory a task trains
-    freely: the first one, unless `memory="pretrained"`.
+    Under any other optimizer it is added to the clipped gradient. A task that begins without a memory trains freely:
+    the first one, unless `memory="pretrained"`.
     """
 
     name = "elastic"

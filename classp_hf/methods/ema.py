@@ -13,10 +13,10 @@ from .base import Context, Method, flag, placed
 
 @dataclass
 class EMA(Method):
-    """`average <- decay * average + (1 - decay) * w` after every step, begun at the task's first weights.
+    """`average <- decay * average + (1 - decay) * w` after every step, from the weights at the start of the task.
 
     The average (Polyak & Juditsky 1992) replaces the weights when the task ends. The first task is left as it is, so
-    that methods differ only in how they hold on to it.
+    that methods differ only in how they keep it.
     """
 
     name = "ema"

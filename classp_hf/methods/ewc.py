@@ -24,19 +24,21 @@ logger = logging.get_logger(__name__)
 class EWC(AnchoredMethod):
     """Penalty `(lambda / 2) * sum_i F_i (w_i - a_i)^2` (arXiv 1612.00796, eq. 3), applied as a gradient term.
 
-    F_i is the mean over examples of the squared *per-example* gradient of log p(y|x); the square of a batch's mean
-    gradient, found in many implementations, is something else. Over several tasks:
+    F_i is the mean over examples of the squared *per-example* gradient of log p(y|x), not the square of a batch's mean
+    gradient, as in many implementations; a_i is the weight at the end of the last task. Over several tasks:
 
     - `online` (Schwarz et al. 2018, arXiv 1805.06370): F <- gamma F + F_t, one anchor, the weights of the last task.
     - `summed`: one term and one anchor a task, as in the original. Their sum has the same gradient as one term with
-      F = sum_t F_t and the F-weighted mean of the anchors, which is what is kept: two tensors a weight, however many
+      F = sum_t F_t and the F-weighted mean of the anchors. Only these are kept: two numbers a weight, however many
       tasks.
 
-    At a first fine-tuning F is the memory of the model as it was (`memory="pretrained"`, `remember`): squared
-    gradients of batches, labels drawn from the model, over the number of batches.
+    If a first fine-tuning begins with a memory of the pretrained model (`memory="pretrained"`, `remember`) of power 2,
+    F is that memory, and a are the weights as loaded. `fisher_normalize` divides it by its mean; otherwise it is
+    divided by its number of batches.
 
     Raises:
-        ValueError: a hyperparameter out of its range; when training begins, a dataset without a length.
+        ValueError: a hyperparameter out of its range; when training begins, a dataset that is empty or has no length,
+            and a model without log p(y|x) of classes (regression, several labels an example).
     """
 
     name = "ewc"

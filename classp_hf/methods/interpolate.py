@@ -14,9 +14,8 @@ from .base import Context, Method, flag
 class Interpolate(Method):
     """After a task, `w = w_old + alpha (w_new - w_old)` (arXiv 2109.01903, eq. 1); nothing changes during training.
 
-    The paper interpolates once, between the pre-trained and the fine-tuned model; here once a task, between the
-    weights it started from and ended with. The first task is left as it is, so that methods differ only in how they
-    hold on to it.
+    The paper (WiSE-FT, Wortsman et al. 2022) interpolates once, between the pre-trained and the fine-tuned model. Here
+    every task but the first is interpolated, between the weights at its start and at its end.
     """
 
     name = "interpolate"

@@ -12,7 +12,7 @@ class L2SP(AnchoredMethod):
     """Penalty `(alpha / 2) * sum_i (w_i - a_i)^2`, a = the weights when the last task ended (arXiv 1802.01483, eq. 2).
 
     The paper's anchor is the pre-trained model; in a sequence it is the model each task starts from. The first task
-    trains freely, as under EWC, so that methods differ only in how they hold on to it.
+    trains freely, as under EWC, so that methods differ only in how they keep it.
     """
 
     name = "l2sp"

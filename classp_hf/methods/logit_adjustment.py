@@ -19,14 +19,18 @@ from .base import Context, Method, flag
 class LogitAdjustment(Method):
     """Train with the logits `z + tau min(0, log p_new - log p_old)`, predict with z.
 
-    p_new are the label frequencies of what is trained on (one example added to every label), p_old the mean of the
-    earlier tasks' own; a label that they did not have counts as one example. A shared head begins a new task by
-    unlearning the labels that are rare in it, and drags the encoder along. The term lowers those labels' logits while
-    training, so that part of the drop need not be learned; labels that become more frequent are learned as ever.
+    p_new are the label frequencies of the training data (one example added to every label), p_old the mean of the
+    earlier tasks' frequencies; a label that they did not have counts as one example. A shared head begins a new task
+    by unlearning the labels that are rare in it, which changes the encoder too. The term lowers those labels' logits
+    while training, so that part of the drop need not be learned. It does not change labels that become more frequent.
 
     After Menon et al. 2021 (arXiv 2007.07314, eq. 10), who correct one long-tailed dataset towards uniform
-    frequencies; the minimum is this project's: correcting in both directions costs the new task (docs/log.md). It
-    costs no time: the state is one number a label. For single-label classifiers with a shared head.
+    frequencies; the minimum is this project's, because correcting in both directions costs the new task
+    (docs/log.md). The state is one number a label, and the cost in time is negligible.
+
+    Raises:
+        ValueError: `prior_strength` out of its range; before training, a model that is not a single-label classifier
+            with one shared head; when training begins, a dataset without a length or a column of labels.
     """
 
     name = "logit_adjustment"

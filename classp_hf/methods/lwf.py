@@ -18,12 +18,15 @@ from .base import Context, Method, flag
 
 @dataclass
 class LwF(Method):
-    """Loss term `lambda * T^2 * KL(softmax(old / T) || softmax(new / T))` (arXiv 1606.09282, eq. 2-3), averaged as the
-    loss.
+    """Loss term `lambda * T^2 * KL(softmax(old / T) || softmax(new / T))` (arXiv 1606.09282, eq. 2-3).
 
-    `old` are the logits of a frozen copy of the model as the task found it. No data of earlier tasks; the cost is one
-    more forward pass a step and one more copy of the weights. With logits a token, those count that predict a token
-    with a label.
+    It is averaged as the loss is. `old` are the logits of a frozen copy of the model at the start of the task, on the
+    new task's inputs. The method needs no data of earlier tasks, and costs one more forward pass a step and one more
+    copy of the weights. If the model has logits for every token, only those that predict a token with a label count.
+
+    Raises:
+        ValueError: a hyperparameter out of its range; before training, FSDP, `heads="per_task"` and a model with one
+            label.
     """
 
     name = "lwf"

@@ -13,14 +13,15 @@ from .base import Context, Method, flag
 
 @dataclass
 class Merge(Method):
-    """After a task, `w = (F_old w_old + a F_new w_new) / (F_old + a F_new)` for every weight; nothing changes before.
+    """When a task ends, `w = (F_old w_old + a F_new w_new) / (F_old + a F_new)` for every weight.
 
-    Mode-IMM (Lee et al. 2017, arXiv 1703.08475, eq. 10) or Fisher merging (Matena & Raffel 2022, arXiv 2111.09832)
-    with a Fisher that costs nothing: F is the growth of the accumulator `sum |g|^p` over the task, divided by its
-    mean. F_old is that of all earlier tasks, counted once a task, so that T tasks weigh alike at a = 1. A low-bit
-    accumulator, rounded at random, may come out smaller than it was: it did not grow.
+    Nothing changes during training, nor for a task that begins without a memory, such as the first. This is mode-IMM
+    (Lee et al. 2017, arXiv 1703.08475, eq. 10) or Fisher merging (Matena & Raffel 2022, arXiv 2111.09832) without a
+    Fisher pass: F is the growth of the accumulator `sum |g|^p` over the task, divided by its mean. F_old is that of
+    all earlier tasks times their number, so that all tasks weigh alike at a = 1. Where random rounding makes a low-bit
+    accumulator smaller, its growth counts as 0.
 
-    The old weights and accumulators wait on the CPU while the task trains; checkpoints within it hold the latter.
+    The old weights and accumulators stay on the CPU while the task trains; its checkpoints hold the accumulators.
     """
 
     name = "merge"

@@ -16,11 +16,16 @@ from .base import Context, Method, flag
 
 @dataclass
 class OLoRA(FoldedAdapters):
-    """Loss term `lambda * sum_{i<t} ||A_i A_t^T||_F^2` on the LoRA factors A (arXiv 2310.14152, eq. 9), every layer.
+    """Penalty `lambda * sum_{i<t} ||A_i A_t^T||_F^2` on the LoRA factors A of every layer (arXiv 2310.14152, eq. 9).
 
-    Earlier adapters stay in force: they are added to the base weights when their task ends. What is kept of them are
-    their A's, rank x in_features a layer and task. The authors' code sums absolute values instead of squares; this is
-    the paper's form. The model is one with LoRA adapters (`peft.LoraConfig`).
+    It is applied as a gradient term. An adapter is merged into the base weights when its task ends; only its A's are
+    kept, rank x in_features numbers a layer and task. The authors' code sums absolute values; this is the paper's
+    form.
+
+    Raises:
+        ValueError: `olora_lambda` out of its range; before training, a model without exactly one LoRA adapter
+            (`peft.LoraConfig`) or with one on embeddings or with `lora_bias`, FSDP, quantised base weights,
+            `reset_optimizer=False`, or other methods than `replay`, `lwf` and `logit_adjustment`.
     """
 
     name = "olora"

@@ -17,10 +17,14 @@ from .base import Context, Method
 class OSF(FoldedAdapters):
     """ "Sculpting Subspaces" (arXiv 2504.07097) by PEFT's own tuner, decomposing the weights again before every task.
 
-    Each adapted weight is split by its SVD; the large singular directions stay, the rest is trained with gradients
-    orthogonal to them. Before the next task the weights as they then are are split anew, so what the last task learned
-    can become part of what stays. The rank that stays is `peft.OSFConfig`'s `effective_rank`, the same for all tasks
-    (the paper chooses it by layer and task). The model is one with OSF adapters.
+    Each adapted weight is split by its SVD. The large singular directions are frozen, and the others are trained with
+    gradients orthogonal to them. Before the next task the present weights are split again, so that what the last task
+    learned can become part of the frozen directions. Their rank is `effective_rank` of `peft.OSFConfig`, the same for
+    all tasks (the paper chooses it by layer and task).
+
+    Raises:
+        ValueError: before training, peft below 0.21, a model without exactly one OSF adapter, and what `OLoRA` also
+            refuses: FSDP, quantised weights, `reset_optimizer=False` and most other methods.
     """
 
     name = "osf"

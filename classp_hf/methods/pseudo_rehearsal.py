@@ -38,19 +38,25 @@ POOL = 2048
 class PseudoRehearsal(Method):
     """Gradient of `lambda * T^2 * KL(old || new)` on texts that are not the new task's, added at every step.
 
-    When a task begins, the model as it stands answers a pool of texts; while it trains, it is held to those answers.
-    No copy of the weights is kept, and no text of earlier tasks. The texts are
+    When a task begins, the model answers a pool of texts; while it trains, it is held to those answers (T is 1 for
+    language models). No copy of the weights is kept, and no text of earlier tasks. The texts are
 
-    - of classifiers and masked language models: independent tokens with the frequencies that tokens had in earlier
-      tasks (Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal"). Kept of the data are counts: how
-      often each token and each length occurred. A first task has nothing to rehearse;
-    - of causal language models: samples of the model itself, at the first training too (LAMOL, arXiv 1909.03329;
-      self-synthesized rehearsal, arXiv 2403.01244). New ones are added at each later task;
+    - for classifiers and masked language models: independent tokens with the frequencies that tokens had in earlier
+      tasks (Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal"). The memory keeps only counts: how
+      often each token and each length occurred. A first task has nothing to rehearse, unless `remember` made its
+      memory;
+    - for causal language models: samples of the model itself, at the first training too (LAMOL, arXiv 1909.03329;
+      self-synthesized rehearsal, arXiv 2403.01244). Each later task adds new ones;
     - or `rehearse_texts`.
 
-    A step costs the forward and backward pass of `rehearse_fraction` times the batch's number of texts, at least one;
-    the beginning a forward pass over the pool, on every process. The gradient is clipped by `max_grad_norm`, apart
-    from the task's.
+    A step costs a forward and a backward pass over `rehearse_fraction` times the batch's number of texts, at least
+    one; each task begins with a forward pass over the pool, on every process. The gradient is clipped by
+    `max_grad_norm`, apart from the task's.
+
+    Raises:
+        ValueError: a hyperparameter out of its range; before training, encoder-decoders, regression, several labels
+            an example, `heads="per_task"`, a dataset without a length or `input_ids` whose tokens are to be counted, a
+            masked language model without its tokenizer, and `rehearse_texts` that hold no texts.
     """
 
     name = "pseudo_rehearsal"

@@ -15,10 +15,10 @@ from .base import Method, flag
 class Replay(Method):
     """Experience replay with a fixed random buffer (Robins 1995): `replay_fraction` of each earlier task's examples.
 
-    Which examples is decided once, by `replay_seed` and the task's position, so the buffer of a resumed run is the
-    same one. The buffer holds users' texts and is therefore never written into the continual memory: a run that starts
-    from a memory has to be given the earlier tasks' examples again. The mixed epoch is longer: its extra gradient
-    steps are part of the method's cost.
+    `replay_seed` and the task's position determine which examples, at least one a task, so a resumed run has the same
+    buffer. The buffer holds users' texts and is therefore never written into the continual memory: a run that starts
+    from a memory has to be given the earlier tasks' examples again. The epochs are longer: their extra gradient steps
+    are part of the method's cost.
     """
 
     name = "replay"

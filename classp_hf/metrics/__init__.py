@@ -54,7 +54,7 @@ def average_accuracy(R: ArrayLike) -> float:
 def learning_accuracy(R: ArrayLike) -> float:
     """Learning accuracy: LA = mean_j R[j, j], each task right after its own training. Higher is better.
 
-    Read it beside `backward_transfer` and `forgetting`, which a method that learns little also does well on.
+    A method that learns little also does well on `backward_transfer` and `forgetting`: read them beside this one.
 
     Source: Riemer et al. 2019 (arXiv 1810.11910).
     """
@@ -114,10 +114,10 @@ def summarize(R: ArrayLike, greater_is_better: bool = True) -> dict[str, Any]:
     """Every metric of R by its name, ready for `json.dump`: Python floats, None where a metric is not defined.
 
     Args:
-        R (`ArrayLike`): accuracy matrix, shape (T+1, T), row 0 before any training.
-        greater_is_better (`bool`, default `True`): False for a loss, a perplexity. The two averages are then those of
-            R, lower is better; the transfers keep their sign's meaning (negative = forgetting), positive forgetting is
-            forgetting, in the unit of R; what is retained is R[j, j] / R[T, j], 1 = nothing lost.
+        R: accuracy matrix, shape (T+1, T), row 0 before any training.
+        greater_is_better: False for a loss or perplexity. The two averages are then those of R, lower is better; the
+            transfers and `forgetting` are those of -R, so that their signs keep their meaning; `retained_accuracy` is
+            R[j, j] / R[T, j], 1 = nothing lost.
 
     Returns:
         `average_accuracy`, `learning_accuracy`, `backward_transfer`, `forward_transfer`, `forgetting` (a float each;
@@ -136,24 +136,24 @@ def summarize(R: ArrayLike, greater_is_better: bool = True) -> dict[str, Any]:
 
 
 def gap_recovered(acc: float, acc_sequential: float, acc_joint: float) -> float:
-    """Share of the gap to joint training: G = (acc - acc_sequential) / (acc_joint - acc_sequential)
+    """Share of the gap to joint training: G = (acc - acc_sequential) / (acc_joint - acc_sequential).
 
     0 = no better than plain sequential training, 1 = as good as joint training; below 0 and above 1 happen. nan where
     acc_joint <= acc_sequential: there is no gap to recover.
 
     Args:
-        acc (`float`): average accuracy of the method.
-        acc_sequential (`float`): of the same optimizer and budget, task after task, without any method.
-        acc_joint (`float`): of training on all tasks together.
+        acc: average accuracy of the method.
+        acc_sequential: that of the same optimizer and budget, task after task, without any method.
+        acc_joint: that of training on all tasks together.
     """
     gap = acc_joint - acc_sequential
     return float((acc - acc_sequential) / gap) if gap > 0 else math.nan
 
 
 def load(name: str, **kwargs: Any) -> evaluate.Metric:
-    """The metric of that name ("backward_transfer", ...) as an `evaluate.Metric`, without a network.
+    """Return the metric of that name, one of `METRICS`, as an `evaluate.Metric`, without a network.
 
-    `metric.compute(accuracy_matrix=R)` gives `{name: value}`. `kwargs` are passed on to `evaluate.load` (`cache_dir`,
+    `metric.compute(accuracy_matrix=R)` returns `{name: value}`. `kwargs` are those of `evaluate.load` (`cache_dir`,
     `experiment_id`, ...). Raises ValueError if there is no metric of that name.
     """
     import evaluate  # here, because it imports torch and transformers

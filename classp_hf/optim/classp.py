@@ -33,28 +33,29 @@ class CLASSP(Optimizer):
     `power=2, threshold=0` this is `torch.optim.Adagrad(initial_accumulator_value=eps, eps=0)`, whose fused step is
     taken.
 
-    The math runs in float32 and is cast to the parameter's dtype once, at the end. State: one tensor of the
-    parameter's shape and `state_dtype`, `state[p]["accumulator"]`, of that dtype after `load_state_dict` too. It holds
-    s + offset, where the group's `offset` is eps with `power=2` in float32 and 0 otherwise; `accumulator(p)` is s.
+    The math runs in float32, or float64 for such parameters, and is cast to the parameter's dtype once, at the end.
+    `state[p]["accumulator"]`, of the parameter's shape and of `state_dtype`, after `load_state_dict` too, holds
+    s + offset, where the group's `offset` is eps with `power=2` in float32 and 0 otherwise; `accumulator(p)` returns
+    s. With `uint8` there is also `state[p]["base"]`, an int16 for each 256 weights.
 
     Args:
         params: parameters, named parameters or parameter groups. Every hyperparameter may differ from group to group.
         lr: learning rate, a float or a 1-element tensor, >= 0.
-        threshold: gradients whose square does not exceed it are ignored. In squared-gradient units, so it depends on
-            loss scale, batch size, clipping and accumulation; `density` does not.
+        threshold: gradients whose square does not exceed it are ignored, >= 0. In squared-gradient units, so it
+            depends on loss scale, batch size, clipping and accumulation; `density` does not.
         power: the p of Algorithm 1, > 0. The paper's experiments use 1 and 2; with an empty memory 1 underfits.
         eps: added to the accumulator inside the root, > 0. In units of |g|^p: near the accumulator's mean it erases
             the memory, far below it the first steps are sign steps on every weight.
         apply_decay: if False, gradients are accumulated but the step is plain SGD ("learn and remember", before
             "suppress").
-        weight_decay: decoupled (Loshchilov & Hutter 2019): `w <- w * (1 - lr * weight_decay)` for every coordinate of
-            a parameter that has a gradient.
+        weight_decay: decoupled (arXiv 1711.05101), >= 0: `w <- w * (1 - lr * weight_decay)` for every coordinate of a
+            parameter that has a gradient.
         density: the fraction, in (0, 1], of a tensor's nonzero gradients that may update: the threshold becomes the
             (1 - density) quantile of g^2 over them, estimated per tensor and step from up to 4,096 of them
             (`cuts_for_density` gives the error). Excludes `threshold`. Sharded gradients are gathered, one at a time.
         maximize: ascend instead of descend.
-        foreach: True: PyTorch's multi-tensor operations, never the fused step; the default where that is not possible.
-            False: one tensor a call.
+        foreach: True: PyTorch's multi-tensor operations, never the fused step. False: one tensor a call. Default:
+            multi-tensor operations where the fused step is not possible.
         fused: whether PyTorch's fused Adagrad takes the step. Default: where it can, with `power=2`, `apply_decay` and
             a float32 state on CPUs and CUDA devices (torch >= 2.13), unless the step is compiled.
         state_dtype: `"float32"`; `"bfloat16"` or `"uint8"` keep the memory in two bytes or one a weight, rounded at
@@ -67,7 +68,7 @@ class CLASSP(Optimizer):
 
     Raises:
         ValueError: a hyperparameter out of its range, both `threshold` and `density`, `fused=True` where that step is
-            not CLASSP's or does not exist; a complex parameter.
+            not CLASSP's or does not exist; a complex parameter; from `step`, a uint8 state of a sharded parameter.
         RuntimeError: from `step`: a sparse gradient; on CPUs a gradient that is NaN, infinite or too large.
     """
 
@@ -130,8 +131,8 @@ class CLASSP(Optimizer):
 
     @torch.no_grad()
     def accumulator(self, p: Tensor) -> Tensor:
-        """The memory of parameter `p`, float32, of its shape and sharding; zeros before its first step. Not to be
-        written to: it may be the state itself."""
+        """Return the accumulator s of parameter `p`, float32, of its shape and sharding; zeros before its first step.
+        Do not write to it: it may be the state itself."""
         state = self.state.get(p)
         if not state:
             return torch.zeros_like(p, dtype=torch.float32, memory_format=torch.preserve_format)
@@ -140,7 +141,8 @@ class CLASSP(Optimizer):
 
     @torch.no_grad()
     def set_accumulator(self, p: Tensor, values: Tensor) -> None:
-        """Make `values` (float32, >= 0, of the shape, device and sharding of `p`) its memory."""
+        """Set the accumulator s of `p`, a parameter of this optimizer, to `values`: >= 0, of its shape, device and
+        sharding."""
         group = self._group_of(p)
         state = self.state[p] = _new_state(p, group)
         accumulator, values = local(state["accumulator"]), local(values).float()
@@ -151,9 +153,9 @@ class CLASSP(Optimizer):
 
     @torch.no_grad()
     def update_density(self) -> float:
-        """Share of all coordinates, in [0, 1], that a step with the present gradients would update.
+        """Return the share of all coordinates, in [0, 1], that a step with the present gradients would update.
 
-        Call it after the backward pass and before `zero_grad`; it reads every gradient once, and one number back.
+        Call it after the backward pass and before `zero_grad`. It reads every gradient once, and waits for the device.
         """
         updated = []
         for group, params in self._alike():
@@ -166,7 +168,7 @@ class CLASSP(Optimizer):
         return sum(map(int, updated)) / total if updated else 0.0
 
     def skipped_steps(self) -> int:
-        """How many steps were skipped, on a GPU or compiled, for bad gradients. Waits for the device."""
+        """Return how many steps, on a GPU or compiled, were skipped for bad gradients. Waits for the device."""
         return int(self._skipped)
 
     @torch.no_grad()
@@ -174,7 +176,7 @@ class CLASSP(Optimizer):
         """Perform one optimization step.
 
         Args:
-            closure: re-evaluates the model and returns the loss.
+            closure: re-evaluates the model and returns the loss, which `step` then returns.
         """
         loss = None
         if closure is not None:

@@ -1,4 +1,4 @@
-"""MoFO: AdamW that updates only the weights with the largest momenta (Chen et al. 2024, arXiv 2407.20999)."""
+"""MoFO: Adam that updates only the weights with the largest momenta (Chen et al. 2024, arXiv 2407.20999)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch.optim import Optimizer
 
 
 class MoFO(Optimizer):
-    """Momentum-filtered optimizer (arXiv 2407.20999, Algorithm 1): Adam's moments for every weight, Adam's step only
-    where |m| is among the `fraction` largest of its tensor. What it leaves alone stays where earlier tasks put it.
+    """Momentum-filtered optimizer (Chen et al. 2024, arXiv 2407.20999, Algorithm 1), without weight decay.
+
+    It keeps Adam's moments m and v for every weight, and takes Adam's step only for the weights whose |m| is among the
+    `fraction` largest of their tensor. All others stay where earlier tasks put them.
 
     Args:
         params: parameters or parameter groups.
@@ -45,7 +47,7 @@ class MoFO(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Perform one optimization step; `closure` re-evaluates the model and returns the loss."""
+        """Perform one optimization step and return the loss of `closure`, which re-evaluates the model, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

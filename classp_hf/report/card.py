@@ -24,13 +24,13 @@ def write_model_card(
 ) -> None:
     """Write the model card, with the metadata that the Hub reads, to `path`, the README.md of a model's folder.
 
-    It shows the figures, and tells how to continue from the continual memory, that the folder holds.
+    It shows the figures that lie in the folder, and says how to continue from its continual memory.
 
     Args:
-        results (`Mapping`): content of `results.json`; secrets in its arguments and command are left out.
-        base_model (`str`, default: unknown): Hub id, or a local folder, of which only the last part is told.
-        license (`str`, default: none): the Hub's name of the model's license, such as "apache-2.0".
-        tags (`Sequence[str]`, default: none): tags beside those of the package, the optimizer and the methods.
+        results: content of `results.json`; secrets in its arguments and command are left out.
+        base_model: Hub id, or a local folder, of which only the last part is shown. Default: unknown.
+        license: the Hub's name of the model's license, such as "apache-2.0". Default: none.
+        tags: tags beside those of the package, the optimizer and the methods.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 

@@ -104,7 +104,7 @@ def plot_importance(results: Results, path: AnyPath) -> None:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure in inches, off pyplot: the caller's backend and open figures stay as they are."""
+    """Return an empty figure, in inches, outside pyplot. ImportError: matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -113,6 +113,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: AnyPath) -> None:
+    """Write the figure to `path` as PNG, 150 dots an inch, atomically."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
 

@@ -18,10 +18,10 @@ _FIGURES = {
 
 
 def write_page(path: AnyPath, results: Results) -> None:
-    """Write the page to `path`, atomically, with the figures (PNG) that lie beside it, and R as a heat map of its own.
+    """Write the page to `path`, atomically, with R as a heat map and the figures (PNG) that lie beside it.
 
     Args:
-        results (`Mapping`): content of `results.json`; secrets in its command are left out, all text is escaped.
+        results: content of `results.json`; secrets in its command are left out, all text is escaped.
     """
     folder, scale, R = Path(path).parent, Scale(results), results["accuracy_matrix"]
     low, high = (0.0, 1.0) if scale.percent else (min(map(min, R)), max(map(max, R)))
