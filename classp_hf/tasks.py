@@ -134,7 +134,7 @@ def load_task(
     held_out = next((splits[split] for split in ("validation", "valid", "val", "dev") if split in splits), train)
     task = Task(train_dataset=train, eval_dataset=held_out, test_dataset=test, **fields)
     _check_columns(task)
-    if test is not None and set(map(str, test[task.label_column])) == {"-1"}:
+    if test is not None and set(map(str, test[task.label_column][:])) == {"-1"}:
         logger.warning(f"Task {task.name}: the labels of its test split are hidden (all -1); the split is left out.")
         task.test_dataset = None
     if held_out is train:

@@ -1,5 +1,5 @@
-"""What tests/test_deepspeed.py runs: `deepspeed_worker.py FOLDER [CONFIGURATION]`, two trainings, the second from what
-the first saved, in a script that knows nothing of classp_hf but `register()`."""
+"""What tests/test_deepspeed.py runs: `deepspeed_worker.py FOLDER [CONFIGURATION]`, in a script that knows nothing of
+classp_hf but `register()`: two trainings of one model, and the second once more from what the first saved."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def train(folder, model, task, **changes):
 if __name__ == "__main__":
     classp_hf.register()
     first, second = conftest.make_tasks.__wrapped__()()
-    train(FOLDER / "first", conftest.make_model.__wrapped__()(), first)
+    model = conftest.make_model.__wrapped__()()
+    train(FOLDER / "first", model, first)
+    train(FOLDER / "same", model, second)  # which then has buffers of another engine
     train(FOLDER / "second", AutoModelForSequenceClassification.from_pretrained(FOLDER / "first"), second)
     again = AutoModelForSequenceClassification.from_pretrained(FOLDER / "first")
     train(FOLDER / "second", again, second, resume_from_checkpoint=str(FOLDER / "second" / "checkpoint-2"))

@@ -35,14 +35,14 @@ def one(tmp_path_factory):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_two_ranks_of_zero_remember_as_one_process(one, tmp_path, stage):
-    """The second training goes on from the first's memory, and is then resumed in its midst."""
+    """The second training goes on from the first's memory, of the file and of the process, and is then resumed."""
     given = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 8, "gradient_clipping": "auto"}
     path = tmp_path / "zero.json"
     path.write_text(json.dumps(given))
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
     said = run(tmp_path, *launcher, configuration=[str(path)])
     assert "Going on from the continual memory of first in" in said
-    for folder in ("first", "second"):
+    for folder in ("first", "same", "second"):
         for file in ("model.safetensors", "continual_memory.st"):
             ours, reference = (load_file(where / folder / file) for where in (tmp_path, one))
             assert ours.keys() == reference.keys()
