@@ -40,8 +40,9 @@ class ContinualTrainingArguments(TrainingArguments):
     )
     sequence_metric: str | None = flag(
         None,
-        "Name of the metric, from `compute_metrics`, that fills the matrix R. Default: accuracy; of language models "
-        "the loss; of a trainer with a `task_metric` that function's name.",
+        "Name of the metric, from `compute_metrics`, that fills the matrix R. Default: accuracy; of language "
+        "models, and of others than single-label classifiers without `compute_metrics`, the loss; of a trainer with "
+        "a `task_metric` that function's name.",
     )
     sequence_metric_greater_is_better: bool | None = flag(None, "Default: False for loss and perplexity, else True.")
     learned_tasks: int = flag(

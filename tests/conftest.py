@@ -20,8 +20,8 @@ VOCABULARY = 40
 LABELS = ("negative", "neutral", "positive")
 
 
-SLOW = ("test_compare_methods.py", "test_docs.py", "test_long_sequences.py", "test_quickstart.py")
-"""Left out without `--slow`, unless they are named: benchmarks, pages, notebook, fifty tasks. `make test-slow`."""
+SLOW = ("test_compare_methods.py",)
+"""Left out without `--slow`, unless they are named: what tests a benchmark. `make test-slow`."""
 
 
 LONG = ("test_distributed.py", "test_recipe.py", "test_trainer.py", "test_methods.py")

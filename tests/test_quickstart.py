@@ -4,8 +4,9 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
+
+from warm_python import python
 
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "quickstart.ipynb"
 
@@ -20,7 +21,7 @@ def test_the_quickstart_runs_from_top_to_bottom(tmp_path):
     program = "\n\n".join("".join(cell["source"]) for cell in code_cells())
     env = {**os.environ, "QUICKSTART_SAMPLES": "8", "MPLBACKEND": "agg"}
     run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=500, env=env, cwd=tmp_path
+        [python(), "-c", program], capture_output=True, text=True, timeout=500, env=env, cwd=tmp_path
     )
     assert run.returncode == 0, run.stderr[-4000:]
     assert "| learned before: icwsm14/movie |" in run.stdout and "| AdamW + replay |" in run.stdout
