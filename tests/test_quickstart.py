@@ -20,9 +20,7 @@ def test_the_quickstart_runs_from_top_to_bottom(tmp_path):
     """With few sentences, in one process."""
     program = "\n\n".join("".join(cell["source"]) for cell in code_cells())
     env = {**os.environ, "QUICKSTART_SAMPLES": "8", "MPLBACKEND": "agg"}
-    run = subprocess.run(
-        [python(), "-c", program], capture_output=True, text=True, timeout=500, env=env, cwd=tmp_path
-    )
+    run = subprocess.run([python(), "-c", program], capture_output=True, text=True, timeout=500, env=env, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-4000:]
     assert "| learned before: icwsm14/movie |" in run.stdout and "| AdamW + replay |" in run.stdout
     assert (tmp_path / "quickstart" / "later" / "results.html").is_file()
