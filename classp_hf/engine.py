@@ -151,6 +151,11 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         if previous is self:
             previous = None
         elif previous is not None and previous.context is not None:
+            if previous.zero is not None and previous.control is not control:
+                raise ValueError(
+                    "A training of this model was interrupted, and its memory is gone with DeepSpeed's buffers. Load "
+                    "model and memory from its last checkpoint."
+                )
             if previous.control is control and previous.methods and not previous.options:
                 return  # two on one Trainer: that with a method works
             previous.stop()  # also one whose training was interrupted

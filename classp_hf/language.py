@@ -51,7 +51,9 @@ def _prepare(task: Task, tokenizer: Any, encoder_decoder: bool, max_length: int 
             return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
         tokenised = dataset.map(tokenise, remove_columns=dataset.column_names, load_from_cache_file=False, desc=where)
-        kept = [i for i, labels in enumerate(tokenised["labels"][:]) if any(label != IGNORED for label in labels)]
+        batches = tokenised.select_columns("labels").iter(1000)  # a column is read a row at a time
+        rows = (labels for batch in batches for labels in batch["labels"])
+        kept = [i for i, labels in enumerate(rows) if any(label != IGNORED for label in labels)]
         if not kept:
             raise ValueError(f"{where}: no example has anything left to learn within max_length={max_length} tokens.")
         if lost := len(tokenised) - len(kept):

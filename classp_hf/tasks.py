@@ -285,7 +285,9 @@ def _prepare(task: Task, tokenizer, label2id: dict[str, int], max_length: int | 
         # Not inside map, where a column that was already called "labels" would impose its old ClassLabel.
         tokens = tokens.add_column("labels", np.array([label2id[row] for row in rows[split]], dtype=np.int64))
         if split != "train_dataset":  # an evaluation batch of like lengths holds little padding
-            tokens = tokens.select(np.argsort([len(ids) for ids in tokens["input_ids"][:]], kind="stable"))
+            batches = tokens.select_columns("input_ids").iter(1000)  # a column is read a row at a time
+            lengths = [len(ids) for batch in batches for ids in batch["input_ids"]]
+            tokens = tokens.select(np.argsort(lengths, kind="stable"))
         prepared[split] = tokens
     return replace(task, **prepared, label_ids=sorted(label2id[n] for n in names))
 

@@ -48,6 +48,7 @@ def test_a_configuration_file_says_how_many(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs two cores on Linux")
 def test_one_process_gets_the_cores_it_may_run_on(tmp_path):
     assert launch(tmp_path) == [f"WORLD 1 THREADS {len(os.sched_getaffinity(0))}"]
+    assert launch(tmp_path, "--num_cpu_threads_per_process", "1") == ["WORLD 1 THREADS 1"]
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import textwrap
 from types import SimpleNamespace
 
@@ -37,14 +38,15 @@ def script(tmp_path):
 
 
 def launch(launcher, script, tmp_path, *flags):
+    launcher = launcher if launcher[0] == sys.executable else [python(), *launcher]
     command = [*launcher, str(script), "--output_dir", str(tmp_path / "out"), "--num_train_epochs", "1", "--use_cpu"]
-    return subprocess.run([python(), *command, *flags], capture_output=True, text=True, timeout=300)
+    return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["-m", "classp_hf"],
+        [sys.executable, "-m", "classp_hf"],
         ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "-m", "classp_hf"],
     ],
     ids=["python -m", "accelerate launch -m"],

@@ -3,7 +3,8 @@
 Importing torch, Transformers, datasets and peft takes 3 to 10 s of CPU, more than most tests' work. `python()` is the
 path of a program that takes Python's arguments (`script`, `-m module`, `-c code`, `-u`) and behaves as the interpreter
 does: an environment, a folder, streams and an exit status of its own; its subprocesses are started alike. classp_hf
-is not imported beforehand. With other variables of `READ_AT_IMPORT` or other options it is the real interpreter. A
+is not imported beforehand. With other variables of `READ_AT_IMPORT` or other options it is the real interpreter, and
+so it is as rank 1 of several: forked ones alone would share the seed of hashes, and with it the order of sets. A
 killed program takes its process with it. The process's parent and group are the server's, not the program's.
 """
 
@@ -28,7 +29,10 @@ import traceback
 import types
 from pathlib import Path
 
-READ_AT_IMPORT = ("CUDA_", "DS_", "HF_", "KMP_", "MKL_", "OMP_", "PYTORCH_", "TRANSFORMERS_", "XDG_")
+import numpy as np
+
+READ_AT_IMPORT = ("CUDA_", "DS_", "HF_", "HOME", "KMP_", "MKL_", "OMP_", "PYTHONHASHSEED", "PYTORCH_", "TORCHDYNAMO_")
+READ_AT_IMPORT += ("TORCH_LOGS", "TRANSFORMERS_", "XDG_")
 LIBRARIES = (
     "accelerate.commands.launch",
     "datasets",
@@ -47,7 +51,8 @@ LIBRARIES = (
 PROGRAM = """#!{executable} -IS
 import json, os, signal, socket, sys
 words, rest = sys.argv[1:], [w for w in sys.argv[1:] if w != "-u"]
-changed = {{k: v for k, v in os.environ.items() if k.startswith({prefixes!r})}} != {environment!r}
+rank = os.environ.get("LOCAL_RANK")
+changed = rank == "1" or {{k: v for k, v in os.environ.items() if k.startswith({prefixes!r})}} != {environment!r}
 if changed or not rest or (rest[0][0] == "-" and rest[0] not in ("-m", "-c")) or rest[1:2] in (["pip"], ["venv"]):
     os.execv({executable!r}, [{executable!r}, *words])
 server = socket.socket(socket.AF_UNIX)
@@ -55,10 +60,15 @@ server.connect({address!r})
 socket.send_fds(server, [b"fds"], [0, 1, 2])
 server.sendall(json.dumps([words, dict(os.environ), os.getcwd()]).encode())
 server.shutdown(socket.SHUT_WR)
-pid = int.from_bytes(server.recv(8), "big")
+def answer():
+    number = server.recv(8)
+    if len(number) != 8:
+        sys.exit("tests/warm_python.py: the process is lost")
+    return int.from_bytes(number, "big")
+pid = answer()
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: os.kill(pid, number))
-status = os.waitstatus_to_exitcode(int.from_bytes(server.recv(8), "big"))
+status = os.waitstatus_to_exitcode(answer())
 if status < 0:
     if -status != signal.SIGKILL:
         signal.signal(-status, signal.SIG_DFL)
@@ -69,7 +79,9 @@ sys.exit(status)
 
 @functools.cache
 def python() -> str:
-    """Path of the program. Its server lives as long as this process."""
+    """Path of the program. Its server lives as long as this process. Elsewhere than on Linux the real interpreter."""
+    if not hasattr(os, "pidfd_open"):
+        return sys.executable
     folder = tempfile.TemporaryDirectory(prefix="warm_python_")
     atexit.register(folder.cleanup)
     address, program = str(Path(folder.name, "socket")), Path(folder.name, "python")
@@ -148,12 +160,13 @@ def run(words: list[str], environment: dict[str, str], folder: str) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    np.random.seed()
     own = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:1] = filter(None, own)
     while words[0] == "-u":
         words = words[1:]
         for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(write_through=True)
+            stream.reconfigure(line_buffering=True)
     if words[0] == "-m":
         sys.path.insert(0, folder)
         sys.argv = words[1:]
@@ -162,7 +175,7 @@ def run(words: list[str], environment: dict[str, str], folder: str) -> None:
         sys.path.insert(0, "")
         sys.argv = ["-c", *words[2:]]
         sys.modules["__main__"] = main = types.ModuleType("__main__")
-        exec(compile(words[1], "<string>", "exec"), vars(main))
+        exec(compile(words[1], "<string>", "exec", dont_inherit=True), vars(main))
     else:
         sys.path.insert(0, str(Path(words[0]).resolve().parent))
         sys.argv = words
