@@ -148,14 +148,15 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         zero = zero_optimizer(optimizer)
         optimizer = optimizer if zero is None else zero.optimizer
         previous = engine_of(model)
+        interrupted = previous is not None and previous.context is not None and previous.control is not control
+        if interrupted and previous is not None and previous.zero is not None:
+            raise ValueError(
+                "A training of this model was interrupted, and its memory is gone with DeepSpeed's buffers. Load "
+                "model and memory from its last checkpoint."
+            )
         if previous is self:
             previous = None
         elif previous is not None and previous.context is not None:
-            if previous.zero is not None and previous.control is not control:
-                raise ValueError(
-                    "A training of this model was interrupted, and its memory is gone with DeepSpeed's buffers. Load "
-                    "model and memory from its last checkpoint."
-                )
             if previous.control is control and previous.methods and not previous.options:
                 return  # two on one Trainer: that with a method works
             previous.stop()  # also one whose training was interrupted
@@ -167,6 +168,8 @@ class ContinualCallback(LiveMemory, TrainerCallback):
                 optimizer.state.clear()  # that engine has put another memory into it
         if self.args is not None and self.model is not model:  # `model_init` has made another one
             self.reset()
+        elif isinstance(self.optimizer, CLASSP) and self.optimizer is not optimizer and self._pending is None:
+            self._pending = self.accumulators()  # this callback's last Trainer had an optimizer of its own
         self.optimizer, self.args, self.model, self.control, self.samples = optimizer, args, model, control, None
         ContinualCallback.applied |= bool(self.options)
         self._check_optimizer(args, resumed := state.global_step > 0)

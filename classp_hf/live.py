@@ -213,8 +213,8 @@ class LiveMemory:
             method.load_state_dict({})
 
     def forget_accumulators(self) -> None:
-        """Drop what was loaded and is not in an optimizer yet."""
-        self._pending = None
+        """Drop what was loaded and is not in an optimizer yet, and what is in the last one."""
+        self._pending = self.optimizer = None
 
     def memory(self, args: Any = None) -> ContinualMemory:
         """The memory as it stands. If it is sharded, call it on every rank."""

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import VOCABULARY, weights
 from fake_hub import FakeHub
 from torch import nn
@@ -154,6 +155,21 @@ def test_training_twice_goes_on_from_the_live_memory(plain, make_model, tmp_path
     once = ContinualMemory.load(tmp_path / "b").get("accumulator")
     trainer.train()
     twice = ContinualMemory.load(tmp_path / "b").get("accumulator")
+    assert all((twice[n] >= s * 0.999999).all() for n, s in once.items())
+    assert any((twice[n] > s * 1.01).any() for n, s in once.items())
+
+
+@pytest.mark.parametrize("registered", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_second_trainer_goes_on_from_the_live_memory(registered, shared, plain, make_model, monkeypatch, tmp_path):
+    """With one callback for both Trainers or one for each, alone or beside those that `register` gives them."""
+    if not registered:
+        others = [c for c in transformers.trainer.DEFAULT_CALLBACKS if c is not ContinualCallback]
+        monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", others)
+    model, one = make_model(), ContinualCallback()
+    for name, callbacks in (("a", [one]), ("b", [one if shared else ContinualCallback()])):
+        plain(model, name, callbacks=callbacks)
+    once, twice = (ContinualMemory.load(tmp_path / name).get("accumulator") for name in "ab")
     assert all((twice[n] >= s * 0.999999).all() for n, s in once.items())
     assert any((twice[n] > s * 1.01).any() for n, s in once.items())
 
