@@ -9,7 +9,8 @@ domain. Measured before and after: the new task (accuracy by the logits of the t
 the loss on general text (windows of Python's documentation), the KL from the starting model on it and on the model's
 own samples, all in float32. Every finished run is a line of `--output` and is never run again; `--part 0 2` and
 `--part 1 2` share the rest between two processes. `--precision bf16` trains under autocast, faster on CPUs with AMX.
-`seconds`: of the training, with samples and answers drawn; CPU time where there is no GPU.
+`seconds`: of the training, with samples and answers drawn; CPU time where there is no GPU. Every run of AdamW is
+measured twice: as it is, and half-way back to the start (arm `interpolation`).
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class Arm:
     method: str = "none"
     memory: str = "none"
     lora: bool = False
-    interpolation: float | None = None
+    interpolated: bool = False  # measured half-way back to the start, too
+    tuned_as: str = ""  # another arm, whose choice this one takes
 
 
 RATES = {"adamw": (3e-5, 1e-4, 3e-4), "classp": (3e-4, 1e-3, 3e-3)}
@@ -80,16 +82,20 @@ REHEARSAL = "--rehearse_fraction 0.25 --rehearse_samples 64 --rehearse_length 64
 STRENGTHS = [f"--memory_strength {k} --learning_rate {lr}" for k, lr in ((640, 3e-3), (6400, 1e-2), (64000, 3e-2))]
 ADAMW_LR, CLASSP_LR = grid("learning_rate", *RATES["adamw"]), grid("learning_rate", *RATES["classp"])
 ARMS = {
-    **{f"adamw_{rate:g}": Arm(f"{ADAMW} --learning_rate {rate}", [""]) for rate in (1e-5, *RATES["adamw"])},
+    **{
+        f"adamw_{rate:g}": Arm(f"{ADAMW} --learning_rate {rate}", [""], interpolated=True)
+        for rate in (1e-5, *RATES["adamw"])
+    },
     "lora": Arm(ADAMW, grid("learning_rate", 3e-4, 1e-3, 3e-3), lora=True),
-    "interpolation": Arm(ADAMW, ADAMW_LR, interpolation=0.5),
     "classp": Arm(CLASSP, CLASSP_LR),
     "ewc_pretrained": Arm(f"{ADAMW} --learning_rate 1e-4", grid("ewc_lambda", 0.1, 1, 10), "ewc", "pretrained"),
     "classp_pretrained": Arm(CLASSP, CLASSP_LR, memory="pretrained"),
     "classp_strong": Arm(CLASSP, STRENGTHS, memory="pretrained"),
     "rehearsal": Arm(f"{ADAMW} {REHEARSAL}", ADAMW_LR, "pseudo_rehearsal"),
     "classp_rehearsal": Arm(f"{CLASSP} {REHEARSAL}", CLASSP_LR, "pseudo_rehearsal"),
-    "real_text": Arm(f"{ADAMW} {REHEARSAL} --rehearse_texts documentation", ADAMW_LR, "pseudo_rehearsal"),
+    "real_text": Arm(
+        f"{ADAMW} {REHEARSAL} --rehearse_texts documentation", ADAMW_LR, "pseudo_rehearsal", tuned_as="rehearsal"
+    ),
 }
 
 
@@ -113,7 +119,11 @@ def tokenizer() -> Any:
 
 
 def start() -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(embedded.smollm2(), dtype=torch.float32)
+    # On CPUs the backward pass of PyTorch's fused attention takes a quarter of a step.
+    attention = "sdpa" if GPU else "eager"
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        embedded.smollm2(), dtype=torch.float32, attn_implementation=attention
+    )
 
 
 @functools.cache
@@ -197,7 +207,8 @@ def scores_before(setup: str, stage: str) -> dict[str, float]:
 # ---- Runs ----
 
 
-def run(job: Job, precision: str) -> dict[str, Any]:
+def run(job: Job, precision: str) -> list[dict[str, Any]]:
+    """The lines of one run: its own and, where the arm says so, that of the weights half-way back."""
     arm, flags = ARMS[job.arm], f"{BASE} {ARMS[job.arm].flags} {job.setting}"
     with tempfile.TemporaryDirectory(prefix="first_finetuning_") as folder:
         register()
@@ -229,16 +240,15 @@ def run(job: Job, precision: str) -> dict[str, Any]:
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
         seconds = (time.process_time() if not GPU else time.perf_counter()) - started
-        if arm.interpolation is not None:
+        after = [(job, scores(model, job.setup, job.stage))]
+        if arm.interpolated:
             with torch.no_grad():
                 for p, old in zip(model.parameters(), start().to(model.device).parameters(), strict=True):
-                    p.lerp_(old, 1 - arm.interpolation)
-        after = scores(model, job.setup, job.stage)
+                    p.lerp_(old, 0.5)
+            half = replace(job, arm="interpolation", setting=arm.flags.removeprefix(ADAMW).strip())
+            after.append((half, scores(model, job.setup, job.stage)))
     found = environment()
-    return {
-        **asdict(job),
-        "before": {k: round(v, 4) for k, v in before.items()},
-        "after": {k: round(v, 4) for k, v in after.items()},
+    common = {
         "seconds": round(seconds, 1),
         "flags": flags,
         "precision": precision,
@@ -246,6 +256,11 @@ def run(job: Job, precision: str) -> dict[str, Any]:
         "hardware": {k: found["hardware"][k] for k in ("cpu", "cpu_capability", "torch_threads", "gpus")},
         "versions": {k: found["versions"][k] for k in ("torch", "transformers")},
     }
+    before = {k: round(v, 4) for k, v in before.items()}
+    return [
+        {**asdict(who), "before": before, "after": {k: round(v, 4) for k, v in scored.items()}, **common}
+        for who, scored in after
+    ]
 
 
 def job_of(line: dict[str, Any]) -> Job:
@@ -261,6 +276,7 @@ def chosen(setup: str, arm: str, lines: list[dict[str, Any]]) -> str:
     """The setting with the best new-task score on the tuning domain, whatever it costs the model."""
     if len(ARMS[arm].settings) == 1:
         return ARMS[arm].settings[0]
+    arm = ARMS[arm].tuned_as or arm
     found: dict[str, list[float]] = {}
     for line in lines:
         if (line["stage"], line["setup"], line["arm"]) == ("tune", setup, arm):
@@ -276,7 +292,7 @@ def jobs(options: argparse.Namespace, lines: list[dict[str, Any]]) -> Iterator[J
     for seed, setup, arm in itertools.product(seeds, options.setups, options.arms):
         if not tuning:
             yield Job("report", setup, arm, chosen(setup, arm, lines), seed)
-        elif len(ARMS[arm].settings) > 1:
+        elif len(ARMS[arm].settings) > 1 and not ARMS[arm].tuned_as:
             yield from (Job("tune", setup, arm, setting, seed) for setting in ARMS[arm].settings)
 
 
@@ -334,10 +350,10 @@ def main() -> None:
     todo = todo[options.part[0] :: options.part[1]]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for i, job in enumerate(todo):
-        line = run(job, options.precision)
+        lines = run(job, options.precision)
         with options.output.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        values = " ".join(f"{k} {v:.3f}" for k, v in line["after"].items() if math.isfinite(v))
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        values = " ".join(f"{k} {v:.3f}" for k, v in lines[0]["after"].items() if math.isfinite(v))
         print(f"{i + 1}/{len(todo)} {job.setup} {job.arm} {job.setting} seed {job.seed}: {values}", flush=True)
 
 
