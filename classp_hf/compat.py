@@ -6,7 +6,8 @@ docs/compatibility.md says which versions were run.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,17 @@ def refuse_sharding(model: Any) -> None:
         )
 
 
-def link_states(zero: Any) -> None:
-    """Tell parameters where in ZeRO's flat buffers their optimizer state is. DeepSpeed 0.19 does so after the
-    first step, by this method; a memory is put there before."""
-    zero._lazy_init_hp_params_optimizer_state()
+@contextmanager
+def linked_states(zero: Any) -> Iterator[None]:
+    """Give ZeRO's optimizer its flat buffers for the block, then tell parameters where in them their state is.
+    DeepSpeed 0.19 does both at its first step; a memory is put there before."""
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2
+        yield
+        zero._lazy_init_hp_params_optimizer_state()
+    else:  # stage 3, whose optimizer has them while it steps
+        zero._set_fp32_optimizer_param_groups()
+        yield
+        zero._clear_fp32_optimizer_param_groups()
 
 
 class PatchedTrainer(Trainer):

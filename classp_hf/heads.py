@@ -43,7 +43,7 @@ class TaskHeads:
         return {n: p for n, p in trainable_parameters(self.model) if n in self.names}
 
     def _copy(self) -> dict[str, Tensor]:
-        return {n: full_tensor(p.detach()).cpu().clone() for n, p in self._parameters().items()}
+        return {n: full_tensor(p).cpu().clone() for n, p in self._parameters().items()}
 
     @torch.no_grad()
     def activate(self, task: str, label_ids: list[int] | None = None) -> None:

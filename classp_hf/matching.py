@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .memory import ContinualMemory, shorten
-from .names import bare_model, canonical_name, full_tensor, samples
+from .names import bare_model, canonical_name, full_shape, full_tensor, samples
 
 
 @dataclass
@@ -83,8 +83,8 @@ def match_accumulators(
         elif n in fitting and n not in replaced:
             (result.accumulators if p.requires_grad else result.kept)[n] = fitting[n]
             used += fitting[n].numel()
-            if t.shape != p.shape:
-                result.notes.append(f"{n} keeps {min(len(p), len(t))} rows of {len(t)} and has {len(p)}")
+            if t.shape != (shape := full_shape(p)):
+                result.notes.append(f"{n} keeps {min(shape[0], len(t))} rows of {len(t)} and has {shape[0]}")
         needed += 0 if adapter and n in result.kept else t.numel()
     own = {n for n, p in parameters.items() if p.requires_grad} - excluded
     if used < 0.1 * needed:
@@ -116,12 +116,12 @@ def match_rows(stored: Mapping[str, Tensor], model: nn.Module, zeros: bool) -> d
     per_token |= {id(getattr(output, "weight", None)), id(getattr(output, "bias", None))}
     result: dict[str, Tensor] = {}
     for n, p in ((canonical_name(n), p) for n, p in model.named_parameters()):
-        t = stored.get(n)
-        if t is None or t.shape == p.shape:
+        t, shape = stored.get(n), full_shape(p)
+        if t is None or t.shape == shape:
             result |= {} if t is None else {n: t}
-        elif id(p) in per_token and t.ndim == p.ndim and t.shape[1:] == p.shape[1:]:
-            result[n] = torch.zeros(p.shape) if zeros else full_tensor(p.detach()).float().cpu().clone()
-            rows = min(len(t), len(p))
+        elif id(p) in per_token and t.ndim == len(shape) and t.shape[1:] == shape[1:]:
+            result[n] = torch.zeros(shape) if zeros else full_tensor(p).float().cpu().clone()
+            rows = min(len(t), shape[0])
             result[n][:rows] = t[:rows]
     return result
 
@@ -149,4 +149,4 @@ def _is_fresh(name: str, parameters: Mapping[str, nn.Parameter]) -> bool:
     if name not in parameters:
         return True
     B = parameters.get(re.sub(r"lora_(embedding_)?[AB]\b", r"lora_\1B", name)) if ".lora_" in name else None
-    return B is not None and not full_tensor(B.detach()).any()
+    return B is not None and not full_tensor(B).any()

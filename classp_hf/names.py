@@ -85,8 +85,16 @@ def is_language_model(model: Any) -> bool:
 
 
 def full_tensor(t: Tensor) -> Tensor:
-    """The whole tensor of a sharded one (a collective call on every rank), any other tensor as it is."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    """The whole tensor, detached, of a sharded one (a collective call on every rank); any other as it is, detached."""
+    if hasattr(t, "ds_id"):  # a parameter under ZeRO-3
+        with sys.modules["deepspeed"].zero.GatheredParameters([t]):
+            return t.detach().clone()
+    return t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
+
+
+def full_shape(p: Tensor) -> torch.Size:
+    """The shape of the whole parameter, which under ZeRO-3 is not its `shape`."""
+    return getattr(p, "ds_shape", p.shape)
 
 
 def like_parameter(full: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
@@ -131,7 +139,7 @@ def samples(model: nn.Module, count: int = 8) -> dict[str, Tensor]:
     reshard(model)
     taken = {}
     for name, p in model.named_parameters():
-        flat = full_tensor(p.detach()).reshape(-1)
+        flat = full_tensor(p).reshape(-1)
         taken[canonical_name(name)] = flat[:: max(1, flat.numel() // count)][:count].to(
             "cpu", torch.float32, copy=True
         )

@@ -98,7 +98,7 @@ class ContinualTrainer(PatchedTrainer):
         if getattr(args, "deepspeed_plugin", None) is not None:
             raise ValueError(
                 "ContinualTrainer does not run under DeepSpeed. Use FSDP2 (`accelerate launch --config_file "
-                "recipes/accelerate/fsdp2.yaml`) or DDP; or, with ZeRO-1 or 2, Trainer with `--optim classp`."
+                "recipes/accelerate/fsdp2.yaml`) or DDP; or Trainer with `--optim classp`."
             )
         _check_processes(args)
         shard_on_cpus(args)

@@ -1,7 +1,8 @@
-"""CLASSP's memory under DeepSpeed's ZeRO, stages 1 and 2, whose flat buffers hold the states of many parameters.
+"""CLASSP's memory under DeepSpeed's ZeRO, whose flat buffers hold the states of many parameters.
 
 CLASSP's update is elementwise: a flat buffer is to it one more parameter. What of it belongs to which parameter
-DeepSpeed's accessors tell (`deepspeed.utils.safe_get_full_optimizer_state`). Each rank looks at its own gradients:
+DeepSpeed's accessors tell (`deepspeed.utils.safe_get_full_optimizer_state`). Under stage 3 a parameter's own shape is
+its `ds_shape` ([`names.full_shape`]). Each rank looks at its own gradients:
 with DeepSpeed's clipping, Trainer's default, one that is not finite makes those of all ranks so.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compat import link_states
+from .compat import linked_states
 from .names import canonical_name
 
 _KEY = "accumulator"
@@ -39,7 +40,6 @@ def check_zero(plugin: Any, group: Mapping[str, Any], needs_gradients: str | Non
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") or "none"
     parts = "flat buffers hold the gradients of all parameters together"
     for name, wrong, reason in (
-        ("stage 3", zero.get("stage") == 3, "no parameter has its shape. Use stage 2, or FSDP2"),
         ("offload_optimizer", offload != "none", "another optimizer may take CLASSP's place. Leave it out"),
         ("an optimizer in its configuration", "optimizer" in config, "--optim is not asked. Leave it out"),
         (str(needs_gradients), needs_gradients is not None, f"{parts}. Use FSDP2 or DDP"),
@@ -52,11 +52,11 @@ def check_zero(plugin: Any, group: Mapping[str, Any], needs_gradients: str | Non
 
 def link(zero: Any) -> None:
     """Make the accumulators, and tell parameters where theirs is, which DeepSpeed does at the first step."""
-    for group in zero.optimizer.param_groups:
-        for flat in group["params"]:
-            if not zero.optimizer.state.get(flat):
-                zero.optimizer.set_accumulator(flat, torch.zeros_like(flat, dtype=torch.float32))
-    link_states(zero)
+    with linked_states(zero):
+        for group in zero.optimizer.param_groups:
+            for flat in group["params"]:
+                if not zero.optimizer.state.get(flat):
+                    zero.optimizer.set_accumulator(flat, torch.zeros_like(flat, dtype=torch.float32))
 
 
 def get_accumulators(zero: Any, model: nn.Module) -> dict[str, Tensor]:
@@ -70,9 +70,15 @@ def get_accumulators(zero: Any, model: nn.Module) -> dict[str, Tensor]:
 
 def set_accumulators(zero: Any, model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Make `values` (canonical name -> whole tensor) the accumulators, each rank its part."""
-    from deepspeed.utils import safe_set_full_optimizer_state
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     offset = zero.optimizer.param_groups[0]["offset"]
     for n, p in model.named_parameters():
         if (name := canonical_name(n)) in values and p.requires_grad:
-            safe_set_full_optimizer_state(p, values[name].to(p.device, torch.float32) + offset, _KEY)
+            whole = values[name].to(p.device, torch.float32) + offset
+            if hasattr(p, "ds_id"):  # stage 3: padded to parts of one size, which the other call does not do (0.19)
+                size, rank = p.ds_tensor.numel(), torch.distributed.get_rank(p.ds_process_group)
+                own = whole.flatten()[rank * size :][:size]
+                safe_set_local_optimizer_state(p, nn.functional.pad(own, (0, size - len(own))), _KEY)
+            else:
+                safe_set_full_optimizer_state(p, whole, _KEY)

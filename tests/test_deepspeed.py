@@ -33,10 +33,11 @@ def one(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_ranks_of_zero_remember_as_one_process(one, tmp_path, stage):
     """The second training goes on from the first's memory, of the file and of the process, and is then resumed."""
-    given = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 8, "gradient_clipping": "auto"}
+    zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
+    given = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 8, "gradient_clipping": "auto"}
     path = tmp_path / "zero.json"
     path.write_text(json.dumps(given))
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
@@ -45,6 +46,8 @@ def test_two_ranks_of_zero_remember_as_one_process(one, tmp_path, stage):
     for folder in ("first", "same", "second"):
         for file in ("model.safetensors", "continual_memory.st"):
             ours, reference = (load_file(where / folder / file) for where in (tmp_path, one))
+            # under ZeRO-3 Transformers 5 writes BERT's weights under their first names
+            ours = {n.replace(".gamma", ".weight").replace(".beta", ".bias"): t for n, t in ours.items()}
             assert ours.keys() == reference.keys()
             for name, t in reference.items():
                 torch.testing.assert_close(ours[name], t, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -160,7 +160,6 @@ def test_optim_args_cover_the_optimizers_hyperparameters():
 @pytest.mark.parametrize(
     ("configuration", "optim_args", "message"),
     [
-        ({"zero_optimization": {"stage": 3}}, None, "stage 3 is not supported: .* Use stage 2, or FSDP2"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, None, "offload_optimizer .* Leave it out"),
         ({"optimizer": {"type": "AdamW"}}, None, "an optimizer in its configuration .* Leave it out"),
         ({"zero_optimization": {"stage": 2}}, "density=0.1", "density is not supported"),

@@ -51,6 +51,6 @@ class Merge(Method):
             f_old = old[n] * ((len(context.seen_tasks) or 1) / old_mean)
             f_new = grown[n].mul_(self.merge_weight / new_mean)
             share = torch.where(f_old + f_new > 0, f_new / (f_old + f_new), 1.0)
-            merged = self.weights[n].float().lerp_(full_tensor(p.detach()).cpu().float(), share)
+            merged = self.weights[n].float().lerp_(full_tensor(p).cpu().float(), share)
             p.copy_(like_parameter(merged, p.detach(), p.dtype))
         self.weights, self.memory = {}, {}
