@@ -169,7 +169,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         if self.args is not None and self.model is not model:  # `model_init` has made another one
             self.reset()
         elif isinstance(self.optimizer, CLASSP) and self.optimizer is not optimizer and self._pending is None:
-            self._pending = self.accumulators()  # this callback's last Trainer had an optimizer of its own
+            self._pending = dict(self.accumulators())  # this callback's last Trainer had an optimizer of its own
         self.optimizer, self.args, self.model, self.control, self.samples = optimizer, args, model, control, None
         ContinualCallback.applied |= bool(self.options)
         self._check_optimizer(args, resumed := state.global_step > 0)
@@ -290,7 +290,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         if self.context.task not in self.tasks:
             self.tasks.append(self.context.task)
         if self.zero is not None:  # the next training has buffers of its own, and parameters know those alone
-            self._pending = self.accumulators()
+            self._pending = dict(self.accumulators())
         self.stop()
         self.start = self.checkpoint = None
         self.samples = samples(self.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from transformers.utils import logging
 
 from .heads import TaskHeads
 from .matching import match_accumulators, match_rows, named_as_in
-from .memory import MEMORY_NAME, ContinualMemory, memory_beside, shorten
+from .memory import MEMORY_NAME, ContinualMemory, memory_beside, shorten, write_memory
 from .methods import Context, Method, describe_methods
 from .names import (
+    Accumulators,
     canonical_name,
-    full_tensor,
     like_parameter,
     local,
     model_source,
@@ -89,7 +90,7 @@ class LiveMemory:
             return parse_optim_args(args.optim_args)[0].get("power", 2.0)
         return self.power if self.gather or any(m.uses_accumulators for m in self.methods) else None
 
-    def accumulators(self) -> dict[str, Tensor]:
+    def accumulators(self) -> Mapping[str, Tensor]:
         """Canonical name -> `sum |g|^p` over all training so far, float32, sharded as the parameters are; empty before
         any.
 
@@ -104,7 +105,8 @@ class LiveMemory:
         reshard(self.model)
         named = ((canonical_name(n), p) for n, p in self.model.named_parameters())  # frozen ones, too, keep theirs
         state, excluded = self.optimizer.state, self.excluded
-        return {n: self.optimizer.accumulator(p) for n, p in named if n not in excluded and state.get(p)}
+        known = {n: p for n, p in named if n not in excluded and state.get(p)}
+        return Accumulators(known, self.optimizer.accumulator)
 
     def sharded(self) -> bool:
         """Whether the memory is spread over ranks, so that reading it is a collective call."""
@@ -181,7 +183,9 @@ class LiveMemory:
             raise ValueError(f"{error}{at}") from None
         steps = None if same_run else memory.metadata.get("steps")  # that `remember` wrote
         scale = self.memory_strength / steps if self.memory_strength and steps else 1.0
-        self._pending, self._kept = ({n: t * scale for n, t in m.items()} for m in (match.accumulators, match.kept))
+        # as they are, pages of the file; those kept are copied, for another file may take its place
+        self._pending = {n: t if scale == 1 else t * scale for n, t in match.accumulators.items()}
+        self._kept = {n: t * scale for n, t in match.kept.items()}
         is_fisher = memory.metadata.get("optimizer", {}).get("power") == 2
         self.fisher_steps = steps * scale if steps and is_fisher else None
         self._description = memory.metadata.get("optimizer", {})
@@ -217,27 +221,34 @@ class LiveMemory:
         self._pending = self.optimizer = None
 
     def memory(self, args: Any = None) -> ContinualMemory:
-        """The memory as it stands. If it is sharded, call it on every rank."""
-        memory = ContinualMemory()
-        memory.put("accumulator", self._kept)
-        memory.put("accumulator", {n: full_tensor(t) for n, t in self.accumulators().items()})
+        """The memory as it stands. If it is sharded, call it on every rank, each of which then has all of it."""
+        memory = ContinualMemory(metadata=self._metadata(args))
+        for kind, tensors in self._parts():
+            memory.put(kind, tensors)
+        return memory
+
+    def _parts(self) -> list[tuple[str, Mapping[str, Tensor]]]:
+        """Kinds of tensors with their tensors by name, whole or sharded."""
+        parts: list[tuple[str, Mapping[str, Tensor]]] = [
+            ("accumulator", self._kept),
+            ("accumulator", self.accumulators()),
+        ]
         for method in self.methods:
-            for part, tensors in method.state_dict().items():
-                memory.put(f"{method.name}.{part}", {n: full_tensor(t) for n, t in tensors.items()})
+            parts += [(f"{method.name}.{part}", tensors) for part, tensors in method.state_dict().items()]
         if self.heads is not None:
-            for task, head in self.heads.state_dict().items():
-                memory.put(f"head.{task.replace('/', '%2F')}", head)
-            memory.put("initial_head", self.heads.initial)
-        if memory.tensors and self.model is not None:
-            memory.put("samples", samples(self.model) if self.samples is None else self.samples)
-        memory.metadata = {
+            parts += [(f"head.{task.replace('/', '%2F')}", head) for task, head in self.heads.state_dict().items()]
+            parts.append(("initial_head", self.heads.initial))
+        if any(tensors for _, tensors in parts) and self.model is not None:
+            parts.append(("samples", samples(self.model) if self.samples is None else self.samples))
+        return parts
+
+    def _metadata(self, args: Any) -> dict[str, Any]:
+        unfinished = {} if self.context is None else {"task": self.context.task}
+        return unfinished | {
             "tasks": list(self.tasks),
             "optimizer": self._described(args),
             "method": public_arguments(describe_methods(self.methods)),
         }
-        if self.context is not None:
-            memory.metadata["task"] = self.context.task
-        return memory
 
     def _described(self, args: Any) -> dict[str, Any]:
         """The optimizer's hyperparameters, with the power of the accumulators; without one those of the last."""
@@ -248,10 +259,11 @@ class LiveMemory:
         return describe_optimizer(self.optimizer, args) | (read if power is None else {"power": power})
 
     def write(self, folder: str | Path, args: Any = None) -> None:
-        """Write the memory into `folder`, from the main process. If the model is sharded, call it on every rank."""
-        memory = self.memory(args)
-        if (memory.tensors or self.tasks or self.context is not None) and (args is None or args.should_save):
-            memory.save(folder)
+        """Write the memory into `folder`, from the main process, tensor by tensor: no process holds it whole. If the
+        model is sharded, call it on every rank."""
+        parts = [(kind, tensors) for kind, tensors in self._parts() if tensors]
+        if parts or self.tasks or self.context is not None:
+            write_memory(folder, parts, self._metadata(args), args is None or args.should_save)
 
     def put(self, in_optimizer: bool) -> None:
         """Put what was loaded into the optimizer, or beside it, now that every wrapper (DDP, FSDP2, PEFT) is on.
@@ -266,13 +278,15 @@ class LiveMemory:
             if not in_optimizer:
                 set_accumulators(self.zero, self.model, pending)
             return
-        own = {n: p for n, p in trainable_parameters(self.model) if n in pending}
-        restored = {n: like_parameter(pending[n], p.detach(), torch.float32) for n, p in own.items()}
-        if not isinstance(self.optimizer, CLASSP):
-            self._gathered = restored
-        elif not in_optimizer:
-            for n, s in restored.items():
-                self.optimizer.set_accumulator(own[n], s)
+        is_classp = isinstance(self.optimizer, CLASSP)
+        self._gathered = {}
+        for n, p in trainable_parameters(self.model) if not (is_classp and in_optimizer) else ():
+            if n in pending:
+                s = like_parameter(pending.pop(n), p.detach(), torch.float32)
+                if is_classp:
+                    self.optimizer.set_accumulator(p, s)
+                else:
+                    self._gathered[n] = s
 
     def gather_step(self, found_inf: Tensor | None) -> None:
         """`s <- s + |g|^p`, unless a gradient of this step is not finite or its power would not be."""

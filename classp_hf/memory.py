@@ -18,19 +18,19 @@ import math
 import os
 import reprlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers.utils import logging
 
 from .files import replacing
-from .names import bare_model, model_source
+from .names import Accumulators, bare_model, full_shape, full_tensor, model_source
 from .redaction import UNPRINTABLE
 
 logger = logging.get_logger(__name__)
@@ -66,9 +66,9 @@ class ContinualMemory:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def put(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
-        """Add `tensors` (parameter name -> tensor) under `kind`."""
+        """Add `tensors` (parameter name -> tensor) under `kind`; sharded ones whole, by a collective call each."""
         for name, tensor in tensors.items():
-            self.tensors[f"{kind}/{name}"] = tensor.detach().cpu().contiguous()
+            self.tensors[f"{kind}/{name}"] = full_tensor(tensor).cpu().contiguous()
 
     def get(self, kind: str) -> dict[str, Tensor]:
         """Return the tensors of `kind`, keyed by parameter name; empty if there are none."""
@@ -91,19 +91,8 @@ class ContinualMemory:
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write `continual_memory.st` into `folder` (created if missing), by atomic rename, and return its path."""
-        path = Path(folder) / MEMORY_NAME
-        low_bit = self.metadata.get("optimizer", {}).get("state_dtype", "float32") != "float32"
-        # clone: safetensors refuses tensors that share storage (tied weights)
-        tensors = {
-            k: t.bfloat16() if low_bit and k.startswith("accumulator/") else t.clone() for k, t in self.tensors.items()
-        }
-        content = json.dumps(self.metadata, sort_keys=True)
-        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "content": content}
-        header["sha256"] = _digest(tensors, header)
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata=header)
-        path.with_name(OLD_NAME).unlink(missing_ok=True)
-        return path
+        parts = [(kind, self.get(kind)) for kind in self.kinds()]
+        return write_memory(folder, parts, self.metadata)
 
     @classmethod
     def load(cls, path_or_repo: str | os.PathLike, revision: str | None = None) -> ContinualMemory:
@@ -145,7 +134,7 @@ class ContinualMemory:
                 f"{FORMAT_VERSION}. Install the version of classp_hf that wrote it."
             )
         expected = header.pop("sha256", None)
-        if _digest(tensors, header) != expected:
+        if _digest(sorted(tensors.items()), header) != expected:
             raise ValueError(
                 f"The content of {path} does not match its own digest: it was altered or damaged after it was "
                 "written. Copy it again from where the run wrote it."
@@ -163,6 +152,74 @@ class ContinualMemory:
             k: t.float() for k, t in tensors.items() if k.startswith("accumulator/") and t.dtype == torch.bfloat16
         }
         return cls(tensors | low_bit, metadata)
+
+
+def write_memory(
+    folder: str | os.PathLike,
+    parts: Iterable[tuple[str, Mapping[str, Tensor]]],
+    metadata: Mapping[str, Any],
+    writes: bool = True,
+) -> Path:
+    """Write `continual_memory.st` into `folder` (created if missing), by atomic rename, and return its path.
+
+    The tensors are taken, made whole and written one after another, so that one of them is all there is in memory;
+    safetensors' own functions need all at once. If any is sharded, call it on every rank.
+
+    Args:
+        parts: kinds of tensors, with the tensors by name; the last of a name counts.
+        writes: this rank does; the others only take part in making tensors whole.
+    """
+    path = Path(folder) / MEMORY_NAME
+    low_bit = metadata.get("optimizer", {}).get("state_dtype", "float32") != "float32"
+    sources = {f"{kind}/{name}": (tensors, name) for kind, tensors in parts for name in tensors}
+
+    def form(key: str) -> tuple[torch.dtype, torch.Size]:
+        tensors, name = sources[key]
+        if isinstance(tensors, Accumulators):
+            dtype, shape = torch.float32, full_shape(tensors.parameters[name])
+        else:
+            dtype, shape = tensors[name].dtype, full_shape(tensors[name])
+        return torch.bfloat16 if low_bit and key.startswith("accumulator/") else dtype, shape
+
+    def take(key: str) -> Tensor:
+        tensors, name = sources[key]
+        return full_tensor(tensors[name])
+
+    if not writes:
+        for key in sorted(sources):
+            take(key)
+        return path
+    forms = {key: form(key) for key in sources}
+    layout: dict[str, Any] = {}
+    offset = 0
+    for key in sorted(forms, key=lambda k: (-forms[k][0].itemsize, k)):  # no tensor begins within a number of its own
+        dtype, shape = forms[key]
+        end = offset + math.prod(shape) * dtype.itemsize
+        layout[key] = {"dtype": _name_of(dtype), "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    content = json.dumps(metadata, sort_keys=True)
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION, "content": content}
+
+    def start(digest: str) -> bytes:
+        text = json.dumps({"__metadata__": header | {"sha256": digest}, **layout}).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        begin = file.write(start("0" * 64))
+
+        def written() -> Iterator[tuple[str, Tensor]]:
+            for key in sorted(sources):
+                t = take(key).to("cpu", forms[key][0]).contiguous()
+                file.seek(begin + layout[key]["data_offsets"][0])
+                file.write(_bytes(t))
+                yield key, t
+
+        digest = _digest(written(), header)
+        file.seek(0)
+        file.write(start(digest))
+    path.with_name(OLD_NAME).unlink(missing_ok=True)
+    return path
 
 
 def find_memory(path_or_repo: str | os.PathLike, revision: str | None = None) -> Path:
@@ -233,16 +290,26 @@ def warn_of_unused_memory(model: Any, why: str) -> None:
         logger.warning(f"A continual memory lies beside this model ({folder}) and is not used. {why}")
 
 
-def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+def _digest(tensors: Iterable[tuple[str, Tensor]], header: Mapping[str, str]) -> str:
+    """Of the header and of tensors with their keys, in the order of the keys."""
     digest = hashlib.sha256()
     for key in sorted(header):
         digest.update(f"{key}={header[key]}\n".encode())
-    for key in sorted(tensors):
-        t = tensors[key].detach().contiguous()
+    for key, t in tensors:
         digest.update(f"{key} {t.dtype} {tuple(t.shape)}\n".encode())
-        if math.prod(t.shape):
-            digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes(t))
     return digest.hexdigest()
+
+
+def _bytes(t: Tensor) -> Any:
+    """The content of a contiguous tensor on the CPU, not copied."""
+    return t.reshape(-1).view(torch.uint8).numpy().data if t.numel() else b""
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    """What safetensors calls it."""
+    start = save({"x": torch.empty(0, dtype=dtype)})
+    return json.loads(start[8 : 8 + int.from_bytes(start[:8], "little")])["x"]["dtype"]
 
 
 def _check_metadata(metadata: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -86,15 +86,37 @@ def is_language_model(model: Any) -> bool:
 
 def full_tensor(t: Tensor) -> Tensor:
     """The whole tensor, detached, of a sharded one (a collective call on every rank); any other as it is, detached."""
-    if hasattr(t, "ds_id"):  # a parameter under ZeRO-3
+    if hasattr(t, "ds_id"):  # a parameter under DeepSpeed's ZeRO-3
         with sys.modules["deepspeed"].zero.GatheredParameters([t]):
             return t.detach().clone()
-    return t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
+    return t.full_tensor().detach() if isinstance(t, DTensor) else t.detach()
 
 
 def full_shape(p: Tensor) -> torch.Size:
     """The shape of the whole parameter, which under ZeRO-3 is not its `shape`."""
     return getattr(p, "ds_shape", p.shape)
+
+
+class Accumulators(Mapping[str, Tensor]):
+    """Canonical name -> accumulator, float32, made anew whenever it is asked for: a dictionary of all of them would
+    double the memory.
+
+    Args:
+        parameters: canonical name -> the parameter it belongs to.
+        make: a parameter's accumulator; under ZeRO a collective call on every rank.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], make: Callable[[Tensor], Tensor]) -> None:
+        self.parameters, self.make = parameters, make
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.make(self.parameters[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parameters)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
 
 
 def like_parameter(full: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:

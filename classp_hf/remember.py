@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .embedded import cache_folder
 from .memory import ContinualMemory, NoMemoryError
 from .methods import PseudoRehearsal, describe_methods
-from .names import bare_model, full_tensor, loss_gradients, mean_over_weights, trainable_parameters
+from .names import bare_model, loss_gradients, mean_over_weights, trainable_parameters
 from .names import samples as weight_samples
 from .rehearsal import Answers, count_tokens, draw_samples, kind_of_model, padded, read_texts, readable
 
@@ -103,7 +103,7 @@ def remember(
     if not mean_over_weights(sums.values()) < float("inf"):
         raise ValueError("The gradients of this model are not finite: load it in float32 or bfloat16 to remember it.")
     memory = ContinualMemory()
-    memory.put("accumulator", {n: full_tensor(t) for n, t in sums.items()})
+    memory.put("accumulator", sums)
     memory.put("samples", weight_samples(model))
     for part, tensors in method.state_dict().items():
         memory.put(f"{method.name}.{part}", tensors)

@@ -187,7 +187,7 @@ class ContinualTrainer(PatchedTrainer):
     def accumulators(self) -> dict[str, Tensor]:
         """Return canonical name -> `sum |g|^p` over all training so far, float32, sharded as the parameters are; empty
         if there is none. Do not write to the tensors."""
-        return self.engine.accumulators()
+        return dict(self.engine.accumulators())
 
     def continual_memory(self) -> ContinualMemory:
         """Return the present continual memory. If the model is sharded, call it on every rank."""

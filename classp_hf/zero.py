@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .compat import linked_states
-from .names import canonical_name
+from .names import Accumulators, canonical_name
 
 _KEY = "accumulator"
 
@@ -59,13 +59,16 @@ def link(zero: Any) -> None:
                     zero.optimizer.set_accumulator(flat, torch.zeros_like(flat, dtype=torch.float32))
 
 
-def get_accumulators(zero: Any, model: nn.Module) -> dict[str, Tensor]:
-    """Canonical name -> whole accumulator, float32, on the CPU. A collective call on every rank."""
+def get_accumulators(zero: Any, model: nn.Module) -> Accumulators:
+    """The whole accumulators, on the CPU: each a collective call on every rank."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     offset = zero.optimizer.param_groups[0]["offset"]
-    found = ((n, safe_get_full_optimizer_state(p, _KEY)) for n, p in model.named_parameters() if p.requires_grad)
-    return {canonical_name(n): (t - offset).clamp_(min=0).cpu() for n, t in found if t is not None}
+
+    def make(p: Tensor) -> Tensor:
+        return (safe_get_full_optimizer_state(p, _KEY) - offset).clamp_(min=0).cpu()
+
+    return Accumulators({canonical_name(n): p for n, p in model.named_parameters() if p.requires_grad}, make)
 
 
 def set_accumulators(zero: Any, model: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -73,6 +76,7 @@ def set_accumulators(zero: Any, model: nn.Module, values: Mapping[str, Tensor]) 
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     offset = zero.optimizer.param_groups[0]["offset"]
+    p: Any  # with DeepSpeed's own attributes
     for n, p in model.named_parameters():
         if (name := canonical_name(n)) in values and p.requires_grad:
             whole = values[name].to(p.device, torch.float32) + offset

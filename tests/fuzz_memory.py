@@ -80,7 +80,7 @@ def with_digest(blob):
             return blob
     metadata.pop("sha256", None)
     header, data = split(blob)
-    header["__metadata__"] = {**metadata, "sha256": _digest(tensors, metadata)}
+    header["__metadata__"] = {**metadata, "sha256": _digest(sorted(tensors.items()), metadata)}
     return join(header, data)
 
 

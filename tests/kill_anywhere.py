@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,15 @@ def install(watch: Watch) -> Any:
 
     saved(torch, "save", 1)
     saved(transformers.modeling_utils, "safe_save_file", 1)
-    saved(classp_hf.memory, "save_file", 1)
+    replacing = classp_hf.memory.replacing
+
+    @contextmanager
+    def replacing_memory(path):
+        with replacing(path) as temporary:
+            yield temporary
+            watch(f"half of {temporary.name}", half=str(temporary))
+
+    classp_hf.memory.replacing = replacing_memory
 
     def around(cls, name):
         original = getattr(cls, name)

@@ -43,7 +43,7 @@ class Context:
     model: Any
     args: TrainingArguments
     seen_tasks: list[str] = field(default_factory=list)
-    accumulators: Callable[[], dict[str, Tensor]] = dict
+    accumulators: Callable[[], Mapping[str, Tensor]] = dict
     optimizer: Any = None
     task: str = ""
     train_dataset: Any = None
