@@ -142,3 +142,46 @@ def test_metadata_is_json_and_tied_weights_do_not_stop_saving(tmp_path):
 def test_empty_parameters(tmp_path):
     memory = ContinualMemory({"accumulator/none": nn.Parameter(torch.ones(0, 4)).detach()})
     assert ContinualMemory.load(memory.save(tmp_path)).tensors["accumulator/none"].shape == (0, 4)
+
+
+def test_neither_a_checkpoint_nor_a_start_holds_the_memory_a_second_time(tmp_path):
+    """8 weights of 40 MiB; with 100 MiB of room a memory of 320 MiB is written, then read and put in place. The file's
+    pages count, too, for they could be written to."""
+    code = """
+        import re, resource, sys, torch
+        from pathlib import Path
+        from torch import nn
+        from transformers import Trainer, TrainingArguments
+        from classp_hf import ContinualCallback, register
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layers = nn.ModuleList(nn.Linear(1024, 10240, bias=False) for _ in range(8))
+
+            def forward(self, x):
+                return {"loss": sum(layer(x).square().mean() for layer in self.layers)}
+
+        register()
+        folder, model, engine = sys.argv[1], Model(), ContinualCallback(memory="none")
+        args = TrainingArguments(folder, optim="classp", learning_rate=1e-3, max_steps=1, use_cpu=True,
+                                 save_strategy="no", report_to="none", disable_tqdm=True)
+        Trainer(model, args, train_dataset=[{"x": torch.ones(1024)}] * 8, callbacks=[engine]).train()
+        Path(folder, "continual_memory.st").unlink()
+        model.zero_grad()
+        now = int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+        room = now + 100 * 2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (room, -1))
+        before = engine.accumulators()["layers.7.weight"].sum()
+        engine.write(folder, args)
+        from classp_hf import ContinualMemory
+        resource.setrlimit(resource.RLIMIT_DATA, (room + 321 * 2**20, -1))
+        engine.load(ContinualMemory.load(folder), model, args)
+        engine.put(False)
+        assert before > 0 and engine.accumulators()["layers.7.weight"].sum() == before
+        print("done")
+    """
+    found = subprocess.run(
+        [python(), "-c", textwrap.dedent(code), str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert found.stdout.splitlines()[-1:] == ["done"], found.stderr[-2000:]
