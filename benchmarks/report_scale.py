@@ -55,7 +55,7 @@ COSTS = (
     Cost("interpolate", device=4, host=4, boundary="none"),
     Cost("pseudo-rehearsal, 0.25", device=4, traffic=24, flops=6 / 4, network=8, boundary="draws and answers samples"),
     Cost("replay, 0.25", flops=6 / 4, boundary="none"),
-    Cost("LwF (DDP alone)", device=2, flops=2, boundary="copies the weights"),
+    Cost("LwF", device=4, traffic=48, flops=2, network=4, boundary="copies the weights"),
     Cost("logit adjustment", boundary="none"),
 )
 
@@ -132,8 +132,7 @@ def page() -> str:
         "## Room",
         "Billions of weights / devices, in GB a device, without activations. The memory's file has 4 bytes a weight: "
         "4, 32 and 280 GB. `merge` also holds 8 bytes a weight on the CPU in every process: for 8 billion weights 64 "
-        "GB, eight times on a machine of 8 devices. LwF's copy of the weights is whole on every device, which is why "
-        "it refuses FSDP.",
+        "GB, eight times on a machine of 8 devices.",
         table(held),
         "## Time",
         "Traffic costs the more, the fewer tokens a device sees in a step and the faster it computes. A device that "
@@ -154,8 +153,8 @@ def page() -> str:
         "  the training. More tokens in a step, or more devices, mend it.\n"
         "- **Pseudo-rehearsal** never by compute, which its fraction sets; but it sends as much as the training\n"
         "  itself, whatever the fraction. Where the network takes the time, it doubles the step.\n"
-        "- **merge, interpolate**: where the CPUs have no room for 8 or 4 bytes a weight and process.\n"
-        "- **LwF**: where a device has no room for the weights twice.",
+        "- **LwF**: by its third more of compute, whatever the scale.\n"
+        "- **merge, interpolate**: where the CPUs have no room for 8 or 4 bytes a weight and process.",
         "## The memory of a big model, measured",
         f"{big['weights'] / 1e9:.2f} billion weights in bfloat16, a Llama of random weights, trained by one CLASSP "
         f"step with gradient checkpointing; the memory has {gigabytes:.1f} GB. It is written tensor by tensor, and "

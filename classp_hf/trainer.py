@@ -218,6 +218,8 @@ class ContinualTrainer(PatchedTrainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         given = dict(inputs)
+        for method in self.methods:
+            method.before_forward(model, given)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         # by Trainer's own rule (transformers 5.23): such a loss is not divided by the accumulation steps again
         whole = num_items_in_batch is not None and bool(self.compute_loss_func or self.model_accepts_loss_kwargs)

@@ -40,6 +40,7 @@ RUNS = {
     "heads": ({"optim": "classp", "heads": "per_task", "optim_args": "density=0.3"}, "interpolate"),
     "ewc": ({"optim": "adamw_torch", "learning_rate": 1e-3}, "ewc"),
     "rehearsal": ({"optim": "adamw_torch", "learning_rate": 1e-3}, "pseudo_rehearsal"),
+    "lwf": ({"optim": "adamw_torch", "learning_rate": 1e-3}, "lwf"),
     "fisher": ({"optim": "adamw_torch", "learning_rate": 1e-3}, "ewc"),
 }
 """Arguments and method of the sequences that every number of ranks runs."""
@@ -195,7 +196,7 @@ def go_on(source, target, run, keep_checkpoint=False, **changes):
 
 def four_sharded(one, folder):
     """Four ranks; the launcher says FSDP2."""
-    for run in ("classp", "adamw", "heads", "rehearsal", "fisher"):
+    for run in ("classp", "adamw", "heads", "rehearsal", "lwf", "fisher"):
         saves = {"save_strategy": "steps", "save_steps": 2} if run == "classp" else {}
         made = trainer(folder / run, run, **saves)
         R = made.train_sequence(make_tasks())["accuracy_matrix"]
@@ -209,7 +210,6 @@ def four_sharded(one, folder):
     script(folder / "script")
     write(folder, "tensors", sharded_tensors())
     write(folder, "language", language(folder / "language"))
-    write(folder, "refused", message(lambda: sequence(folder / "refused", "lwf")))
     del os.environ["ACCELERATE_USE_FSDP"]
     write(folder, "ewc", {"R": sequence(folder / "ewc", "ewc")["accuracy_matrix"]})  # fewer examples than ranks
     write(folder, "copies", {"R": sequence(folder / "copies", "rehearsal")["accuracy_matrix"]})

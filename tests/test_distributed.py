@@ -92,7 +92,7 @@ def matrix(folder, run):
     return json.loads((folder / run / "results.json").read_text())["accuracy_matrix"]
 
 
-@pytest.mark.parametrize("run", ["classp", "adamw", "heads", "rehearsal", "fisher"])
+@pytest.mark.parametrize("run", ["classp", "adamw", "heads", "rehearsal", "lwf", "fisher"])
 def test_four_shards_train_as_one_process(one, four, run):
     ranks = found(four, run)
     assert all(rank["sharded"] for rank in ranks)
@@ -175,11 +175,6 @@ def test_a_nan_in_one_shard_stops_every_rank(four):
             "CLASSP got NaN, infinite or overflowing gradients" in rank["nan"] and "Nothing was updated" in rank["nan"]
         )
         assert rank["nan_untouched"]
-
-
-def test_what_is_refused(four):
-    for rank in found(four, "refused"):
-        assert "'lwf' keeps a whole copy of the model" in rank
 
 
 def test_what_is_made_of_an_fsdp_configuration(tmp_path):

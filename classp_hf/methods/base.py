@@ -94,10 +94,10 @@ class Method:
     """One continual-learning method. Init fields are its hyperparameters.
 
     Order of the hooks, for each task: `extend_train_dataset`, `prepare_model`, `before_task`; in every forward pass
-    `adjust_logits` and `loss_term`; around every optimizer step that is taken `before_step` and `after_step`; and
-    `after_task`. `state_dict()` goes into the continual memory and comes back through `load_state_dict`, before
-    `before_task`, when a run goes on from it. The first two hooks and those of the forward pass need
-    [`ContinualTrainer`]; a method that overrides none of them works in any script.
+    `before_forward`, `adjust_logits` and `loss_term`; around every optimizer step that is taken `before_step` and
+    `after_step`; and `after_task`. `state_dict()` goes into the continual memory and comes back through
+    `load_state_dict`, before `before_task`, when a run goes on from it. The first two hooks and those of the forward
+    pass need [`ContinualTrainer`]; a method that overrides none of them works in any script.
 
     Raises:
         ValueError: a hyperparameter out of its range; from `check`, before any training, a set-up that cannot work.
@@ -160,6 +160,9 @@ class Method:
     def before_task(self, context: Context) -> None:
         """Called on every rank when training on a task begins or is resumed, with all wrappers on the model."""
 
+    def before_forward(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+        """Called before every forward pass of the training loss, with the model's inputs and their `labels`."""
+
     def adjust_logits(self, logits: Tensor) -> Tensor:
         """Return the logits that the training loss is computed from; `logits` and result are (examples, classes)."""
         return logits
@@ -218,7 +221,7 @@ class Method:
     @classmethod
     def needs_trainer(cls) -> bool:
         """Whether the method changes the data, the model or the loss, and so needs a [`ContinualTrainer`]."""
-        hooks = ("extend_train_dataset", "prepare_model", "adjust_logits", "loss_term")
+        hooks = ("extend_train_dataset", "prepare_model", "before_forward", "adjust_logits", "loss_term")
         return any(getattr(cls, hook) is not getattr(Method, hook) for hook in hooks)
 
 
