@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from summarize_seeds import T95
 
 from classp_hf import report
+from classp_hf.metrics import confidence
 
 BASELINE, JOINT = "adamw", "joint"
 NAMES = {
@@ -36,9 +36,8 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.6"
 
 
 def half_width(values: Any) -> float:
-    """Of the 95% interval of the mean; 0 of a single value."""
-    n = len(values)
-    return float(T95[n - 1] * np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else 0.0
+    """Of the 95% interval of the mean; 0 for one value."""
+    return confidence(values)[1]
 
 
 def label(axes: Any, points: Mapping[str, Any], taken: Collection[Any] = ()) -> None:

@@ -12,20 +12,14 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-
+from classp_hf.metrics import confidence
 from classp_hf.report import write_json
-
-# Two-sided 95% quantile of Student's t, by degrees of freedom.
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def interval(values: list[float]) -> str:
     """Mean ± half width of its 95% interval, in points; without the interval for one value."""
-    points = 100 * np.asarray(values)
-    if len(points) < 2:
-        return f"{points.mean():.1f}"
-    return f"{points.mean():.1f} ± {T95[len(points) - 1] * points.std(ddof=1) / np.sqrt(len(points)):.1f}"
+    middle, half = confidence([100 * v for v in values])
+    return f"{middle:.1f} ± {half:.1f}" if len(values) > 1 else f"{middle:.1f}"
 
 
 def columns(run: dict) -> dict[str, float]:

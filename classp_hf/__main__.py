@@ -9,6 +9,7 @@ python -m classp_hf --memory pretrained --method ewc run_clm.py ...
 python -m classp_hf remember MODEL --output_dir DIR
 python -m classp_hf --guard run_clm.py ...
 python -m classp_hf demo
+python -m classp_hf compare --tasks ... --arms classp ewc naive
 python -m classp_hf blend START TUNED --output_dir DIR ...
 
 The script's name ends the options. Those given here hold for every Trainer that the script builds, whatever it says
@@ -33,7 +34,7 @@ from .methods.base import flag
 from .optim_args import parse_optim_args
 from .rehearsal import TEXT_SUFFIXES
 
-COMMANDS = {"demo": ".demo", "remember": ".remember", "blend": ".blend"}
+COMMANDS = {"demo": ".demo", "compare": ".compare", "remember": ".remember", "blend": ".blend"}
 """Subcommand -> the module whose `main()` reads the rest of the command line."""
 
 SHORTCUTS: dict[str, type[Method]] = {"anchor": Elastic, "merge": Merge, "rehearse": PseudoRehearsal}

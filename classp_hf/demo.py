@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,7 @@ from .methods import METHODS, Method
 from .named_trainers import ClasspTrainer
 from .registration import register
 from .sequence import STATE_NAME
-from .tasks import BUILT_IN, GRAMMAR, label_names, load_task
+from .tasks import BUILT_IN, GRAMMAR, Task, label_names, load_task
 from .trainer import ContinualTrainer
 from .training_args import ContinualTrainingArguments
 
@@ -58,51 +59,71 @@ DEFAULTS = {
 }
 
 
-def _flag(default: Any, help: str) -> Any:
+def option(default: Any, help: str) -> Any:
     if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
 @dataclass
-class RecipeArguments:
-    """Options of the main job, beside those of the training and of the methods."""
+class SequenceArguments:
+    """Tasks and model, beside the options of the training and of the methods."""
 
-    tasks: list[str] = _flag(("icwsm14/nyt", "icwsm14/movie"), f"Tasks in order: {', '.join(BUILT_IN)}, or {GRAMMAR}.")
-    trainer: str = _flag("classp", f"The arm to run: {', '.join(ARMS)}.")
-    compare: list[str] = _flag(("naive",), "Arms to run beside it, of the same; `--compare none` for no other.")
-    model_name_or_path: str | None = _flag(None, "Local folder or Hub id. Default: the embedded all-MiniLM-L6-v2.")
-    model_revision: str = _flag("main", "Branch, tag or commit of the model.")
-    max_train_samples: int | None = _flag(1600, "Training examples a task (0 or less: all of them).")
-    max_eval_samples: int | None = _flag(None, "Validation and test examples a task. Default: all.")
-    dropout: float = _flag(
+    tasks: list[str] = option(
+        ("icwsm14/nyt", "icwsm14/movie"), f"Tasks in order: {', '.join(BUILT_IN)}, or {GRAMMAR}."
+    )
+    model_name_or_path: str | None = option(None, "Local folder or Hub id. Default: the embedded all-MiniLM-L6-v2.")
+    model_revision: str = option("main", "Branch, tag or commit of the model.")
+    max_train_samples: int | None = option(1600, "Training examples a task (0 or less: all of them).")
+    max_eval_samples: int | None = option(None, "Validation and test examples a task. Default: all.")
+    dropout: float = option(
         0.0,
         "Dropout while training; negative: as in the model's config. With 0, one process and several give the same "
         "result if the global batch divides the number of training examples.",
     )
-    use_peft: bool = _flag(
+    use_peft: bool = option(
         False, "Train LoRA adapters and the head instead of all weights. The arms olora and osf use adapters anyway."
     )
-    lora_r: int = _flag(16, "Rank of the LoRA adapters.")
-    lora_alpha: int = _flag(32, "Scale of the LoRA adapters.")
-    lora_dropout: float = _flag(0.0, "Dropout in the LoRA adapters.")
-    lora_target_modules: list[str] | None = _flag(None, "Modules to adapt. Default: all linear layers.")
-    osf_effective_rank: float = _flag(
+    lora_r: int = option(16, "Rank of the LoRA adapters.")
+    lora_alpha: int = option(32, "Scale of the LoRA adapters.")
+    lora_dropout: float = option(0.0, "Dropout in the LoRA adapters.")
+    lora_target_modules: list[str] | None = option(None, "Modules to adapt. Default: all linear layers.")
+    osf_effective_rank: float = option(
         0.5, "Arm osf: share of each weight's singular directions that tasks may not change."
     )
-    verbose: bool = _flag(False, "Show what datasets, accelerate and the loading and saving of models tell, too.")
+    verbose: bool = option(False, "Show what datasets, accelerate and the loading and saving of models tell, too.")
 
     def __post_init__(self) -> None:
-        if self.compare == ["none"]:
-            self.compare = []
-        for arm in [self.trainer, *self.compare]:
-            if arm not in ARMS:
-                raise ValueError(f"Unknown arm {arm!r} in --trainer or --compare. Known: {', '.join(ARMS)}.")
         if self.max_train_samples is not None and self.max_train_samples <= 0:
             self.max_train_samples = None
 
+    def load_tasks(self, args: ContinualTrainingArguments) -> list[Task]:
+        sizes = {"max_train_samples": self.max_train_samples, "max_eval_samples": self.max_eval_samples}
+        with args.main_process_first(desc="loading the tasks"):
+            return [load_task(spec, seed=args.seed, **sizes) for spec in self.tasks]
 
-def build_model(recipe: RecipeArguments, labels: list[str], method: Method) -> tuple[Any, Any]:
+
+@dataclass
+class RecipeArguments(SequenceArguments):
+    """Options of the main job."""
+
+    trainer: str = option("classp", f"The arm to run: {', '.join(ARMS)}.")
+    compare: list[str] = option(("naive",), "Arms to run beside it, of the same; `--compare none` for no other.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compare == ["none"]:
+            self.compare = []
+        check_arms([self.trainer, *self.compare], "--trainer or --compare")
+
+
+def check_arms(arms: list[str], flags: str) -> None:
+    for arm in arms:
+        if arm not in ARMS:
+            raise ValueError(f"Unknown arm {arm!r} in {flags}. Known: {', '.join(ARMS)}.")
+
+
+def build_model(recipe: SequenceArguments, labels: list[str], method: Method) -> tuple[Any, Any]:
     """Model and tokenizer, with a head over `labels` and the adapters that the flags or the method ask for."""
     name = recipe.model_name_or_path or embedded.model_path()
     config = AutoConfig.from_pretrained(name, revision=recipe.model_revision)
@@ -135,11 +156,41 @@ def build_model(recipe: RecipeArguments, labels: list[str], method: Method) -> t
     return model, tokenizer
 
 
-def main() -> None:
-    """The command. What was asked wrongly ends in one line and exit code 2; what a training raises, in a traceback."""
+def build_trainer(parser: Any, words: list[str], arm: str, tasks: list[Task], output_dir: Path) -> ContinualTrainer:
+    """The arm's trainer, with the arm's own flags before `words`, the command line."""
+    method_name, flags = ARMS[arm]
+    recipe, args, *configured = parser.parse_args_into_dataclasses([*flags, *words])
+    args.output_dir = str(output_dir)
+    if arm == "classp" and args.heads != "shared":
+        method_name = "none"  # there is no shared head whose logits could be adjusted
+    method = dict(zip(METHODS, configured))[method_name]
+    set_seed(args.seed)
+    model, tokenizer = build_model(recipe, label_names(tasks), method)
+    goes_on = args.memory is None and recipe.model_name_or_path and CLASSP_NAME in (args.optim, arm)
+    if goes_on and memory_beside(model) is not None:
+        args.memory, args.memory_revision = recipe.model_name_or_path, recipe.model_revision
+    trainer_class = ClasspTrainer if arm == "classp" else ContinualTrainer
+    return trainer_class(model=model, args=args, processing_class=tokenizer, method=method)
+
+
+def quiet(recipe: SequenceArguments, main_process: bool) -> None:
+    """Show what the package tells, and of the libraries, unless `--verbose`, only what is wrong."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("classp_hf").setLevel(logging.INFO if main_process else logging.WARNING)
+    if not recipe.verbose:
+        disable_progress_bars()
+        disable_progress_bar()
+        logging.getLogger("accelerate").setLevel(logging.ERROR)
+        new_head = logging.getLogger("transformers.modeling_utils")
+        new_head.addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
+
+
+def main(run: Callable[[list[ContinualTrainer]], None] | None = None) -> None:
+    """The command, or another that puts the trainers it makes into a list. What was asked wrongly ends in one line and
+    exit code 2; what a training raises, in a traceback."""
     trainers: list[ContinualTrainer] = []
     try:
-        _run(trainers)
+        (run or _run)(trainers)
     except (ValueError, OSError, ImportError) as error:
         if any(trainer.state.max_steps for trainer in trainers):
             raise
@@ -156,18 +207,8 @@ def _run(trainers: list[ContinualTrainer]) -> None:
 
     recipe, args, *_ = parser.parse_args_into_dataclasses()
     base, main_process = Path(args.output_dir), args.process_index == 0
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("classp_hf").setLevel(logging.INFO if main_process else logging.WARNING)
-    if not recipe.verbose:
-        disable_progress_bars()
-        disable_progress_bar()
-        logging.getLogger("accelerate").setLevel(logging.ERROR)
-        new_head = logging.getLogger("transformers.modeling_utils")
-        new_head.addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
-    sizes = {"max_train_samples": recipe.max_train_samples, "max_eval_samples": recipe.max_eval_samples}
-    with args.main_process_first(desc="loading the tasks"):
-        tasks = [load_task(spec, seed=args.seed, **sizes) for spec in recipe.tasks]
-    labels = label_names(tasks)
+    quiet(recipe, main_process)
+    tasks = recipe.load_tasks(args)
 
     arms = list(dict.fromkeys([recipe.trainer, *recipe.compare]))
     existing = [arm for arm in arms if (base / arm / STATE_NAME).exists()]
@@ -178,21 +219,10 @@ def _run(trainers: list[ContinualTrainer]) -> None:
         )
     results = {}
     for arm in arms:
-        method_name, flags = ARMS[arm]
-        _, args, *configured = parser.parse_args_into_dataclasses([*flags, *sys.argv[1:]])
-        args.output_dir = str(base / arm)
-        if arm == "classp" and args.heads != "shared":
-            method_name = "none"  # there is no shared head whose logits could be adjusted
-        method = dict(zip(METHODS, configured))[method_name]
-        set_seed(args.seed)
-        model, tokenizer = build_model(recipe, labels, method)
-        goes_on = args.memory is None and recipe.model_name_or_path and CLASSP_NAME in (args.optim, arm)
-        if goes_on and memory_beside(model) is not None:
-            args.memory, args.memory_revision = recipe.model_name_or_path, recipe.model_revision
         if main_process:
-            print(f"\n=== {arm}: {' -> '.join(recipe.tasks)}; labels: {', '.join(labels)} ===", flush=True)
-        trainer_class = ClasspTrainer if arm == "classp" else ContinualTrainer
-        trainer = trainer_class(model=model, args=args, processing_class=tokenizer, method=method)
+            named = ", ".join(label_names(tasks))
+            print(f"\n=== {arm}: {' -> '.join(recipe.tasks)}; labels: {named} ===", flush=True)
+        trainer = build_trainer(parser, sys.argv[1:], arm, tasks, base / arm)
         trainers.append(trainer)
         results[arm] = trainer.train_sequence(tasks)
         if args.push_to_hub and arm == recipe.trainer:

@@ -27,6 +27,7 @@ FLOORS = [
     {"trainer"},
     {"named_trainers"},
     {"demo"},
+    {"compare"},
     {"__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

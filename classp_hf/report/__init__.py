@@ -3,7 +3,7 @@ takes plain data."""
 
 # ruff: noqa: F401
 from .card import write_model_card
-from .figures import new_figure, plot_retention, save_figure, series_style
+from .figures import new_figure, plot_old_new, plot_retention, save_figure, series_style
 from .figures import write_figures as write_figures
 from .page import write_page
 from .progress import print_markdown, showing_progress

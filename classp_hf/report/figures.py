@@ -8,6 +8,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..files import replacing
+from ..metrics import confidence
 from .results import AnyPath, Results, Scale, stages
 
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito
@@ -78,6 +79,23 @@ def plot_retention(arms: Mapping[str, Results], path: AnyPath) -> None:
     figure.supylabel(_text(scale.title), fontsize=10)
     legend = panels[0].get_legend_handles_labels()
     figure.legend(*legend, loc="outside upper center", ncols=min(len(arms) + 1, 4), frameon=False, fontsize=9)
+    save_figure(figure, path)
+
+
+def plot_old_new(points: Mapping[str, tuple[list[float], list[float]]], path: AnyPath, title: str) -> None:
+    """Write a point an arm, with 95% intervals: the mean of the earlier tasks at the end (x) against the last one (y),
+    both in percent, a value a seed."""
+    figure = new_figure(6.4, 4.6)
+    axes = figure.subplots()
+    for a, (arm, (old, new)) in enumerate(points.items()):
+        (x, dx), (y, dy) = confidence(old), confidence(new)
+        style = {**series_style(a), "linestyle": "none"}
+        axes.errorbar(x, y, xerr=dx or None, yerr=dy or None, capsize=3, label=_text(arm), **style)
+    axes.set_xlabel("earlier tasks, at the end (%)")
+    axes.set_ylabel("last task, at the end (%)")
+    axes.set_title(_text(title), fontsize=10)
+    axes.grid(color="0.9")
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
     save_figure(figure, path)
 
 

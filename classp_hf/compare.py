@@ -1,0 +1,242 @@
+"""Which method is best for your tasks and your model: every one tuned alike, then run over several seeds.
+
+    python -m classp_hf compare --tasks reviews:reviews.csv tweets:tweets.csv --arms classp ewc naive
+    accelerate launch -m classp_hf compare --model_name_or_path google-bert/bert-base-uncased --seeds 5
+
+Each arm tries its three settings on validation data, with one seed. The best by the mean accuracy over all tasks at
+the end is frozen, and trained with `--seeds` others, measured on test data. All arms see the same data in a seed, so
+that their differences are paired. Runs that are finished are kept in `--output_dir`, and the same command, also with
+more arms or seeds, goes on from them. Every flag of the main job (`python -m classp_hf demo --help`) is accepted, and
+holds for all arms.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser, PrinterCallback
+
+from . import demo, report
+from .demo import option
+from .files import replacing
+from .launch import prepare_cpu_launch
+from .methods import METHODS
+from .metrics import confidence, summarize
+from .registration import register
+from .sequence import STATE_NAME
+from .tasks import Task
+from .trainer import ContinualTrainer
+from .training_args import ContinualTrainingArguments
+
+BASELINE = "naive"
+# What is tuned: the strength of a method, else the learning rate; three values each, the middle one the main job's.
+ADAMW_RATES, CLASSP_RATES = ("learning_rate", 5e-5, 1e-4, 2e-4), ("learning_rate", 5e-4, 1e-3, 2e-3)
+GRIDS: dict[str, tuple[Any, ...]] = {
+    "classp": CLASSP_RATES,
+    "classp_paper": CLASSP_RATES,
+    "ewc": ("ewc_lambda", 0.03, 0.1, 0.3),
+    "l2sp": ("l2sp_alpha", 0.03, 0.1, 0.3),
+    "elastic": ("anchor_strength", 0.03, 0.1, 0.3),
+    "merge": ("merge_weight", 0.3, 1, 3),
+    "interpolate": ("interpolation_weight", 0.3, 0.5, 0.7),
+    "ema": ("ema_decay", 0.95, 0.98, 0.99),
+    "lwf": ("lwf_lambda", 0.5, 1, 2),
+    "logit_adjustment": ("prior_strength", 0.125, 0.25, 0.5),
+    "pseudo_rehearsal": ("rehearse_lambda", 0.5, 1, 2),
+    "olora": ("olora_lambda", 0.05, 0.5, 5),
+    "osf": ("learning_rate", 3e-5, 1e-4, 3e-4),
+}
+
+
+@dataclass
+class CompareArguments(demo.SequenceArguments):
+    """Options of the comparison, beside the main job's."""
+
+    arms: list[str] = option(
+        ("classp", "pseudo_rehearsal", "ewc", BASELINE), f"What to compare, of: {', '.join(demo.ARMS)}."
+    )
+    seeds: int = option(3, "Seeds that every arm is run with at its chosen setting.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        demo.check_arms(self.arms, "--arms")
+        self.arms = list(dict.fromkeys([*self.arms, BASELINE]))
+        if self.seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
+
+
+class Comparison:
+    """The runs in a folder, each a JSON file once it is finished.
+
+    Args:
+        parser: of the command line, whose `words` hold for all runs.
+        trainers: those it builds are put there.
+    """
+
+    def __init__(self, parser: Any, words: list[str], trainers: list[ContinualTrainer]) -> None:
+        self.parser, self.words, self.trainers = parser, words, trainers
+        self.given, self.args, *_ = parser.parse_args_into_dataclasses(words)
+        self.folder, self.main_process = Path(self.args.output_dir), self.args.process_index == 0
+        self.done, self.total = 0, len(self.given.arms) * (3 + self.given.seeds)
+        self.tasks: dict[int, list[Task]] = {}
+
+    def check_folder(self) -> None:
+        """Raise a ValueError if the folder's runs are of other flags."""
+        flags = vars(self.parser.parse_args(self.words))
+        flags = {k: str(v) for k, v in flags.items() if k not in ("arms", "seeds", "output_dir", "verbose")}
+        path = self.folder / "flags.json"
+        if path.is_file() and (known := json.loads(path.read_text())) != flags:
+            changed = sorted(k for k in known.keys() | flags.keys() if known.get(k) != flags.get(k))
+            raise ValueError(
+                f"{self.folder} holds runs with another {', '.join(changed)}. Pass the same flags, or another "
+                "--output_dir."
+            )
+        if self.main_process:
+            report.write_json(path, flags)
+
+    def run(self, arm: str, setting: str, seed: int, stage: str) -> dict[str, Any]:
+        """The results of one run, trained now unless its file is there. `stage`: "tune" on validation data, "test"."""
+        name = f"{stage} {arm} {setting} seed {seed}"
+        path, folder = self.folder / "runs" / f"{name}.json", self.folder / "unfinished" / name
+        self.done += 1
+        if not path.is_file():
+            started = time.monotonic()
+            words = [*self.words, *setting_flags(setting), "--seed", str(seed)]
+            if seed not in self.tasks:
+                self.tasks[seed] = self.given.load_tasks(replace(self.args, seed=seed))
+            tasks = self.tasks[seed]
+            if stage == "tune":
+                tasks = [replace(task, test_dataset=task.eval_dataset) for task in tasks]
+            if (folder / STATE_NAME).is_file():
+                words += ["--resume_from_checkpoint", "True"]
+            trainer = demo.build_trainer(self.parser, words, arm, tasks, folder)
+            trainer.remove_callback(PrinterCallback)
+            self.trainers.append(trainer)
+            results = trainer.train_sequence(tasks)
+            self.trainers.clear()
+            if self.main_process:
+                report.write_json(path, results)
+                shutil.rmtree(folder, ignore_errors=True)
+                spent = f"{time.monotonic() - started:.0f} s"
+                accuracy = 100 * results["metrics"]["average_accuracy"]
+                print(f"[{self.done}/{self.total}] {name}: ACC {accuracy:.1f}, {spent}", flush=True)
+            trainer.accelerator.wait_for_everyone()
+        return json.loads(path.read_text())
+
+    def settings(self, arm: str) -> list[str]:
+        name, *values = GRIDS.get(arm, ADAMW_RATES)
+        return [f"{name}={value:g}" for value in values]
+
+
+def setting_flags(setting: str) -> list[str]:
+    name, value = setting.split("=")
+    return [f"--{name}", value]
+
+
+def tables(tuned: dict[str, dict[str, float]], runs: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """The comparison, best arm first; the scores that chose the settings; and what follows from them."""
+    scores = {arm: [100 * r["metrics"]["average_accuracy"] for r in found] for arm, found in runs.items()}
+    order = sorted(runs, key=lambda arm: -confidence(scores[arm])[0])
+    best = order[0]
+
+    def cell(values: list[float], sign: str = "") -> str:
+        middle, half = confidence(values)
+        return f"{round(middle, 1) + 0.0:{sign}.1f}" + (f" ± {half:.1f}" if len(values) > 1 else "")
+
+    rows = [["arm", "setting", "ACC", f"against {BASELINE}", "LA", "forgetting", "seconds"]]
+    for arm in order:
+        metrics = [summarize(r["accuracy_matrix"]) for r in runs[arm]]
+        rows.append([
+            arm,
+            chosen(tuned[arm]),
+            cell(scores[arm]),
+            "" if arm == BASELINE else cell(differences(scores[arm], scores[BASELINE]), "+"),
+            cell([100 * m["learning_accuracy"] for m in metrics]),
+            cell([100 * m["forgetting"] for m in metrics]),
+            f"{confidence([r['seconds'] for r in runs[arm]])[0]:.0f}",
+        ])  # fmt: skip
+    grid = [["arm", *(f"setting {i + 1}" for i in range(3))]]
+    grid += [[arm, *(f"{setting}: {score:.1f}" for setting, score in tuned[arm].items())] for arm in order]
+    setting = chosen(tuned[best])
+    words = [f"Highest: {best} with --{setting.replace('=', ' ')}."]
+    close = [arm for arm in order[1:] if not separated(differences(scores[best], scores[arm]))]
+    if len(scores[best]) < 2:
+        words.append("One seed separates nothing: pass --seeds 3 or more.")
+    elif close:
+        words.append(f"Not separated from it: {', '.join(close)}.")
+        if BASELINE in close:
+            words.append("Plain fine-tuning is among them: these runs show no need for a method.")
+    if setting != list(tuned[best])[1]:
+        words.append("That setting is at the edge of its grid, and one beyond it may be better.")
+    note = "In percent, mean ± half the width of its 95 % interval over seeds; differences are paired by seed."
+    return [
+        report.markdown_table(rows, "<<>>>>>"),
+        note,
+        " ".join(words),
+        "Validation accuracy over all tasks at the end, by which the settings were chosen:",
+        report.markdown_table(grid, "<>>>"),
+    ]
+
+
+def chosen(scores: dict[str, float]) -> str:
+    """The best setting; of equals the middle one, which is the main job's."""
+    middle = list(scores)[1]
+    return max(scores, key=lambda setting: (scores[setting], setting == middle))
+
+
+def differences(ours: list[float], others: list[float]) -> list[float]:
+    return [a - b for a, b in zip(ours, others, strict=True)]
+
+
+def separated(values: list[float]) -> bool:
+    """Whether 0 is outside the 95% interval of the mean."""
+    middle, half = confidence(values)
+    return len(values) > 1 and abs(middle) > half
+
+
+def _run(trainers: list[ContinualTrainer]) -> None:
+    prepare_cpu_launch()
+    register()  # a name of --optim
+    shown: Any = (CompareArguments, ContinualTrainingArguments, *METHODS.values())
+    parser: Any = HfArgumentParser(shown, description=__doc__, usage="%(prog)s [options] (--help lists them)")
+    parser.set_defaults(**{**demo.DEFAULTS, "output_dir": "outputs/comparison", "logging_strategy": "no"})
+    comparison = Comparison(parser, sys.argv[1:], trainers)
+    given, first = comparison.given, comparison.args.seed
+    demo.quiet(given, comparison.main_process)
+    if not given.verbose:
+        logging.getLogger("classp_hf").setLevel(logging.WARNING)
+    comparison.check_folder()
+    tuned, runs = {}, {}
+    for arm in given.arms:
+        found = {setting: comparison.run(arm, setting, first, "tune") for setting in comparison.settings(arm)}
+        tuned[arm] = {setting: 100 * r["metrics"]["average_accuracy"] for setting, r in found.items()}
+        best = chosen(tuned[arm])
+        runs[arm] = [comparison.run(arm, best, seed, "test") for seed in range(first + 1, first + 1 + given.seeds)]
+    if comparison.main_process:
+        parts = tables(tuned, runs)
+        with replacing(comparison.folder / "comparison.md") as path:
+            path.write_text("\n\n".join(["# " + " -> ".join(given.tasks), *parts]) + "\n")
+        report.print_markdown("\n\n".join(parts))
+        points = {}
+        for arm, found_runs in runs.items():
+            ends = [r["accuracy_matrix"][-1] for r in found_runs]
+            points[arm] = [100 * sum(e[:-1]) / len(e[:-1]) for e in ends], [100 * e[-1] for e in ends]
+        with suppress(ImportError):  # of matplotlib: every run has said so
+            report.plot_old_new(points, comparison.folder / "comparison.png", " -> ".join(given.tasks))
+        print(f"\nTable, figure and runs: {comparison.folder}")
+
+
+def main() -> None:
+    demo.main(_run)
+
+
+if __name__ == "__main__":
+    main()
