@@ -11,6 +11,8 @@ whose `RssAnon` counts no pages of files.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import tempfile
 import threading
@@ -37,6 +39,8 @@ def allocated() -> int:
 
 @contextmanager
 def measured(found: dict[str, Any], phase: str, size: int) -> Iterator[None]:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system, lest it hide what is allocated
     before = peak = allocated()
     ended = threading.Event()
 
