@@ -44,17 +44,19 @@ AT_BOUNDARY = "writes 4 bytes a weight"
 GATHER = 4 + 8 + 8 + 12  # the memory beside AdamW: the largest gradient, the bad ones out, squared, added
 COSTS = (
     Cost("CLASSP", device=-4, traffic=20 + 4 - 28, boundary=AT_BOUNDARY),
-    Cost("CLASSP, threshold", device=-4, traffic=20 + 4 + 8 - 28, boundary=AT_BOUNDARY),
-    Cost("CLASSP, density", device=-4, traffic=20 + 4 + 8 - 28, network=4, boundary=AT_BOUNDARY),
+    Cost("CLASSP (threshold)", device=-4, traffic=20 + 4 + 8 - 28, boundary=AT_BOUNDARY),
+    Cost("CLASSP (density)", device=-4, traffic=20 + 4 + 8 - 28, network=4, boundary=AT_BOUNDARY),
     Cost("EWC", device=8, traffic=3 * 12, boundary="the Fisher: 6 FLOPs a weight and token of 256 examples"),
     Cost("L2-SP", device=4, traffic=2 * 12, boundary="none"),
-    Cost("elastic, AdamW", device=8, traffic=3 * 12 + GATHER, boundary=AT_BOUNDARY),
-    Cost("elastic, CLASSP", traffic=20 + 4 - 28 + 6 * 8 + 5 * 12, boundary=AT_BOUNDARY),
+    Cost("elastic (AdamW)", device=8, traffic=3 * 12 + GATHER, boundary=AT_BOUNDARY),
+    Cost("elastic (CLASSP)", traffic=20 + 4 - 28 + 6 * 8 + 5 * 12, boundary=AT_BOUNDARY),
     Cost("EMA", device=4, traffic=12, boundary="none"),
-    Cost("merge, AdamW", device=4, host=8, traffic=GATHER, boundary="gathers 8 bytes a weight in every process"),
+    Cost("merge (AdamW)", device=4, host=8, traffic=GATHER, boundary="gathers 8 bytes a weight in every process"),
     Cost("interpolate", device=4, host=4, boundary="none"),
-    Cost("pseudo-rehearsal, 0.25", device=4, traffic=24, flops=6 / 4, network=8, boundary="draws and answers samples"),
-    Cost("replay, 0.25", flops=6 / 4, boundary="none"),
+    Cost(
+        "pseudo-rehearsal (0.25)", device=4, traffic=24, flops=6 / 4, network=8, boundary="draws and answers samples"
+    ),
+    Cost("replay (0.25)", flops=6 / 4, boundary="none"),
     Cost("LwF", device=4, traffic=48, flops=2, network=4, boundary="copies the weights"),
     Cost("logit adjustment", boundary="none"),
 )
@@ -96,13 +98,14 @@ def page() -> str:
     added += [
         [c.name, *(f"{x:g}" for x in (c.device, c.host, c.traffic, c.flops, c.network)), c.boundary] for c in COSTS
     ]
-    held = [["GB a device", *(f"{n}B / {d}" for n in SIZES for d in DEVICES)]]
-    for name, size in [("AdamW", 16.0), *((f"with {c.name}", 16 + c.device) for c in COSTS if c.device)]:
-        held.append([name.replace("with CLASSP", "CLASSP"), *(f"{size * n / d:.3g}" for n in SIZES for d in DEVICES)])
-    shares = [["share of a step", *(f"{t} tokens, {d} devices" for t in (512, 8192) for d in DEVICES)]]
+    held = [["GB a device, of AdamW's training with", *(f"{n}B / {d}" for n in SIZES for d in DEVICES)]]
+    for size in sorted({c.device for c in COSTS}):
+        names = "no method" if size == 0 else ", ".join(c.name for c in COSTS if c.device == size)
+        held.append([names, *(f"{(16 + size) * n / d:,.1f}" for n in SIZES for d in DEVICES)])
+    shares = [["tokens a device / devices", *(f"{t} tokens / {d}" for t in (512, 8192) for d in DEVICES)]]
     for c in COSTS:
         if c.traffic or c.flops:
-            cells = [f"{100 * share(c, H200, t, d):.1f} %" for t in (512, 8192) for d in DEVICES]
+            cells = [f"{round(100 * share(c, H200, t, d), 1) + 0.0:.1f} %" for t in (512, 8192) for d in DEVICES]
             shares.append([c.name, *cells])
     enough = [["", "this machine", "H200"]]
     for c in COSTS:
@@ -147,13 +150,14 @@ def page() -> str:
         f"{100 * ewc_share:.1f} % and L2-SP {100 * l2sp_share:.1f} % ([Performance](../performance.md)), "
         f"{ewc_share / l2sp_share:.2f} times as much where {ewc.traffic / l2sp.traffic:.2f} are counted.",
         "## Where each stops being worth it",
-        "- **CLASSP** never, by this count: it holds and moves less than AdamW. Its density gathers every gradient\n"
-        "  whole, one tensor at a time: on several devices take a threshold.\n"
-        "- **EWC, elastic, L2-SP, EMA**: with small batches on one fast device, where the penalty takes as long as\n"
-        "  the training. More tokens in a step, or more devices, mend it.\n"
-        "- **Pseudo-rehearsal** never by compute, which its fraction sets; but it sends as much as the training\n"
-        "  itself, whatever the fraction. Where the network takes the time, it doubles the step.\n"
-        "- **LwF**: by its third more of compute, whatever the scale.\n"
+        "- **CLASSP** never, by this count: it holds and moves less than AdamW (on a CPU its step takes as\n"
+        "  long as AdamW's). Its density gathers every gradient whole, one tensor at a time: on several\n"
+        "  devices take a threshold.\n"
+        "- **EWC, elastic, L2-SP, EMA**: with small batches on one fast device, where the penalty takes as\n"
+        "  long as the training. More tokens in a step, or more devices, mend it.\n"
+        "- **Pseudo-rehearsal** never by compute, which its fraction sets; but it sends as much as the\n"
+        "  training itself, whatever the fraction. Where the network takes the time, it doubles the step.\n"
+        "- **LwF**: by its third more of compute, whatever the scale; its traffic is that of shards.\n"
         "- **merge, interpolate**: where the CPUs have no room for 8 or 4 bytes a weight and process.",
         "## The memory of a big model, measured",
         f"{big['weights'] / 1e9:.2f} billion weights in bfloat16, a Llama of random weights, trained by one CLASSP "
