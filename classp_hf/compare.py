@@ -4,10 +4,11 @@
     accelerate launch -m classp_hf compare --model_name_or_path google-bert/bert-base-uncased --seeds 5
 
 Each arm tries its three settings on validation data, with one seed. The best by the mean accuracy over all tasks at
-the end is frozen, and trained with `--seeds` others, measured on test data. All arms see the same data in a seed, so
-that their differences are paired. Runs that are finished are kept in `--output_dir`, and the same command, also with
-more arms or seeds, goes on from them. Every flag of the main job (`python -m classp_hf demo --help`) is accepted, and
-holds for all arms.
+the end is frozen, and trained with `--seeds` others, measured on test data. The splits are the same in all runs (of a
+source without a test split its validation split is tested on, and a tenth of its training data tuned on); a seed
+chooses the training examples, and all arms see the same, so that their differences are paired. Runs that are finished
+are kept in `--output_dir`, and the same command, also with more arms or seeds, goes on from them. Every flag of the
+main job (`python -m classp_hf demo --help`) is accepted, and holds for all arms.
 """
 
 from __future__ import annotations
@@ -30,13 +31,19 @@ from .files import replacing
 from .launch import prepare_cpu_launch
 from .methods import METHODS
 from .metrics import confidence, summarize
+from .redaction import public_arguments
 from .registration import register
 from .sequence import STATE_NAME
-from .tasks import Task
+from .tasks import load_task, sample_train, with_test_split
 from .trainer import ContinualTrainer
 from .training_args import ContinualTrainingArguments
 
 BASELINE = "naive"
+# Flags that may differ between two commands for one folder: they change no result.
+ANY_VALUE = (
+    *("arms", "seeds", "output_dir", "verbose", "disable_tqdm", "resume_from_checkpoint", "report_to", "project"),
+    *("dataloader_", "logging_", "log_", "hub_", "save_", "run_name", "trackio", "push_to_hub"),
+)
 # What is tuned: the strength of a method, else the learning rate; three values each, the middle one the main job's.
 ADAMW_RATES, CLASSP_RATES = ("learning_rate", 5e-5, 1e-4, 2e-4), ("learning_rate", 5e-4, 1e-3, 2e-3)
 GRIDS: dict[str, tuple[Any, ...]] = {
@@ -71,6 +78,8 @@ class CompareArguments(demo.SequenceArguments):
         self.arms = list(dict.fromkeys([*self.arms, BASELINE]))
         if self.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
+        if len(self.tasks) < 2:
+            raise ValueError(f"One task is no sequence: pass two or more as --tasks, got {self.tasks}.")
 
 
 class Comparison:
@@ -86,21 +95,27 @@ class Comparison:
         self.given, self.args, *_ = parser.parse_args_into_dataclasses(words)
         self.folder, self.main_process = Path(self.args.output_dir), self.args.process_index == 0
         self.done, self.total = 0, len(self.given.arms) * (3 + self.given.seeds)
-        self.tasks: dict[int, list[Task]] = {}
+        if self.args.push_to_hub:
+            raise ValueError("compare keeps no model: leave --push_to_hub out, and train the best with `demo`.")
+        if self.args.sequence_metric_greater_is_better is False or self.args.sequence_metric in ("loss", "perplexity"):
+            raise ValueError(f"compare needs a metric where higher is better, got {self.args.sequence_metric!r}.")
+        flags = public_arguments(vars(parser.parse_args(words)))
+        self.flags = {k: str(v) for k, v in flags.items() if not k.startswith(ANY_VALUE)}
+        self.check_folder()
+        sizes = {"max_eval_samples": self.given.max_eval_samples}
+        with self.args.main_process_first(desc="loading the tasks"):
+            found = [load_task(spec, seed=self.args.seed, **sizes) for spec in self.given.tasks]
+        self.tasks = [with_test_split(task) for task in found]
 
     def check_folder(self) -> None:
         """Raise a ValueError if the folder's runs are of other flags."""
-        flags = vars(self.parser.parse_args(self.words))
-        flags = {k: str(v) for k, v in flags.items() if k not in ("arms", "seeds", "output_dir", "verbose")}
         path = self.folder / "flags.json"
-        if path.is_file() and (known := json.loads(path.read_text())) != flags:
-            changed = sorted(k for k in known.keys() | flags.keys() if known.get(k) != flags.get(k))
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        if changed := sorted(k for k in known.keys() & self.flags.keys() if known[k] != self.flags[k]):
             raise ValueError(
                 f"{self.folder} holds runs with another {', '.join(changed)}. Pass the same flags, or another "
                 "--output_dir."
             )
-        if self.main_process:
-            report.write_json(path, flags)
 
     def run(self, arm: str, setting: str, seed: int, stage: str) -> dict[str, Any]:
         """The results of one run, trained now unless its file is there. `stage`: "tune" on validation data, "test"."""
@@ -110,9 +125,7 @@ class Comparison:
         if not path.is_file():
             started = time.monotonic()
             words = [*self.words, *setting_flags(setting), "--seed", str(seed)]
-            if seed not in self.tasks:
-                self.tasks[seed] = self.given.load_tasks(replace(self.args, seed=seed))
-            tasks = self.tasks[seed]
+            tasks = [sample_train(task, self.given.max_train_samples, seed) for task in self.tasks]
             if stage == "tune":
                 tasks = [replace(task, test_dataset=task.eval_dataset) for task in tasks]
             if (folder / STATE_NAME).is_file():
@@ -123,12 +136,14 @@ class Comparison:
             results = trainer.train_sequence(tasks)
             self.trainers.clear()
             if self.main_process:
+                report.write_json(self.folder / "flags.json", self.flags)
                 report.write_json(path, results)
-                shutil.rmtree(folder, ignore_errors=True)
                 spent = f"{time.monotonic() - started:.0f} s"
                 accuracy = 100 * results["metrics"]["average_accuracy"]
                 print(f"[{self.done}/{self.total}] {name}: ACC {accuracy:.1f}, {spent}", flush=True)
             trainer.accelerator.wait_for_everyone()
+        if self.main_process:
+            shutil.rmtree(folder, ignore_errors=True)
         return json.loads(path.read_text())
 
     def settings(self, arm: str) -> list[str]:
@@ -174,9 +189,12 @@ def tables(tuned: dict[str, dict[str, float]], runs: dict[str, list[dict[str, An
         words.append(f"Not separated from it: {', '.join(close)}.")
         if BASELINE in close:
             words.append("Plain fine-tuning is among them: these runs show no need for a method.")
-    if setting != list(tuned[best])[1]:
-        words.append("That setting is at the edge of its grid, and one beyond it may be better.")
-    note = "In percent, mean ± half the width of its 95 % interval over seeds; differences are paired by seed."
+    if edges := [arm for arm in order if chosen(tuned[arm]) != list(tuned[arm])[1]]:
+        words.append(f"At the edge of the grid, where a setting beyond may be better: {', '.join(edges)}.")
+    note = (
+        "In percent, mean ± half the width of its 95 % interval over seeds; differences are paired by seed. Intervals "
+        "are of one comparison each: of many arms the best is partly so by chance."
+    )
     return [
         report.markdown_table(rows, "<<>>>>>"),
         note,
@@ -213,7 +231,6 @@ def _run(trainers: list[ContinualTrainer]) -> None:
     demo.quiet(given, comparison.main_process)
     if not given.verbose:
         logging.getLogger("classp_hf").setLevel(logging.WARNING)
-    comparison.check_folder()
     tuned, runs = {}, {}
     for arm in given.arms:
         found = {setting: comparison.run(arm, setting, first, "tune") for setting in comparison.settings(arm)}

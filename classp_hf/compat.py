@@ -125,8 +125,10 @@ def linked_states(zero: Any) -> Iterator[None]:
         zero._lazy_init_hp_params_optimizer_state()
     else:  # stage 3, whose optimizer has them while it steps
         zero._set_fp32_optimizer_param_groups()
-        yield
-        zero._clear_fp32_optimizer_param_groups()
+        try:
+            yield
+        finally:
+            zero._clear_fp32_optimizer_param_groups()
 
 
 class PatchedTrainer(Trainer):

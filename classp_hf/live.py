@@ -259,8 +259,8 @@ class LiveMemory:
         return describe_optimizer(self.optimizer, args) | (read if power is None else {"power": power})
 
     def write(self, folder: str | Path, args: Any = None) -> None:
-        """Write the memory into `folder`, from the main process, tensor by tensor: no process holds it whole. If the
-        model is sharded, call it on every rank."""
+        """Write the memory into `folder`, from the main process, tensor by tensor: nothing makes a whole one of it. If
+        the model is sharded, call it on every rank."""
         parts = [(kind, tensors) for kind, tensors in self._parts() if tensors]
         if parts or self.tasks or self.context is not None:
             write_memory(folder, parts, self._metadata(args), args is None or args.should_save)

@@ -91,6 +91,8 @@ class ContinualMemory:
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write `continual_memory.st` into `folder` (created if missing), by atomic rename, and return its path."""
+        if nameless := [key for key in self.tensors if "/" not in key]:
+            raise ValueError(f"Tensors of a memory are keyed <kind>/<parameter name>, got {shorten(nameless)}.")
         parts = [(kind, self.get(kind)) for kind in self.kinds()]
         return write_memory(folder, parts, self.metadata)
 
@@ -205,19 +207,25 @@ def write_memory(
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        begin = file.write(start("0" * 64))
+    left = sorted(sources)
+    try:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            begin = file.write(start("0" * 64))
 
-        def written() -> Iterator[tuple[str, Tensor]]:
-            for key in sorted(sources):
-                t = take(key).to("cpu", forms[key][0]).contiguous()
-                file.seek(begin + layout[key]["data_offsets"][0])
-                file.write(_bytes(t))
-                yield key, t
+            def written() -> Iterator[tuple[str, Tensor]]:
+                while left:
+                    t = take(key := left.pop(0)).to("cpu", forms[key][0]).contiguous()
+                    file.seek(begin + layout[key]["data_offsets"][0])
+                    file.write(_bytes(t))
+                    yield key, t
 
-        digest = _digest(written(), header)
-        file.seek(0)
-        file.write(start(digest))
+            digest = _digest(written(), header)
+            file.seek(0)
+            file.write(start(digest))
+    except OSError:  # of this rank alone: the others take part until the last tensor
+        for key in left:
+            take(key)
+        raise
     path.with_name(OLD_NAME).unlink(missing_ok=True)
     return path
 

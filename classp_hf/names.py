@@ -112,6 +112,9 @@ class Accumulators(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.make(self.parameters[name])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.parameters
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.parameters)
 

@@ -150,6 +150,23 @@ def load_task(
     return task
 
 
+def sample_train(task: Task, size: int | None, seed: int) -> Task:
+    """The task with a stratified training subset of that size; None, or more than there are: all."""
+    if size is None or size >= len(task.train_dataset):
+        return task
+    return replace(task, train_dataset=_cut(task.train_dataset, task.label_column, [size], seed)[1])
+
+
+def with_test_split(task: Task) -> Task:
+    """The task with a test split that nothing is chosen on: where the source has none its validation split, whose
+    place a stratified tenth of the training split takes."""
+    if task.test_dataset is not None:
+        return task
+    tenth = max(1, round(0.1 * len(task.train_dataset)))
+    train, held_out = _cut(task.train_dataset, task.label_column, [tenth], _FIXED_SEED)
+    return replace(task, train_dataset=train, eval_dataset=held_out, test_dataset=task.eval_dataset)
+
+
 def label_names(tasks: list[Task]) -> list[str]:
     """Return the label names of a sequence, in order of first appearance: index = the model's class id.
 

@@ -68,7 +68,8 @@ def get_accumulators(zero: Any, model: nn.Module) -> Accumulators:
     def make(p: Tensor) -> Tensor:
         return (safe_get_full_optimizer_state(p, _KEY) - offset).clamp_(min=0).cpu()
 
-    return Accumulators({canonical_name(n): p for n, p in model.named_parameters() if p.requires_grad}, make)
+    known = {canonical_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+    return Accumulators({n: p for n, p in known.items() if hasattr(p, "ds_id") or hasattr(p, "_hp_mapping")}, make)
 
 
 def set_accumulators(zero: Any, model: nn.Module, values: Mapping[str, Tensor]) -> None:

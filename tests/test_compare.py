@@ -52,27 +52,82 @@ def test_every_setting_is_tried_and_the_best_is_measured_on_test_data(compared):
     assert (folder / "comparison.png").stat().st_size > 10_000
 
 
-def test_settings_are_chosen_on_validation_data(monkeypatch, tmp_path):
-    seen = []
+@pytest.fixture
+def stub(monkeypatch, tmp_path):
+    """Runs the command with trainers that train nothing; returns the seed, tasks and folder of each run."""
 
-    def build_trainer(parser, words, arm, tasks, folder):
-        def train_sequence(tasks):
-            seen.append([(words[-1], t.test_dataset is t.eval_dataset) for t in tasks])
-            return results(0.5, 0.5)
+    def command(*flags, fails=False):
+        seen = []
 
-        waits = SimpleNamespace(wait_for_everyone=lambda: None)
-        return SimpleNamespace(train_sequence=train_sequence, accelerator=waits, remove_callback=lambda _: None)
+        def build_trainer(parser, words, arm, tasks, folder):
+            def train_sequence(tasks):
+                seen.append((words[words.index("--seed") + 1], tasks))
+                return results(0.5, 0.5)
 
-    monkeypatch.setattr(compare.demo, "build_trainer", build_trainer)
-    monkeypatch.setattr("sys.argv", ["compare", *FLAGS, "--arms", "ewc", "--output_dir", str(tmp_path)])
-    compare.main()
-    tuned, tested = [[("42", True)] * 2] * 3, [[(seed, False)] * 2 for seed in ("43", "44", "45")]
-    assert seen == [*tuned, *tested] * 2  # of ewc and naive
+            waits = SimpleNamespace(wait_for_everyone=lambda: None)
+            return SimpleNamespace(train_sequence=train_sequence, accelerator=waits, remove_callback=lambda _: None)
+
+        monkeypatch.setattr(compare.demo, "build_trainer", build_trainer)
+        monkeypatch.setattr("sys.argv", ["compare", *FLAGS, "--output_dir", str(tmp_path / "out"), *flags])
+        compare.main()
+        return seen
+
+    return command
+
+
+def texts(task, split):
+    return set(getattr(task, f"{split}_dataset")["text"])
+
+
+def test_settings_are_chosen_on_validation_data(stub):
+    seen = stub("--arms", "ewc")
+    assert [seed for seed, _ in seen] == [*["42"] * 3, "43", "44", "45"] * 2  # of ewc and naive
+    for seed, tasks in seen:
+        assert all((texts(t, "test") == texts(t, "eval")) == (seed == "42") for t in tasks)
+
+
+@pytest.mark.parametrize("source", ["one file", "no test split"])
+def test_nothing_is_chosen_on_what_is_tested(stub, tmp_path, source):
+    rows = [f"text {i},{('good', 'bad')[i % 2]}" for i in range(200)]
+    if source == "one file":
+        path = tmp_path / "data.csv"
+        path.write_text("\n".join(["text,label", *rows]))
+    else:
+        path = tmp_path / "data"
+        path.mkdir()
+        for name, part in (("train", rows[:150]), ("validation", rows[150:])):
+            (path / f"{name}.csv").write_text("\n".join(["text,label", *part]))
+    seen = stub("--arms", "naive", "--tasks", f"first:{path}", f"second:{path}", "--max_eval_samples", "1000")
+    used, tested = set(), [texts(tasks[0], "test") for seed, tasks in seen if seed != "42"]
+    for seed, tasks in seen:
+        if seed == "42":
+            used |= texts(tasks[0], "train") | texts(tasks[0], "test")
+        assert not texts(tasks[0], "train") & (texts(tasks[0], "test") | tested[0])
+    assert tested[0] == tested[1] == tested[2] and not tested[0] & used
+    trained = {frozenset(texts(tasks[0], "train")) for _, tasks in seen}
+    assert len(trained) == 4  # a seed chooses the training examples
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_runs(stub, capsys, tmp_path):
+    for flags, message in (
+        (["--tasks", "icwsm14/nyt"], "One task is no sequence"),
+        (["--sequence_metric", "loss"], "a metric where higher is better, got 'loss'"),
+        (["--push_to_hub", "True"], "leave --push_to_hub out"),
+        (["--tasks", "icwsm14/nyt", "x:missing.csv"], "missing.csv"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            stub(*flags)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # the corrected command may use the folder
+    assert len(stub("--arms", "naive", "--hub_token", "hf_secret")) == 6
+    assert "secret" not in (tmp_path / "out/flags.json").read_text()
+    assert stub("--arms", "naive", "--disable_tqdm", "True", "--resume_from_checkpoint", "True") == []
 
 
 def test_finished_runs_are_not_run_again_and_other_flags_are_refused(compared):
     folder, _ = compared
     times = {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()}
+    (folder / "unfinished" / "test naive").mkdir()  # of a killed process
     again = run(folder, "--arms", "naive", "--seeds", "1")
     assert again.returncode == 0 and "[" not in again.stdout.split("| arm")[0]
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()} == times
@@ -108,7 +163,7 @@ def test_the_words_below_the_table():
     *_, words, _, _ = compare.tables({"ewc": edge, "naive": grid}, {"ewc": good, "naive": good})
     assert words == (
         "Highest: ewc with --a 1. Not separated from it: naive. Plain fine-tuning is among them: these runs show no "
-        "need for a method. That setting is at the edge of its grid, and one beyond it may be better."
+        "need for a method. At the edge of the grid, where a setting beyond may be better: ewc."
     )
     assert compare.chosen({"a=1": 60.0, "a=2": 60.0, "a=3": 55.0}) == "a=2"
 

@@ -50,4 +50,5 @@ def test_two_ranks_of_zero_remember_as_one_process(one, tmp_path, stage):
             ours = {n.replace(".gamma", ".weight").replace(".beta", ".bias"): t for n, t in ours.items()}
             assert ours.keys() == reference.keys()
             for name, t in reference.items():
-                torch.testing.assert_close(ours[name], t, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+                small = 1e-9 if name.startswith("accumulator/") else 1e-5
+                torch.testing.assert_close(ours[name], t, rtol=1e-3, atol=small, msg=lambda m, n=name: f"{n}: {m}")

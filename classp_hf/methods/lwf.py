@@ -65,13 +65,13 @@ class LwF(Method):
         with_labels = is_language_model(self.teacher) and self.teacher.config.is_encoder_decoder
         given = {k: v for k, v in inputs.items() if k != "labels" or with_labels}
         if self.weights:
-            self._exchange(model)
-            model.eval()
-        with self.autocast():
-            self.answers = self.teacher(**given)["logits"]
-        if self.weights:
-            model.train()
-            self._exchange(model)
+            self._exchange(model.eval())
+        try:
+            with self.autocast():
+                self.answers = self.teacher(**given)["logits"]
+        finally:
+            if self.weights:
+                self._exchange(model.train())
 
     def _exchange(self, model: nn.Module) -> None:
         for n, p in trainable_parameters(model):
