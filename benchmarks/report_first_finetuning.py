@@ -49,15 +49,15 @@ def rise(line: dict[str, Any]) -> float:
     return line["after"]["general_loss"] - line["before"]["general_loss"]
 
 
-def cost_under_adamw(curve: list[dict[str, Any]], wanted: float) -> float | None:
+def cost_under_adamw(curve: list[dict[str, Any]], wanted: float) -> tuple[float, bool]:
     """The rise at which AdamW's rates, in their order and with lines between them, first score `wanted` on the new
-    task; None if they never do."""
+    task; if they never do, that of the rate that scores best, and False."""
     start = score({**curve[0], "after": curve[0]["before"]})
     points = [(start, 0.0), *((score(line), rise(line)) for line in curve)]
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x0 < wanted <= x1:
-            return y0 + (y1 - y0) * (wanted - x0) / (x1 - x0)
-    return None
+            return y0 + (y1 - y0) * (wanted - x0) / (x1 - x0), True
+    return max(points)[1], False
 
 
 def cell(values: list[float], digits: int = 3) -> str:
@@ -66,23 +66,37 @@ def cell(values: list[float], digits: int = 3) -> str:
 
 
 def rows(found: Runs) -> list[list[str]]:
-    table = [["", "new text", "general text", "rise", "rise, AdamW = 1", "KL, general", "KL, own samples", "seconds"]]
+    table = [
+        [
+            "",
+            "new text",
+            "general text",
+            "rise",
+            "rise, AdamW = 1",
+            "KL, general",
+            "KL, own samples",
+            "seconds",
+            "seeds",
+        ]
+    ]
     before = next(iter(next(iter(found.values())).values()))["before"]
-    table.append(["before", f"{before['task']:.3f}", f"{before['general_loss']:.3f}", "", "", "", "", ""])
+    table.append(["before", f"{before['task']:.3f}", f"{before['general_loss']:.3f}", *[""] * 6])
     for name, runs in found.items():
         lines = [runs[seed] for seed in sorted(runs)]
-        shares = []
+        shares, all_reached = [], True
         for seed in sorted(runs):
             curve = [found[NAMES[arm]][seed] for arm in RATES if seed in found.get(NAMES[arm], {})]
-            cost = cost_under_adamw(curve, score(runs[seed])) if curve else None
-            shares += [] if cost is None else [rise(runs[seed]) / cost]
-        share = cell(shares, 2) if shares else "not reached"
-        share += f" ({len(shares)})" if 0 < len(shares) < len(runs) else ""
+            if len(curve) > 1:
+                cost, reached = cost_under_adamw(curve, score(runs[seed]))
+                shares.append(rise(runs[seed]) / cost)
+                all_reached &= reached
+        share = ("" if all_reached else "≤ ") + (cell(shares, 2) if shares else "")
         after = [[line["after"][key] for line in lines] for key in ("task", "general_loss", "kl_general", "kl_own")]
         table.append([
             name, cell(after[0]), cell(after[1]), cell([rise(line) for line in lines]),
             "1" if name in [NAMES[arm] for arm in RATES] else share,
             cell(after[2]), cell(after[3]), f"{confidence([line['seconds'] for line in lines])[0]:.0f}",
+            str(len(lines)),
         ])  # fmt: skip
     return table
 
@@ -119,9 +133,9 @@ def page(lines: list[dict[str, Any]]) -> str:
         f"seed, whatever it cost the model; then it was run on {DOMAINS['report']}. Mean ± half the width of the 95 % "
         "interval over seeds. Written by `python benchmarks/report_first_finetuning.py`.",
         "**Rise, AdamW = 1**: the rise of the loss on general text over that at which AdamW's rates, with lines "
-        "between them, reach the same loss on new text; in brackets how many seeds do, if not all. Half-way back: "
-        "weights half-way between start and end (`interpolate`, `blend`). Seconds: CPU seconds of the training, "
-        "samples and answers included, beside other work.",
+        "between them, reach the same loss on new text; ≤ where in some seed no rate does, and the best one's rise is "
+        "taken. Half-way back: weights half-way between start and end (`interpolate`, `blend`). Seconds: CPU seconds "
+        "of the training, samples and answers included, beside other work.",
     ]
     for setup in STEPS:
         if found := collect(lines, setup):
