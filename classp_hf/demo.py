@@ -98,6 +98,7 @@ class SequenceArguments:
             self.max_train_samples = None
 
     def load_tasks(self, args: ContinualTrainingArguments) -> list[Task]:
+        """The tasks, in order, their training subsets chosen by the seed of `args`; the main process reads first."""
         sizes = {"max_train_samples": self.max_train_samples, "max_eval_samples": self.max_eval_samples}
         with args.main_process_first(desc="loading the tasks"):
             return [load_task(spec, seed=args.seed, **sizes) for spec in self.tasks]
