@@ -130,12 +130,12 @@ def page(lines: list[dict[str, Any]]) -> str:
         "SmolLM2-135M-Instruct is trained on plain sentences of one domain; measured are the loss on new text of that "
         "domain and on general text (Python's documentation), in nats a token, and the KL from the starting model, in "
         f"fp32. Every arm's setting was chosen on another domain ({DOMAINS['tune']}) by the loss on its new text, one "
-        f"seed, whatever it cost the model; then it was run on {DOMAINS['report']}. Mean ± half the width of the 95 % "
-        "interval over seeds. Written by `python benchmarks/report_first_finetuning.py`.",
+        f"seed, whatever it cost the model; then it was run on {DOMAINS['report']}. Mean ± half the width of the "
+        "95 % interval over seeds. Written by `python benchmarks/report_first_finetuning.py`.",
         "**Rise, AdamW = 1**: the rise of the loss on general text over that at which AdamW's rates, with lines "
-        "between them, reach the same loss on new text; ≤ where in some seed no rate does, and the best one's rise is "
-        "taken. Half-way back: weights half-way between start and end (`interpolate`, `blend`). Seconds: CPU seconds "
-        "of the training, samples and answers included, beside other work.",
+        "between them, reach the same loss on new text; ≤ where in some seed no rate does, and the best one's rise "
+        "is taken. Half-way back: weights half-way between start and end (`interpolate`, `blend`). Seconds: CPU "
+        "seconds of the training, samples and answers included, beside other work.",
     ]
     for setup in STEPS:
         if found := collect(lines, setup):

@@ -30,11 +30,11 @@ from .demo import option
 from .files import replacing
 from .launch import prepare_cpu_launch
 from .methods import METHODS
-from .metrics import confidence, summarize
+from .metrics import confidence
 from .redaction import public_arguments
 from .registration import register
 from .sequence import STATE_NAME
-from .tasks import load_task, sample_train, with_test_split
+from .tasks import sample_train, with_test_split
 from .trainer import ContinualTrainer
 from .training_args import ContinualTrainingArguments
 
@@ -102,10 +102,8 @@ class Comparison:
         flags = public_arguments(vars(parser.parse_args(words)))
         self.flags = {k: str(v) for k, v in flags.items() if not k.startswith(ANY_VALUE)}
         self.check_folder()
-        sizes = {"max_eval_samples": self.given.max_eval_samples}
-        with self.args.main_process_first(desc="loading the tasks"):
-            found = [load_task(spec, seed=self.args.seed, **sizes) for spec in self.given.tasks]
-        self.tasks = [with_test_split(task) for task in found]
+        whole = replace(self.given, max_train_samples=None)  # a seed chooses from all of it
+        self.tasks = [with_test_split(task) for task in whole.load_tasks(self.args)]
 
     def check_folder(self) -> None:
         """Raise a ValueError if the folder's runs are of other flags."""
@@ -146,9 +144,10 @@ class Comparison:
             shutil.rmtree(folder, ignore_errors=True)
         return json.loads(path.read_text())
 
-    def settings(self, arm: str) -> list[str]:
-        name, *values = GRIDS.get(arm, ADAMW_RATES)
-        return [f"{name}={value:g}" for value in values]
+
+def settings(arm: str) -> list[str]:
+    name, *values = GRIDS.get(arm, ADAMW_RATES)
+    return [f"{name}={value:g}" for value in values]
 
 
 def setting_flags(setting: str) -> list[str]:
@@ -168,14 +167,12 @@ def tables(tuned: dict[str, dict[str, float]], runs: dict[str, list[dict[str, An
 
     rows = [["arm", "setting", "ACC", f"against {BASELINE}", "LA", "forgetting", "seconds"]]
     for arm in order:
-        metrics = [summarize(r["accuracy_matrix"]) for r in runs[arm]]
         rows.append([
             arm,
             chosen(tuned[arm]),
             cell(scores[arm]),
             "" if arm == BASELINE else cell(differences(scores[arm], scores[BASELINE]), "+"),
-            cell([100 * m["learning_accuracy"] for m in metrics]),
-            cell([100 * m["forgetting"] for m in metrics]),
+            *(cell([100 * r["metrics"][k] for r in runs[arm]]) for k in ("learning_accuracy", "forgetting")),
             f"{confidence([r['seconds'] for r in runs[arm]])[0]:.0f}",
         ])  # fmt: skip
     grid = [["arm", *(f"setting {i + 1}" for i in range(3))]]
@@ -192,8 +189,8 @@ def tables(tuned: dict[str, dict[str, float]], runs: dict[str, list[dict[str, An
     if edges := [arm for arm in order if chosen(tuned[arm]) != list(tuned[arm])[1]]:
         words.append(f"At the edge of the grid, where a setting beyond may be better: {', '.join(edges)}.")
     note = (
-        "In percent, mean ± half the width of its 95 % interval over seeds; differences are paired by seed. Intervals "
-        "are of one comparison each: of many arms the best is partly so by chance."
+        "In percent, mean ± half the width of its 95 % interval over seeds; differences are paired by seed. An "
+        "interval is of one comparison: of many arms the best is partly so by chance."
     )
     return [
         report.markdown_table(rows, "<<>>>>>"),
@@ -233,7 +230,7 @@ def _run(trainers: list[ContinualTrainer]) -> None:
         logging.getLogger("classp_hf").setLevel(logging.WARNING)
     tuned, runs = {}, {}
     for arm in given.arms:
-        found = {setting: comparison.run(arm, setting, first, "tune") for setting in comparison.settings(arm)}
+        found = {setting: comparison.run(arm, setting, first, "tune") for setting in settings(arm)}
         tuned[arm] = {setting: 100 * r["metrics"]["average_accuracy"] for setting, r in found.items()}
         best = chosen(tuned[arm])
         runs[arm] = [comparison.run(arm, best, seed, "test") for seed in range(first + 1, first + 1 + given.seeds)]

@@ -40,7 +40,7 @@ def test_every_setting_is_tried_and_the_best_is_measured_on_test_data(compared):
     assert all(f"] {name}: ACC" in said for name in runs)
     tried = {name.split(" ")[2]: r["metrics"]["average_accuracy"] for name, r in runs.items() if name[:4] == "tune"}
     assert tried.keys() == {f"learning_rate={rate:g}" for rate in compare.ADAMW_RATES[1:]}
-    best = compare.chosen({setting: tried[setting] for setting in compare.Comparison.settings(None, "naive")})
+    best = compare.chosen({setting: tried[setting] for setting in compare.settings("naive")})
     (measured,) = [name for name in runs if name[:4] == "test"]
     assert measured == f"test naive {best} seed 43"
     for name, r in runs.items():
