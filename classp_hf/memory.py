@@ -12,6 +12,7 @@ adapter shifts.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -207,14 +208,14 @@ def write_memory(
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    left = sorted(sources)
+    keys = iter(sorted(sources))
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
             begin = file.write(start("0" * 64))
 
             def written() -> Iterator[tuple[str, Tensor]]:
-                while left:
-                    t = take(key := left.pop(0)).to("cpu", forms[key][0]).contiguous()
+                for key in keys:
+                    t = take(key).to("cpu", forms[key][0]).contiguous()
                     file.seek(begin + layout[key]["data_offsets"][0])
                     file.write(_bytes(t))
                     yield key, t
@@ -223,7 +224,7 @@ def write_memory(
             file.seek(0)
             file.write(start(digest))
     except OSError:  # of this rank alone: the others take part until the last tensor
-        for key in left:
+        for key in keys:
             take(key)
         raise
     path.with_name(OLD_NAME).unlink(missing_ok=True)
@@ -314,6 +315,7 @@ def _bytes(t: Tensor) -> Any:
     return t.reshape(-1).view(torch.uint8).numpy().data if t.numel() else b""
 
 
+@functools.cache
 def _name_of(dtype: torch.dtype) -> str:
     """What safetensors calls it."""
     start = save({"x": torch.empty(0, dtype=dtype)})

@@ -12,8 +12,8 @@ from torch import nn
 from warm_python import python
 
 from classp_hf import ContinualMemory
-from classp_hf.memory import FORMAT, MEMORY_NAME
-from classp_hf.names import canonical_name, trainable_parameters
+from classp_hf.memory import FORMAT, MEMORY_NAME, write_memory
+from classp_hf.names import Accumulators, canonical_name, trainable_parameters
 
 
 @pytest.fixture
@@ -46,6 +46,27 @@ def test_saving_is_atomic(saved, monkeypatch):
         memory.save(path.parent)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [MEMORY_NAME]
+
+
+def test_a_rank_that_cannot_write_takes_part_in_every_collective_call(saved, tmp_path, monkeypatch):
+    """Others wait in that of the next tensor: they would never return."""
+    memory, path = saved
+    before, taken = path.read_bytes(), {True: [], False: []}
+
+    def full(disk_is_full):
+        parameters = {n: torch.ones(2) for n in ("c", "a", "b")}
+        names = {id(p): n for n, p in parameters.items()}
+        return Accumulators(parameters, lambda p: taken[disk_is_full].append(names[id(p)]) or p)
+
+    write_memory(tmp_path / "other", [("accumulator", full(False))], memory.metadata, writes=False)
+    assert not (tmp_path / "other").exists()
+    calls = iter(range(10))
+    monkeypatch.setattr("classp_hf.memory._bytes", lambda t: b"" if next(calls) < 2 else (_ for _ in ()).throw(
+        OSError(28, "No space left on device")))  # fmt: skip
+    with pytest.raises(OSError, match="No space"):
+        write_memory(path.parent, [("accumulator", full(True))], memory.metadata)
+    assert taken == {True: ["a", "b", "c"], False: ["a", "b", "c"]}
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [MEMORY_NAME]
 
 
 def test_saved_file_is_readable_by_others_as_any_new_file(saved, tmp_path):
