@@ -245,18 +245,7 @@ def run(job: Job, cache: Path) -> dict[str, Any]:
         methods: Any = [next((m for m in configured if m.name == name), name) for name in names]
         built = (MoFO, {"lr": args.learning_rate, "fraction": mofo.mofo_fraction}) if job.arm == "mofo" else None
         trainer = build_trainer(args, arm.peft, learned, method=methods, optimizer_cls_and_kwargs=built)
-        evaluate, watch, started = trainer.evaluate, Watch(trainer), time.perf_counter()
-
-        def measure(dataset: Any, **kwargs: Any) -> dict[str, float]:
-            """What the first task's model scores, which all its arms share, is kept in its folder."""
-            if learned is None or trainer.state.global_step:
-                return evaluate(dataset, **kwargs)
-            path = learned / f"{len(dataset)}_{str(trainer.logged_task).replace('/', '_')}.json"
-            if not path.is_file():
-                path.write_text(json.dumps(evaluate(dataset, **kwargs)))
-            return json.loads(path.read_text())
-
-        trainer.evaluate = measure
+        watch, started = Watch(trainer), time.perf_counter()
         trainer.add_callback(watch)
         results = trainer.train_sequence(tasks)
         R = results["accuracy_matrix"]
@@ -332,10 +321,6 @@ def main() -> None:
     # glibc: keep freed memory instead of asking the system for it again at every step
     os.environ.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**35), MALLOC_TOP_PAD_=str(2**28))
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    if options.output.is_file() and not options.output.read_text().endswith("\n"):
-        with options.output.open("a") as file:  # a killed process left a line unfinished: begin a new one
-            file.write("\n")
-
     for stage in ["tune", "report"] if options.stage == "all" else [options.stage]:
         lines = [line for path in options.tuned for line in read_lines(path) if line["stage"] == "tune"]
         lines += read_lines(options.output)

@@ -30,6 +30,11 @@ NAMES = {
     "real_text": "AdamW + rehearsal of real text",
 }
 HALF = "half-way back"
+MEASURED = {  # the column's name, the axis
+    "domain": ("new text", "loss on new text of the domain (nats a token; left is better)"),
+    "sentiment": ("accuracy, %", "accuracy on the new task (%; right is better)"),
+}
+LEAST = 0.01  # nats: of a rise under AdamW that others are divided by
 Runs = dict[str, dict[int, dict[str, Any]]]  # arm -> seed -> line
 
 
@@ -60,27 +65,21 @@ def cost_under_adamw(curve: list[dict[str, Any]], wanted: float) -> tuple[float,
     return max(points)[1], False
 
 
+def new_task(line: dict[str, Any], when: str = "after") -> float:
+    return line[when]["task"] * (100 if line["setup"] == "sentiment" else 1)
+
+
 def cell(values: list[float], digits: int = 3) -> str:
     middle, half = confidence(values)
     return f"{middle:.{digits}f} ± {half:.{digits}f}" if len(values) > 1 else f"{middle:.{digits}f}"
 
 
-def rows(found: Runs) -> list[list[str]]:
-    table = [
-        [
-            "",
-            "new text",
-            "general text",
-            "rise",
-            "rise, AdamW = 1",
-            "KL, general",
-            "KL, own samples",
-            "seconds",
-            "seeds",
-        ]
-    ]
-    before = next(iter(next(iter(found.values())).values()))["before"]
-    table.append(["before", f"{before['task']:.3f}", f"{before['general_loss']:.3f}", *[""] * 6])
+def rows(found: Runs, setup: str) -> list[list[str]]:
+    head = "|general text|rise|rise, AdamW = 1|KL, general|KL, own samples|seconds|seeds"
+    table = [["", *f"{MEASURED[setup][0]}{head}".split("|")]]
+    first, digits = next(iter(next(iter(found.values())).values())), 1 if setup == "sentiment" else 3
+    before = first["before"]["general_loss"]
+    table.append(["before", f"{new_task(first, 'before'):.{digits}f}", f"{before:.3f}", *[""] * 6])
     for name, runs in found.items():
         lines = [runs[seed] for seed in sorted(runs)]
         shares, all_reached = [], True
@@ -88,25 +87,26 @@ def rows(found: Runs) -> list[list[str]]:
             curve = [found[NAMES[arm]][seed] for arm in RATES if seed in found.get(NAMES[arm], {})]
             if len(curve) > 1:
                 cost, reached = cost_under_adamw(curve, score(runs[seed]))
-                shares.append(rise(runs[seed]) / cost)
-                all_reached &= reached
-        share = ("" if all_reached else "≤ ") + (cell(shares, 2) if shares else "")
-        after = [[line["after"][key] for line in lines] for key in ("task", "general_loss", "kl_general", "kl_own")]
+                if cost >= LEAST:
+                    shares.append(rise(runs[seed]) / cost)
+                    all_reached &= reached
+        share = ("" if all_reached else "≤ ") + (cell(shares, 2) if len(shares) == len(runs) else "")
+        after = [[line["after"][key] for line in lines] for key in ("general_loss", "kl_general", "kl_own")]
         table.append([
-            name, cell(after[0]), cell(after[1]), cell([rise(line) for line in lines]),
-            "1" if name in [NAMES[arm] for arm in RATES] else share,
-            cell(after[2]), cell(after[3]), f"{confidence([line['seconds'] for line in lines])[0]:.0f}",
+            name, cell([new_task(line) for line in lines], digits), cell(after[0]),
+            cell([rise(line) for line in lines]), "1" if name in [NAMES[arm] for arm in RATES] else share,
+            cell(after[1]), cell(after[2]), f"{confidence([line['seconds'] for line in lines])[0]:.0f}",
             str(len(lines)),
         ])  # fmt: skip
     return table
 
 
-def plot(found: Runs, path: Path) -> None:
-    """New text (x) against the rise of general text (y): AdamW's rates a curve, half-way points grey."""
+def plot(found: Runs, setup: str, path: Path) -> None:
+    """The new task (x) against the rise of general text (y): AdamW's rates a curve, half-way points grey."""
     figure = report.new_figure(7.6, 4.8)
     axes = figure.subplots()
     curve = [name for name in (NAMES[arm] for arm in RATES) if name in found]
-    middle = {name: [confidence([f(line) for line in runs.values()]) for f in (lambda x: x["after"]["task"], rise)]
+    middle = {name: [confidence([f(line) for line in runs.values()]) for f in (new_task, rise)]
               for name, runs in found.items()}  # fmt: skip
     line = [(middle[name][0][0], middle[name][1][0]) for name in curve]
     axes.plot(*zip(*line), color="black", marker="o", label="AdamW's rates")
@@ -117,7 +117,7 @@ def plot(found: Runs, path: Path) -> None:
         style = {**report.series_style(i), "linestyle": "none", **({"color": "0.7", "marker": "x"} if half else {})}
         label = name if not half else HALF if name == next(n for n in others if HALF in n) else None
         axes.errorbar(x, y, xerr=dx or None, yerr=dy or None, capsize=2, label=label, **style)
-    axes.set_xlabel("loss on new text of the domain (nats a token; left is better)")
+    axes.set_xlabel(MEASURED[setup][1])
     axes.set_ylabel("rise of the loss on general text (nats; down is better)")
     axes.grid(color="0.9")
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
@@ -127,22 +127,25 @@ def plot(found: Runs, path: Path) -> None:
 def page(lines: list[dict[str, Any]]) -> str:
     parts = [
         "# What the first fine-tuning costs, by method",
-        "SmolLM2-135M-Instruct is trained on plain sentences of one domain; measured are the loss on new text of that "
-        "domain and on general text (Python's documentation), in nats a token, and the KL from the starting model, in "
-        f"fp32. Every arm's setting was chosen on another domain ({DOMAINS['tune']}) by the loss on its new text, one "
-        f"seed, whatever it cost the model; then it was run on {DOMAINS['report']}. Mean ± half the width of the "
-        "95 % interval over seeds. Written by `python benchmarks/report_first_finetuning.py`.",
+        "SmolLM2-135M-Instruct is trained on plain sentences of one domain (set-up domain), or to answer in one word "
+        "what the sentiment of such a sentence is (set-up sentiment: the chat template, the loss on the answer "
+        "alone). Measured are the loss on new text of the domain, or the accuracy on new sentences; the loss on "
+        "general text (Python's documentation), in nats a token; and the KL from the starting model, in fp32. Every "
+        f"arm's setting was chosen on another domain ({DOMAINS['tune']}) by the first of these, one seed, whatever it "
+        f"cost the model; then it was run on {DOMAINS['report']}. Mean ± half the width of the 95 % interval over "
+        "seeds. Written by `python benchmarks/report_first_finetuning.py`.",
         "**Rise, AdamW = 1**: the rise of the loss on general text over that at which AdamW's rates, with lines "
-        "between them, reach the same loss on new text; ≤ where in some seed no rate does, and the best one's rise "
-        "is taken. Half-way back: weights half-way between start and end (`interpolate`, `blend`). Seconds: CPU "
-        "seconds of the training, samples and answers included, beside other work.",
+        "between them, do as well on the new task; ≤ where in some seed no rate does, and the best one's rise is "
+        f"taken; empty where AdamW's own rise there is below {LEAST} nats in some seed. Half-way "
+        "back: weights half-way between start and end (`interpolate`, `blend`). Seconds: CPU seconds of the training, "
+        "samples and answers included, beside other work.",
     ]
     for setup in STEPS:
         if found := collect(lines, setup):
             order = [n for n in NAMES.values() if n in found] + sorted(n for n in found if HALF in n)
             found = {name: found[name] for name in order}
-            plot(found, ROOT / f"docs/images/first_finetuning_{setup}.png")
-            table = rows(found)
+            plot(found, setup, ROOT / f"docs/images/first_finetuning_{setup}.png")
+            table = rows(found, setup)
             settings = {arm: chosen(setup, arm, lines).replace("--", "") for arm in NAMES if NAMES[arm] in found}
             seeds = sorted({len(runs) for runs in found.values()})
             first = next(iter(next(iter(found.values())).values()))
@@ -152,7 +155,7 @@ def page(lines: list[dict[str, Any]]) -> str:
             parts += [
                 f"## {setup.capitalize()}: {STEPS[setup]} steps of 8 texts, {' or '.join(map(str, seeds))} seeds",
                 report.markdown_table(table, "<" + ">" * (len(table[0]) - 1)),
-                f"![New text against general text](images/first_finetuning_{setup}.png)",
+                f"![The new task against general text](images/first_finetuning_{setup}.png)",
                 "Chosen: " + "; ".join(f"{NAMES[arm]}: {flags}" for arm, flags in settings.items() if flags) + ".",
                 f"`python benchmarks/first_finetuning.py tune --setups {setup}`, then `report`; {where}.",
             ]

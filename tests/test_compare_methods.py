@@ -87,7 +87,7 @@ def test_controls_differ_in_the_memory_alone(small, monkeypatch, tmp_path):
     weights, counts = [], []
     for arm in arms:
         line = run(Job("report", arm, ARMS[arm].settings[1], "nyt>movie", 0), tmp_path)
-        assert line["R"][0] == line["R"][1] and len(list(tmp_path.glob("report_nyt_0_*/24_icwsm14_*.json"))) % 2 == 0
+        assert line["R"][0] == line["R"][1]
         weights.append(seen[-1].model.get_input_embeddings().weight.detach().clone())
         counts.append(getattr(seen[-1].methods[0], "tokens", {}) if seen[-1].methods else {})
     assert len({w.sum().item() for w in weights}) == 5
