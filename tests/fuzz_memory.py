@@ -207,6 +207,8 @@ def check(blob, folder):
         (reason,) = [reason for remedy, reason in REMEDIES.items() if remedy in str(error)]
         return reason
     stored = load_safetensors(blob)
+    low_bit = [k for k, t in stored.items() if k.startswith("accumulator/") and t.dtype is torch.bfloat16]
+    stored |= {k: stored[k].float() for k in low_bit}  # in a file alone
     again = ContinualMemory.load(memory.save(folder / "again"))
     assert memory.metadata == again.metadata == json.loads(split(blob)[0]["__metadata__"]["content"])
     for tensors in (memory.tensors, again.tensors):
