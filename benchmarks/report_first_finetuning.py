@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compare_methods import read_lines
-from first_finetuning import ARMS, DOMAINS, STEPS, chosen, score
+from first_finetuning import ARMS, REPORTED_ON, STEPS, TUNED_ON, chosen, score
 from report_performance import ROOT, cpu, wrapped
 
 from classp_hf import report
@@ -31,7 +31,9 @@ NAMES = {
 }
 HALF = "half-way back"
 MEASURED = {  # the column's name, the axis
-    "domain": ("new text", "loss on new text of the domain (nats a token; left is better)"),
+    **dict.fromkeys(
+        ("domain", "domain_movie"), ("new text", "loss on new text of the domain (nats a token; left is better)")
+    ),
     "sentiment": ("accuracy, %", "accuracy on the new task (%; right is better)"),
 }
 LEAST = 0.01  # nats: of a rise under AdamW that others are divided by
@@ -131,8 +133,8 @@ def page(lines: list[dict[str, Any]]) -> str:
         "what the sentiment of such a sentence is (set-up sentiment: the chat template, the loss on the answer "
         "alone). Measured are the loss on new text of the domain, or the accuracy on new sentences; the loss on "
         "general text (Python's documentation), in nats a token; and the KL from the starting model, in fp32. Every "
-        f"arm's setting was chosen on another domain ({DOMAINS['tune']}) by the first of these, one seed, whatever it "
-        f"cost the model; then it was run on {DOMAINS['report']}. Mean ± half the width of the 95 % interval over "
+        f"arm's setting was chosen on another domain ({TUNED_ON}) by the first of these, one seed, whatever it cost "
+        "the model; then it was run on the domain of the table. Mean ± half the width of the 95 % interval over "
         "seeds. Written by `python benchmarks/report_first_finetuning.py`.",
         "**Rise, AdamW = 1**: the rise of the loss on general text over that at which AdamW's rates, with lines "
         "between them, do as well on the new task; ≤ where in some seed no rate does, and the best one's rise is "
@@ -150,14 +152,16 @@ def page(lines: list[dict[str, Any]]) -> str:
             seeds = sorted({len(runs) for runs in found.values()})
             first = next(iter(next(iter(found.values())).values()))
             commits = sorted({line["commit"][:7] for runs in found.values() for line in runs.values()})
+            tuned_as = setup.removesuffix("_movie")
             where = f"{first['precision']} autocast, {cpu(first['hardware'])}, one thread, torch "
             where += f"{first['versions']['torch']}, commits {', '.join(commits)}"
             parts += [
-                f"## {setup.capitalize()}: {STEPS[setup]} steps of 8 texts, {' or '.join(map(str, seeds))} seeds",
+                f"## {tuned_as.capitalize()} {REPORTED_ON[setup]}: {STEPS[setup]} steps of 8 texts, "
+                + f"{' or '.join(map(str, seeds))} seeds",
                 report.markdown_table(table, "<" + ">" * (len(table[0]) - 1)),
                 f"![The new task against general text](images/first_finetuning_{setup}.png)",
                 "Chosen: " + "; ".join(f"{NAMES[arm]}: {flags}" for arm, flags in settings.items() if flags) + ".",
-                f"`python benchmarks/first_finetuning.py tune --setups {setup}`, then `report`; {where}.",
+                f"`python benchmarks/first_finetuning.py tune --setups {tuned_as}`, then `report`; {where}.",
             ]
     plain = ("#", "|", "!")
     return "\n\n".join(p if p.startswith(plain) else wrapped(p) for p in parts) + "\n"
