@@ -5,6 +5,7 @@ Token ids are lists of int. Answers are what a model said of the next token, or 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -231,7 +232,7 @@ def read_texts(source: str, tokenizer: Any, count: int, length: int, seed: int =
             raise ValueError(
                 f"{name!r} has no column {column!r} of texts, but {', '.join(first)}. Name one: {name}:COLUMN."
             )
-        texts = [row[column] for row in rows.shuffle(seed=seed).take(4 * count)]
+        texts = [row[column] for row in itertools.islice(rows.shuffle(seed=seed), 4 * count)]
     encoded = [tokenizer(t, truncation=True, max_length=length)["input_ids"] for t in texts if t and t.strip()]
     order = np.random.default_rng(seed).permutation(len(encoded))
     found = [encoded[i] for i in order if len(encoded[i]) > 1][:count]
