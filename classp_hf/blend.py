@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .guard import general_answers
 from .language import prepare_language_tasks
-from .matching import named_as_in
+from .matching import match_rows, named_as_in
 from .memory import MEMORY_NAME, ContinualMemory, NoMemoryError
 from .names import mean_over_weights, samples
 from .rehearsal import kind_of_model, measure
@@ -67,11 +67,8 @@ class _Blender:
         own = {n: t for n, t in _weights(tuned).items() if n in self.state}
         if not own:
             raise ValueError(f"The weights of {tuned} have other names than its model's: save it again.")
-        self.pairs = {
-            n: (old[n], t)
-            for n, t in own.items()
-            if n in old and old[n].shape[1:] == t.shape[1:] and t.ndim and t.is_floating_point()
-        }
+        fitting = {n for n, t in own.items() if n in old and old[n].shape == t.shape} | {*match_rows(old, model, True)}
+        self.pairs = {n: (old[n], t) for n, t in own.items() if n in fitting and t.ndim and t.is_floating_point()}
         self.only_tuned = [n for n in own if n not in self.pairs]
         layers = {n: re.search(r"\.(\d+)\.", n) for n, _ in model.named_parameters()}
         deepest = max((int(m[1]) for m in layers.values() if m), default=0) or 1

@@ -41,4 +41,6 @@ def is_single_label_classifier(model: nn.Module) -> bool:
 
 def accuracy(prediction: Any) -> dict[str, float]:
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == prediction.label_ids))}
+    labels = prediction.label_ids  # `preprocess_logits_for_metrics` may have chosen the classes already
+    chosen = logits if np.ndim(logits) == np.ndim(labels) else np.argmax(logits, axis=-1)
+    return {"accuracy": float(np.mean(chosen == labels))}

@@ -100,6 +100,8 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         self.args: Any = None
         self.control: Any = None
         """Of the Trainer: every Trainer has one of its own."""
+        self._predecessor: ContinualCallback | None = None
+        """While training: what trained the model before in this process."""
         self._hooks: list[Any] = []
         self._density: float | None = None
         self._written: set[Path] = set()
@@ -147,7 +149,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         zero = zero_optimizer(optimizer)
         optimizer = optimizer if zero is None else zero.optimizer
-        previous = engine_of(model)
+        previous, resumed = engine_of(model), state.global_step > 0
         interrupted = previous is not None and previous.context is not None and previous.control is not control
         if interrupted and previous is not None and previous.zero is not None:
             raise ValueError(
@@ -159,20 +161,20 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         elif previous is not None and previous.context is not None:
             if previous.control is control and previous.methods and not previous.options:
                 return  # two on one Trainer: that with a method works
+            same_trainer, before = previous.control is control, previous._predecessor
             previous.stop()  # also one whose training was interrupted
-            if (
-                previous.control is control
-                and self.source not in (BESIDE, PRETRAINED)
-                and isinstance(optimizer, CLASSP)
-            ):
+            reads = self.source not in (BESIDE, PRETRAINED)
+            if same_trainer and reads and not resumed and isinstance(optimizer, CLASSP):
                 optimizer.state.clear()  # that engine has put another memory into it
+            if same_trainer and not previous.options:  # it knows nothing of the state of this one's methods
+                previous = None if before is self else before
         if self.args is not None and self.model is not model:  # `model_init` has made another one
             self.reset()
         elif isinstance(self.optimizer, CLASSP) and self.optimizer is not optimizer and self._pending is None:
             self._pending = dict(self.accumulators())  # this callback's last Trainer had an optimizer of its own
         self.optimizer, self.args, self.model, self.control, self.samples = optimizer, args, model, control, None
         ContinualCallback.applied |= bool(self.options)
-        self._check_optimizer(args, resumed := state.global_step > 0)
+        self._check_optimizer(args, resumed)
         if not (isinstance(optimizer, CLASSP) or self.methods or self.gather or self.accelerator is not None):
             if self.source not in (BESIDE, NONE):
                 raise ValueError(
@@ -189,8 +191,9 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             check_zero(args.deepspeed_plugin, optimizer.param_groups[0], next(iter(used), None))
             link(zero)
         self.stop()  # what an interrupted training left
+        self._predecessor = previous
         self.find(previous, args, state, getattr(processing_class, "tokenizer", processing_class))
-        self.put(resumed and isinstance(optimizer, CLASSP))
+        self.put(resumed and isinstance(optimizer, CLASSP) and any(optimizer.state.values()))
         if self.optimizer_file is not None and not resumed:
             load_optimizer_state(optimizer, model, torch.load(self.optimizer_file, "cpu", weights_only=True))
             if self.heads is not None:
@@ -305,7 +308,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
 
     def stop(self) -> None:
         """Training has ended, or another engine takes over."""
-        self._density = self.context = None
+        self._density = self.context = self._predecessor = None
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .classification import accuracy, classification_loss, is_single_label_classifier
 from .compat import PatchedTrainer
-from .engine import ContinualCallback
+from .engine import ContinualCallback, engine_of
 from .files import explaining_full_disks
 from .guard import guards
 from .heads import TaskHeads
@@ -144,8 +144,9 @@ class ContinualTrainer(PatchedTrainer):
         greater = args.sequence_metric_greater_is_better
         self.greater_is_better = args.sequence_metric not in ("loss", "perplexity") if greater is None else greater
         self.task_heads = TaskHeads(self.model) if args.heads == "per_task" else None
-        if self.preprocess_logits_for_metrics is None and self.task_heads is not None:
-            self.preprocess_logits_for_metrics = self.task_heads.mask_other_labels
+        if self.task_heads is not None:
+            mask, own = self.task_heads.mask_other_labels, self.preprocess_logits_for_metrics
+            self.preprocess_logits_for_metrics = mask if own is None else lambda x, y: own(mask(x, y), y)
         self.engine.heads, self.engine.accelerator, self.engine.model = self.task_heads, self.accelerator, self.model
         self._complete_methods()
         for part in self.methods:
@@ -159,6 +160,11 @@ class ContinualTrainer(PatchedTrainer):
         if args.memory not in (None, NONE, PRETRAINED):
             self.load_memory(ContinualMemory.load(args.memory, args.memory_revision), repr(args.memory))
         elif args.memory is None and args.optim == CLASSP_NAME:
+            if tasks := getattr(engine_of(self.model), "tasks", None):
+                logger.warning(
+                    f"This model was trained on {', '.join(tasks)} in this process; the memory of that is not used. "
+                    "Save the model, and pass memory=FOLDER to go on from it."
+                )
             warn_of_unused_memory(self.model, f"Pass memory={model_source(self.model)!r} to go on from it.")
         self.preemption = PreemptionCallback(self)
         self.add_callback(self.preemption)  # the last: it may end the process

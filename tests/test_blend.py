@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from warm_python import python
 
 from classp_hf import ContinualMemory
-from classp_hf.blend import blend, format_blend
+from classp_hf.blend import _Blender, blend, format_blend
 
 NAME = "transformer.h.1.mlp.c_fc.weight"
 SETTINGS = {"samples_drawn": 4, "length": 16}
@@ -168,6 +168,17 @@ def test_a_classifier_keeps_the_head_that_its_start_lacks(make_model, tmp_path):
     assert torch.equal(found.classifier.weight, tuned.classifier.weight)
     with pytest.raises(ValueError, match="A classifier has no general text"):
         blend(str(tmp_path / "start"), str(tmp_path / "tuned"), str(tmp_path / "out"))
+
+
+def test_a_head_of_another_number_of_labels_is_no_pair(make_model, tmp_path):
+    make_model(seed=0).save_pretrained(tmp_path / "start")
+    tuned = make_model(seed=1, num_labels=2)
+    tuned.save_pretrained(tmp_path / "tuned")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")
+    blender = _Blender(model, str(tmp_path / "start"), str(tmp_path / "tuned"))
+    assert blender.only_tuned == ["classifier.bias", "classifier.weight"]
+    blender.put("line", 0.0)
+    assert torch.equal(model.classifier.weight, tuned.classifier.weight)
 
 
 def test_what_is_no_whole_model_is_refused(pair, tmp_path):

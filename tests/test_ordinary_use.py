@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,7 +55,7 @@ def plain(make_tasks, collator, tmp_path):
         args = TrainingArguments(str(tmp_path / output), **{"optim": "classp", **keywords, **changes})
         dataset = data[0].train_dataset if dataset is None else dataset
         trainer = Trainer(model, args, collator, dataset, callbacks=list(callbacks), optimizers=optimizers)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model()
         return trainer
 
@@ -574,3 +575,83 @@ def test_a_memory_that_nothing_uses_is_refused(plain, make_model):
     callback = ContinualCallback(memory="x.st")
     with pytest.raises(ValueError, match="memory='x.st' is given, and nothing here uses a memory"):
         plain(make_model(), "a", callbacks=[callback], optim="adamw_torch")
+
+
+@pytest.mark.parametrize("optim", ["classp", "adamw_torch"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_users_callback_beside_the_registered_one_keeps_its_methods_state(
+    optim, shared, plain, make_model, tmp_path
+):
+    class See(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            seen.append(len(callback.methods[0].importance))
+
+    model, seen = make_model(), []
+    for output in ("a", "b"):
+        callback = ContinualCallback("ewc")
+        plain(model, output, [callback, See()], optim=optim, learning_rate=1e-3)
+        model = model if shared else classifier(tmp_path / output)
+    steps = len(seen) // 2
+    assert set(seen[:steps]) == {0} and set(seen[steps:]) == {len(weights(model))}
+    assert ContinualMemory.load(tmp_path / "b").tasks == ["a", "b"]
+
+
+@pytest.mark.parametrize("memory", [None, "none"])
+def test_a_users_callback_beside_the_registered_one_resumes(memory, plain, make_model, tmp_path):
+    def run(output, resume=None):
+        changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "resume_from_checkpoint": resume}
+        return weights(plain(make_model(), output, [ContinualCallback("elastic", memory)], **changes).model)
+
+    whole = run("a")
+    again = run("a", str(tmp_path / "a" / "checkpoint-2"))
+    assert all(torch.equal(w, again[n]) for n, w in whole.items())
+
+
+def test_a_checkpoint_without_the_optimizer_still_has_the_memory(
+    make_model, make_args, make_tasks, collator, tmp_path
+):
+    class See(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                seen.append(sum(float(s.sum()) for s in trainer.accumulators().values()))
+
+    seen, data = [], make_tasks(1)[0].train_dataset
+    for resume in (None, str(tmp_path / "a" / "checkpoint-2")):
+        args = make_args(output_dir=str(tmp_path / "a"), max_steps=4, save_steps=2, save_strategy="steps")
+        args.save_only_model = True
+        trainer = ClasspTrainer(make_model(), args, collator, data, callbacks=[See()])
+        trainer.train(resume_from_checkpoint=resume)
+    assert seen[0] == pytest.approx(seen[1]) and seen[0] > 0
+
+
+def test_a_second_continual_trainer_says_that_the_live_memory_is_not_used(
+    make_model, make_args, make_tasks, collator, tmp_path, caplog
+):
+    model, data = make_model(), make_tasks(1)[0].train_dataset
+    ClasspTrainer(model, make_args(output_dir=str(tmp_path / "first")), collator, data).train()
+    with caplog.at_level(logging.WARNING, "classp_hf"):
+        ClasspTrainer(model, make_args(output_dir=str(tmp_path / "second")), collator, data)
+    assert "trained on first in this process; the memory of that is not used" in caplog.text
+
+
+def test_logits_are_masked_before_the_users_own_preprocessing(make_model, make_args, make_tasks, collator, tmp_path):
+    tasks = [replace(task, label_ids=[i, 2]) for i, task in enumerate(make_tasks(2))]
+
+    def classes(logits, labels):
+        return logits.argmax(-1)
+
+    def run(**kwargs):
+        args = make_args(heads="per_task", output_dir=str(tmp_path / str(len(runs))))
+        trainer = ContinualTrainer(make_model(), args, collator, **kwargs)
+        runs.append(trainer.train_sequence(tasks)["accuracy_matrix"])
+
+    runs = []
+    for kwargs in ({}, {"preprocess_logits_for_metrics": classes}, {"preprocess_logits_for_metrics": lambda x, y: x}):
+        run(**kwargs)
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_replay_refuses_a_head_a_task(make_model, make_args, make_tasks, collator):
+    trainer = ContinualTrainer(make_model(), make_args(heads="per_task"), collator, method="replay")
+    with pytest.raises(ValueError, match="'replay' mixes earlier tasks' examples into the new task's"):
+        trainer.train_sequence(make_tasks(2))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Method, flag
+from .base import Context, Method, flag
 
 
 @dataclass
@@ -19,6 +19,9 @@ class Replay(Method):
     buffer. The buffer holds users' texts and is therefore never written into the continual memory: a run that starts
     from a memory has to be given the earlier tasks' examples again. The epochs are longer: their extra gradient steps
     are part of the method's cost.
+
+    Raises:
+        ValueError: a hyperparameter out of its range; before training, `heads="per_task"`.
     """
 
     name = "replay"
@@ -26,6 +29,13 @@ class Replay(Method):
 
     replay_fraction: float = flag(0.05, "Share of each earlier task's training examples to keep, in (0, 1].")
     replay_seed: int = flag(0, "Seed of the choice of examples to keep.")
+
+    def check(self, context: Context, others: Sequence[Method]) -> None:
+        if context.per_task_heads:
+            raise ValueError(
+                "The method 'replay' mixes earlier tasks' examples into the new task's, which has one head; "
+                "heads='per_task' has several."
+            )
 
     def extend_train_dataset(self, dataset: Any, earlier: Sequence[Any]) -> Any:
         from datasets import concatenate_datasets
