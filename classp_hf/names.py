@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +51,18 @@ def reshard(model: nn.Module) -> bool:
     for module in sharded:
         module.reshard()
     return bool(sharded)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the block; then the mode of before, and, under FSDP2, sharded parameters."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        reshard(model)
 
 
 def loss_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .names import bare_model, is_language_model, reshard
+from .names import bare_model, evaluating, is_language_model, reshard
 
 logger = logging.get_logger(__name__)
 
@@ -124,16 +124,16 @@ def draw_samples(
     if chat is not None and sum(map(len, chat)) + length > readable(model, 2**62):
         chat = None
     answered = count // 2 if chat is not None else 0
-    bare, device, was_training = bare_model(model), next(model.parameters()).device, model.training
+    bare, device = bare_model(model), next(model.parameters()).device
     forked = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "xpu") else {"devices": []}
     own = bare.generation_config  # whatever is not asked for comes from there, a repetition penalty too
     ends = getattr(own, "eos_token_id", None)
     ends = [ends] if isinstance(ends, int) else list(ends or [])
     texts: list[list[int]] = []
-    model.eval()
+    bar = tqdm(total=count, desc="Drawing the model's own samples")
     try:
         bare.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0)
-        with torch.random.fork_rng(**forked), tqdm(total=count, desc="Drawing the model's own samples") as bar:
+        with evaluating(model), torch.random.fork_rng(**forked), bar:
             torch.manual_seed(seed)
             while len(texts) < count:
                 chatting = chat is not None and len(texts) < answered
@@ -149,8 +149,6 @@ def draw_samples(
                 bar.update(size)
     finally:
         bare.generation_config = own
-        model.train(was_training)
-        reshard(model)
     return texts
 
 
@@ -305,20 +303,15 @@ def answer(
     """
     ids, lengths = padded(texts)
     result = Answers(ids, lengths, torch.empty(0), torch.empty(0))
-    was_training = model.training
     values: list[Tensor] = []
     indices: list[Tensor] = []
-    model.eval()
-    try:
+    with evaluating(model):
         for rows in tqdm(torch.arange(len(ids)).split(batch_size), desc="The model's answers", leave=False):
             logits = model(**result.inputs(rows, model))["logits"].float() / temperature
             top = F.log_softmax(logits, -1).topk(min(k, logits.shape[-1]))
             extra = (0, 0, 0, ids.shape[1] - logits.shape[1]) if logits.ndim == 3 else (0, 0)
             values.append(F.pad(top.values, extra).half().cpu())
             indices.append(F.pad(top.indices, extra).int().cpu())
-    finally:
-        model.train(was_training)
-        reshard(model)
     result.values, result.indices = torch.cat(values), torch.cat(indices)
     return result
 
@@ -352,19 +345,14 @@ def divergence(
 def measure(model: nn.Module, answers: Answers, batch_size: int = 8) -> tuple[float, float]:
     """A causal model's loss on the texts of `answers`, nats a token, and `KL(answers || model)`, nats a position; in
     evaluation mode."""
-    was_training = model.training
     loss = kl = 0.0
-    model.eval()
-    try:
+    with evaluating(model):
         for rows in torch.arange(len(answers)).split(batch_size):
             inputs = answers.inputs(rows, model)
             logits = model(**inputs)["logits"].float()
             kl += float(divergence(model, answers, rows, logits=logits))
             labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)[:, 1:]
             loss += float(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum"))
-    finally:
-        model.train(was_training)
-        reshard(model)
     positions = int(answers.lengths.sum())
     return loss / max(positions - len(answers), 1), kl / positions
 

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .embedded import cache_folder
 from .memory import ContinualMemory, NoMemoryError
 from .methods import PseudoRehearsal, describe_methods
-from .names import bare_model, loss_gradients, mean_over_weights, trainable_parameters
+from .names import bare_model, evaluating, loss_gradients, mean_over_weights, trainable_parameters
 from .names import samples as weight_samples
 from .rehearsal import Answers, count_tokens, draw_samples, kind_of_model, padded, read_texts, readable
 
@@ -118,11 +118,10 @@ def drawn_gradients(model: Any, tokenizer: Any, texts: list[list[int]], batch_si
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("No parameter of this model requires a gradient: there is nothing to remember.")
     held = Answers(*padded(texts), torch.empty(0), torch.empty(0))
-    device, was_training = next(model.parameters()).device, model.training
+    device = next(model.parameters()).device
     order = torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))
     generator = torch.Generator(device).manual_seed(seed)
-    model.eval()
-    try:
+    with evaluating(model):
         for rows in tqdm(order.split(batch_size), desc="The model's memory"):
             inputs = held.inputs(rows, model)
             asked = inputs["attention_mask"].bool()
@@ -140,8 +139,6 @@ def drawn_gradients(model: Any, tokenizer: Any, texts: list[list[int]], batch_si
                 labels = torch.multinomial(p, 1, generator=generator)[:, 0]
                 loss = F.cross_entropy(logits, labels) * _SCALE
             yield {n: g.float() / _SCALE for n, g in loss_gradients(model, loss).items()}
-    finally:
-        model.train(was_training)
 
 
 def pretrained_memory(model: Any, tokenizer: Any, power: float, writes: bool = True) -> ContinualMemory:

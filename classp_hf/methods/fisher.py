@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from ..names import bare_model, is_language_model, loss_gradients, reshard
+from ..names import bare_model, evaluating, is_language_model, loss_gradients, reshard
 
 Batch = Mapping[str, Tensor]
 Totals = dict[nn.Parameter, Tensor]
@@ -46,7 +46,7 @@ def sum_squared_gradients(
     """
     totals = {p: torch.zeros_like(p.detach(), dtype=torch.float32) for p in parameters.values()}
     sharded = reshard(model)
-    layers, limit, was_training = {} if sharded else _layers(model, totals), 1, model.training
+    layers, limit = {} if sharded else _layers(model, totals), 1
     waiting: dict[Any, list[tuple[Batch, list[int]]]] = defaultdict(list)
 
     def add(group: list[tuple[Batch, list[int]]]) -> None:
@@ -65,8 +65,7 @@ def sum_squared_gradients(
                 if g is not None:
                     totals[p].addcmul_(g.float(), g.float())
 
-    model.eval()
-    try:
+    with evaluating(model):
         for i, example in enumerate(examples):
             same = waiting[tuple((k, t.shape) for k, t in example.items())]
             same.append((example, list(seeds[i : i + 1])))
@@ -77,8 +76,6 @@ def sum_squared_gradients(
                 limit = size if all(t[0].numel() > 1 for t in example.values() if t.ndim > 1) else limit
         for same in filter(None, waiting.values()):
             add(same)
-    finally:
-        model.train(was_training)
     return {n: totals[p] for n, p in parameters.items()}
 
 
