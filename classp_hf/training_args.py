@@ -108,12 +108,9 @@ def with_continual_defaults(args: TrainingArguments | None, optim: str | None = 
         optim: replaces `args.optim`, and with it a learning rate that was left at its default.
     """
     args = ContinualTrainingArguments(output_dir="tmp_trainer") if args is None else copy.copy(args)
-    own = {f.name: f.default for f in fields(ContinualTrainingArguments)}
-    for f in fields(TrainingArguments):
-        own.pop(f.name, None)
-    for name, default in {**own, "enable_jit_checkpoint": False}.items():
-        if not hasattr(args, name):
-            setattr(args, name, default)
+    for f in fields(ContinualTrainingArguments):
+        if not hasattr(args, f.name):
+            setattr(args, f.name, f.default)
     if optim is not None:
         if getattr(args, "default_learning_rate", False) and args.optim != optim:
             args.learning_rate = CLASSP_LEARNING_RATE
