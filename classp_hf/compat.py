@@ -19,6 +19,8 @@ from transformers import Trainer, TrainerCallback
 from .files import sync_folder
 from .names import reshard
 
+_FSDP_1 = "FSDP version 1 flattens parameters, and the memory is kept by parameter. Set fsdp_version: 2."
+
 
 class _OptimizerName(str):
     """A name of an optimizer that `OptimizerNames` lists and that is pickled as a plain string.
@@ -111,9 +113,7 @@ def _explained(load: Callable[..., None]) -> Callable[..., None]:
 def refuse_sharding(model: Any) -> None:
     """Raise if FSDP version 1 has flattened the model."""
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise ValueError(
-            "FSDP version 1 flattens parameters, and the memory is kept by parameter. Set fsdp_version: 2."
-        )
+        raise ValueError(_FSDP_1)
 
 
 @contextmanager
@@ -142,10 +142,7 @@ class PatchedTrainer(Trainer):
         """accelerate 1.15 shards the input embedding by itself and fails if a layer that holds it is sharded
         already."""
         if plugin.fsdp_version != 2:
-            raise ValueError(
-                f"FSDP version {plugin.fsdp_version} flattens parameters, and the memory is kept by parameter. Set "
-                "fsdp_version: 2."
-            )
+            raise ValueError(_FSDP_1)
         if plugin.transformer_cls_names_to_wrap is None:
             embedding = self.model.get_input_embeddings()
             layers = {
