@@ -106,10 +106,8 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         self._density: float | None = None
         self._written: set[Path] = set()
 
-    def __deepcopy__(self, memo: Any) -> None:
-        """A copied or pickled model has no engine."""
-
     def __reduce__(self) -> Any:
+        """A copied or pickled model has no engine."""
         return type(None), ()
 
     def follows(self, model: Any) -> bool:
