@@ -324,9 +324,7 @@ def check_strength(strength: float | None) -> float | None:
 
 
 def describe_optimizer(optimizer: Any, args: Any) -> dict[str, Any]:
-    """Name and hyperparameters of an optimizer, for JSON; empty for None."""
-    if optimizer is None:
-        return {}
+    """Name and hyperparameters of an optimizer, for JSON."""
     kinds = (int, float, str, bool, tuple, type(None))
     values = {k: v for k, v in optimizer.defaults.items() if isinstance(v, kinds)}
     return {"name": type(optimizer).__name__, **values, **({"lr": args.learning_rate} if args is not None else {})}
