@@ -122,7 +122,7 @@ class Comparison:
         self.done += 1
         if not path.is_file():
             started = time.monotonic()
-            words = [*self.words, *setting_flags(setting), "--seed", str(seed)]
+            words = [*self.words, f"--{setting}", "--seed", str(seed)]
             tasks = [sample_train(task, self.given.max_train_samples, seed) for task in self.tasks]
             if stage == "tune":
                 tasks = [replace(task, test_dataset=task.eval_dataset) for task in tasks]
@@ -148,11 +148,6 @@ class Comparison:
 def settings(arm: str) -> list[str]:
     name, *values = GRIDS.get(arm, ADAMW_RATES)
     return [f"{name}={value:g}" for value in values]
-
-
-def setting_flags(setting: str) -> list[str]:
-    name, value = setting.split("=")
-    return [f"--{name}", value]
 
 
 def tables(tuned: dict[str, dict[str, float]], runs: dict[str, list[dict[str, Any]]]) -> list[str]:
