@@ -101,12 +101,6 @@ class Comparison:
             raise ValueError(f"compare needs a metric where higher is better, got {self.args.sequence_metric!r}.")
         flags = public_arguments(vars(parser.parse_args(words)))
         self.flags = {k: str(v) for k, v in flags.items() if not k.startswith(ANY_VALUE)}
-        self.check_folder()
-        whole = replace(self.given, max_train_samples=None)  # a seed chooses from all of it
-        self.tasks = [with_test_split(task) for task in whole.load_tasks(self.args)]
-
-    def check_folder(self) -> None:
-        """Raise a ValueError if the folder's runs are of other flags."""
         path = self.folder / "flags.json"
         known = json.loads(path.read_text()) if path.is_file() else {}
         if changed := sorted(k for k in known.keys() & self.flags.keys() if known[k] != self.flags[k]):
@@ -114,6 +108,8 @@ class Comparison:
                 f"{self.folder} holds runs with another {', '.join(changed)}. Pass the same flags, or another "
                 "--output_dir."
             )
+        whole = replace(self.given, max_train_samples=None)  # a seed chooses from all of it
+        self.tasks = [with_test_split(task) for task in whole.load_tasks(self.args)]
 
     def run(self, arm: str, setting: str, seed: int, stage: str) -> dict[str, Any]:
         """The results of one run, trained now unless its file is there. `stage`: "tune" on validation data, "test"."""
