@@ -26,10 +26,10 @@ from typing import Any
 from transformers import HfArgumentParser, PrinterCallback
 
 from . import demo, report
-from .demo import option
 from .files import replacing
 from .launch import prepare_cpu_launch
 from .methods import METHODS
+from .methods.base import flag
 from .metrics import confidence
 from .redaction import public_arguments
 from .registration import register
@@ -67,10 +67,10 @@ GRIDS: dict[str, tuple[Any, ...]] = {
 class CompareArguments(demo.SequenceArguments):
     """Options of the comparison, beside the main job's."""
 
-    arms: list[str] = option(
+    arms: list[str] = flag(
         ("classp", "pseudo_rehearsal", "ewc", BASELINE), f"What to compare, of: {', '.join(demo.ARMS)}."
     )
-    seeds: int = option(3, "Seeds that every arm is run with at its chosen setting.")
+    seeds: int = flag(3, "Seeds that every arm is run with at its chosen setting.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,7 +16,7 @@ import logging
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from .launch import prepare_cpu_launch
 from .live import CLASSP_NAME
 from .memory import memory_beside
 from .methods import METHODS, Method
+from .methods.base import flag
 from .named_trainers import ClasspTrainer
 from .registration import register
 from .sequence import STATE_NAME
@@ -59,39 +60,31 @@ DEFAULTS = {
 }
 
 
-def option(default: Any, help: str) -> Any:
-    if isinstance(default, tuple):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class SequenceArguments:
     """Tasks and model, beside the options of the training and of the methods."""
 
-    tasks: list[str] = option(
-        ("icwsm14/nyt", "icwsm14/movie"), f"Tasks in order: {', '.join(BUILT_IN)}, or {GRAMMAR}."
-    )
-    model_name_or_path: str | None = option(None, "Local folder or Hub id. Default: the embedded all-MiniLM-L6-v2.")
-    model_revision: str = option("main", "Branch, tag or commit of the model.")
-    max_train_samples: int | None = option(1600, "Training examples a task (0 or less: all of them).")
-    max_eval_samples: int | None = option(None, "Validation and test examples a task. Default: all.")
-    dropout: float = option(
+    tasks: list[str] = flag(("icwsm14/nyt", "icwsm14/movie"), f"Tasks in order: {', '.join(BUILT_IN)}, or {GRAMMAR}.")
+    model_name_or_path: str | None = flag(None, "Local folder or Hub id. Default: the embedded all-MiniLM-L6-v2.")
+    model_revision: str = flag("main", "Branch, tag or commit of the model.")
+    max_train_samples: int | None = flag(1600, "Training examples a task (0 or less: all of them).")
+    max_eval_samples: int | None = flag(None, "Validation and test examples a task. Default: all.")
+    dropout: float = flag(
         0.0,
         "Dropout while training; negative: as in the model's config. With 0, one process and several give the same "
         "result if the global batch divides the number of training examples.",
     )
-    use_peft: bool = option(
+    use_peft: bool = flag(
         False, "Train LoRA adapters and the head instead of all weights. The arms olora and osf use adapters anyway."
     )
-    lora_r: int = option(16, "Rank of the LoRA adapters.")
-    lora_alpha: int = option(32, "Scale of the LoRA adapters.")
-    lora_dropout: float = option(0.0, "Dropout in the LoRA adapters.")
-    lora_target_modules: list[str] | None = option(None, "Modules to adapt. Default: all linear layers.")
-    osf_effective_rank: float = option(
+    lora_r: int = flag(16, "Rank of the LoRA adapters.")
+    lora_alpha: int = flag(32, "Scale of the LoRA adapters.")
+    lora_dropout: float = flag(0.0, "Dropout in the LoRA adapters.")
+    lora_target_modules: list[str] | None = flag(None, "Modules to adapt. Default: all linear layers.")
+    osf_effective_rank: float = flag(
         0.5, "Arm osf: share of each weight's singular directions that tasks may not change."
     )
-    verbose: bool = option(False, "Show what datasets, accelerate and the loading and saving of models tell, too.")
+    verbose: bool = flag(False, "Show what datasets, accelerate and the loading and saving of models tell, too.")
 
     def __post_init__(self) -> None:
         if self.max_train_samples is not None and self.max_train_samples <= 0:
@@ -108,8 +101,8 @@ class SequenceArguments:
 class RecipeArguments(SequenceArguments):
     """Options of the main job."""
 
-    trainer: str = option("classp", f"The arm to run: {', '.join(ARMS)}.")
-    compare: list[str] = option(("naive",), "Arms to run beside it, of the same; `--compare none` for no other.")
+    trainer: str = flag("classp", f"The arm to run: {', '.join(ARMS)}.")
+    compare: list[str] = flag(("naive",), "Arms to run beside it, of the same; `--compare none` for no other.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -85,7 +85,9 @@ class Context:
 
 
 def flag(default: Any, help: str) -> Any:
-    """A hyperparameter, which is a command-line flag in the recipes."""
+    """A hyperparameter, which is a command-line flag in the recipes; a tuple is the default of a list."""
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
