@@ -333,11 +333,9 @@ def _check_metadata(metadata: Any) -> None:
     if not isinstance(tasks, list) or not all(isinstance(t, str) and t and not UNPRINTABLE.search(t) for t in tasks):
         raise ValueError(f"tasks must be a list of names, got {_quoted(tasks)}")
     power = metadata.get("optimizer", {}).get("power", 1.0)
-    if type(power) not in (int, float) or not 0 < power <= sys.float_info.max:
-        raise ValueError(f"the optimizer's power must be a finite number > 0, got {_quoted(power)}")
-    steps = metadata.get("steps", 1)
-    if type(steps) not in (int, float) or not 0 < steps <= sys.float_info.max:
-        raise ValueError(f"steps must be a finite number > 0, got {_quoted(steps)}")
+    for what, number in (("the optimizer's power", power), ("steps", metadata.get("steps", 1))):
+        if type(number) not in (int, float) or not 0 < number <= sys.float_info.max:
+            raise ValueError(f"{what} must be a finite number > 0, got {_quoted(number)}")
     if _is_nested(metadata, 20):  # it would be written again, and that recurses
         raise ValueError("the metadata are nested more than 20 deep")
 
