@@ -170,7 +170,8 @@ def tables(tuned: dict[str, dict[str, float]], runs: dict[str, list[dict[str, An
     grid += [[arm, *(f"{setting}: {score:.1f}" for setting, score in tuned[arm].items())] for arm in order]
     setting = chosen(tuned[best])
     words = [f"Highest: {best} with --{setting.replace('=', ' ')}."]
-    close = [arm for arm in order[1:] if not separated(differences(scores[best], scores[arm]))]
+    gaps = {arm: confidence(differences(scores[best], scores[arm])) for arm in order[1:]}
+    close = [arm for arm, (middle, half) in gaps.items() if abs(middle) <= half]
     if len(scores[best]) < 2:
         words.append("One seed separates nothing: pass --seeds 3 or more.")
     elif close:
@@ -200,12 +201,6 @@ def chosen(scores: dict[str, float]) -> str:
 
 def differences(ours: list[float], others: list[float]) -> list[float]:
     return [a - b for a, b in zip(ours, others, strict=True)]
-
-
-def separated(values: list[float]) -> bool:
-    """Whether 0 is outside the 95% interval of the mean."""
-    middle, half = confidence(values)
-    return len(values) > 1 and abs(middle) > half
 
 
 def _run(trainers: list[ContinualTrainer]) -> None:
