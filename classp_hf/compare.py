@@ -23,20 +23,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser, PrinterCallback
+from transformers import PrinterCallback
 
 from . import demo, report
 from .files import replacing
-from .launch import prepare_cpu_launch
-from .methods import METHODS
 from .methods.base import flag
 from .metrics import confidence
 from .redaction import public_arguments
-from .registration import register
 from .sequence import STATE_NAME
 from .tasks import sample_train, with_test_split
 from .trainer import ContinualTrainer
-from .training_args import ContinualTrainingArguments
 
 BASELINE = "naive"
 # Flags that may differ between two commands for one folder: they change no result.
@@ -204,11 +200,8 @@ def differences(ours: list[float], others: list[float]) -> list[float]:
 
 
 def _run(trainers: list[ContinualTrainer]) -> None:
-    prepare_cpu_launch()
-    register()  # a name of --optim
-    shown: Any = (CompareArguments, ContinualTrainingArguments, *METHODS.values())
-    parser: Any = HfArgumentParser(shown, description=__doc__, usage="%(prog)s [options] (--help lists them)")
-    parser.set_defaults(**{**demo.DEFAULTS, "output_dir": "outputs/comparison", "logging_strategy": "no"})
+    own = {"output_dir": "outputs/comparison", "logging_strategy": "no"}
+    parser = demo.command_parser(CompareArguments, __doc__, **own)
     comparison = Comparison(parser, sys.argv[1:], trainers)
     given, first = comparison.given, comparison.args.seed
     demo.quiet(given, comparison.main_process)

@@ -192,13 +192,18 @@ def main(run: Callable[[list[ContinualTrainer]], None] | None = None) -> None:
         sys.exit(2)
 
 
-def _run(trainers: list[ContinualTrainer]) -> None:
+def command_parser(own: type[SequenceArguments], description: str | None, **defaults: Any) -> Any:
+    """The command line of a process that begins: `own` options, those of the training and of all methods."""
     prepare_cpu_launch()
     register()  # a name of --optim
-    shown: Any = (RecipeArguments, ContinualTrainingArguments, *METHODS.values())
-    parser: Any = HfArgumentParser(shown, description=__doc__, usage="%(prog)s [options] (--help lists them)")
-    parser.set_defaults(**DEFAULTS)
+    shown: Any = (own, ContinualTrainingArguments, *METHODS.values())
+    parser: Any = HfArgumentParser(shown, description=description, usage="%(prog)s [options] (--help lists them)")
+    parser.set_defaults(**{**DEFAULTS, **defaults})
+    return parser
 
+
+def _run(trainers: list[ContinualTrainer]) -> None:
+    parser = command_parser(RecipeArguments, __doc__)
     recipe, args, *_ = parser.parse_args_into_dataclasses()
     base, main_process = Path(args.output_dir), args.process_index == 0
     quiet(recipe, main_process)
