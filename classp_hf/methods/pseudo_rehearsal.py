@@ -123,7 +123,10 @@ class PseudoRehearsal(Method):
         self.answers, resumed = None, context.resumed and "values" in self.pool
         texts = self._texts(context) if self.rehearse_lambda and not (resumed and "ids" in self.pool) else []
         if resumed and texts:  # given ones, which are not stored
-            self.pool |= dict(zip(("ids", "lengths"), self._as_before(texts), strict=True))
+            ids, lengths = padded(texts)
+            if not torch.equal(lengths, self.pool["lengths"]):
+                raise ValueError(f"{self.rehearse_texts!r} holds other texts than the resumed run began with.")
+            self.pool |= {"ids": ids, "lengths": lengths}
         elif not resumed:
             self.steps = 0
             self.pool = vars(answer(context.model, texts, self.rehearse_top_k, self.temperature)) if texts else {}
@@ -134,12 +137,6 @@ class PseudoRehearsal(Method):
                 f"Pseudo-rehearsal: {texts_a_step} of {len(self.answers)} texts a step, "
                 f"{texts_a_step * tokens / len(self.answers):.0f} tokens."
             )
-
-    def _as_before(self, texts: list[list[int]]) -> tuple[Tensor, Tensor]:
-        ids, lengths = padded(texts)
-        if not torch.equal(lengths, self.pool["lengths"]):
-            raise ValueError(f"{self.rehearse_texts!r} holds other texts than the resumed run began with.")
-        return ids, lengths
 
     def _texts(self, context: Context) -> list[list[int]]:
         tokenizer, needed = context.processing_class, self.count * self.ranks * max(context.max_steps, 1)
