@@ -44,13 +44,8 @@ class LiveMemory:
     """The accumulators of a model in training, with the state of its methods.
 
     CLASSP keeps the accumulators itself; under other optimizers they are gathered beside it, if a method reads them.
-
-    Args:
-        methods: their state is part of the memory.
-        source: where to go on from: `BESIDE`, `NONE`, or what [`ContinualMemory.load`] takes.
-        revision: of a Hub repository that is the source.
-        gather: gather under other optimizers even if no method reads the memory.
-        power: the p of the gathered `sum |g|^p`.
+    `source` is `BESIDE`, `NONE`, `PRETRAINED` or what [`ContinualMemory.load`] takes; other arguments are those of
+    [`ContinualCallback`].
     """
 
     def __init__(self, methods: list[Method], source: str, revision: str | None, gather: bool, power: float) -> None:
@@ -154,15 +149,7 @@ class LiveMemory:
             logger.warning(f"There is no continual memory beside {where}: this run begins one.")
 
     def load(self, memory: ContinualMemory, model: Any, args: Any, *, same_run: bool = False, where: str = "") -> None:
-        """Go on from `memory`: the methods' state at once, accumulators when training begins.
-
-        Args:
-            same_run: it is that of a checkpoint or a task boundary of this very run.
-            where: it comes from, for messages.
-
-        Raises:
-            ValueError: another power, another model, or a state that cannot be a method's.
-        """
+        """As [`ContinualTrainer.load_memory`], for the given model and training arguments."""
         try:
             self._check_power(memory, args)
             memory = named_as_in(model, memory)

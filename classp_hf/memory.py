@@ -232,11 +232,7 @@ def write_memory(
 
 
 def find_memory(path_or_repo: str | os.PathLike, revision: str | None = None) -> Path:
-    """The memory's file, downloaded from the Hub if need be; without a network the one in the Hub's local cache.
-
-    Raises:
-        FileNotFoundError: as [`ContinualMemory.load`].
-    """
+    """The memory's file, downloaded from the Hub if need be; without a network the one in the Hub's local cache."""
     path, repo = Path(path_or_repo), str(path_or_repo)
     candidates = [path / MEMORY_NAME, path / OLD_NAME] if os.path.isdir(path) else [path]
     if found := next((c for c in candidates if os.path.isfile(c)), None):  # Path's own raises for long names

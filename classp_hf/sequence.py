@@ -41,16 +41,7 @@ _CONFIG = (
 
 
 class SequenceRun:
-    """One call of [`ContinualTrainer.train_sequence`].
-
-    Args:
-        trainer: a [`ContinualTrainer`], which trains, evaluates and saves.
-        tasks: as the user gave them.
-        folder: where everything is written.
-
-    Raises:
-        ValueError: bad tasks, arguments that go wrong over several trainings, methods that cannot run in this set-up.
-    """
+    """One call of [`ContinualTrainer.train_sequence`], which writes everything into `folder`."""
 
     def __init__(self, trainer: Any, tasks: list[Task], folder: Path) -> None:
         self.trainer, self.args, self.engine, self.folder = trainer, trainer.args, trainer.engine, folder

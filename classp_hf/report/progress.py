@@ -17,13 +17,7 @@ from .results import Names, Scale
 
 class SequenceProgress(TrainerCallback):
     """The bar: the present task, its step, and the mean metric of the tasks before it when they were last evaluated.
-
-    Args:
-        tasks (`Sequence[str]`): names of all tasks.
-        metric (`str`): what the accuracy matrix holds.
-        greater_is_better (`bool`): whether more of it is better.
-        disable (`bool`): show nothing; nor is anything shown where standard error is no terminal.
-    """
+    Where standard error is no terminal nothing is shown, whatever `disable` says."""
 
     def __init__(self, tasks: Names, metric: str, greater_is_better: bool, disable: bool) -> None:
         self.tasks = [UNPRINTABLE.sub(" ", task) for task in tasks]
