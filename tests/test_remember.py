@@ -317,7 +317,7 @@ def test_ewc_and_elastic_hold_the_weights_at_the_first_fine_tuning(small, tokeni
 def test_rehearsal_goes_on_from_its_samples(small, tokenizer, tmp_path, monkeypatch):
     drawn = remember(llama(), tokenizer, **SMALL).get("pseudo_rehearsal.pool")
     method = PseudoRehearsal(rehearse_samples=12, rehearse_length=12)
-    monkeypatch.setattr("classp_hf.methods.pseudo_rehearsal.draw_samples", None)  # none are missing
+    monkeypatch.setattr("classp_hf.rehearsal.draw_samples", None)  # none are missing
     engine = ContinualCallback(method, "pretrained")
     train(engine, tokenizer, tmp_path / "run", optim="adamw_torch")
     assert torch.equal(engine.methods[0].pool["ids"], drawn["ids"])

@@ -11,21 +11,8 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .. import rehearsal
 from ..names import bare_model, canonical_name, full_tensor, reshard, trainable_parameters
-from ..rehearsal import (
-    Answers,
-    answer,
-    count_tokens,
-    divergence,
-    draw_samples,
-    frame,
-    kind_of_model,
-    padded,
-    permuted,
-    pseudo_texts,
-    read_texts,
-    readable,
-)
 from .base import Context, Method, flag
 
 logger = logging.get_logger(__name__)
@@ -88,7 +75,7 @@ class PseudoRehearsal(Method):
     pool: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     steps: int = field(default=0, init=False, repr=False)
 
-    answers: Answers | None = field(default=None, init=False, repr=False)
+    answers: rehearsal.Answers | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,7 +86,7 @@ class PseudoRehearsal(Method):
             raise ValueError(
                 "The method 'pseudo_rehearsal' compares answers of one head; heads='per_task' has several."
             )
-        kind = kind_of_model(context.model)
+        kind = rehearsal.kind_of_model(context.model)
         if self.rehearse_texts is None and kind != "causal" and context.task_dataset is not None:
             columns = getattr(context.task_dataset, "column_names", None) or ()
             if "input_ids" not in columns or not hasattr(context.task_dataset, "__len__"):
@@ -114,7 +101,7 @@ class PseudoRehearsal(Method):
 
     def before_task(self, context: Context) -> None:
         args = context.args
-        self.kind, self.seed = kind_of_model(context.model), args.seed + 7919 * len(context.seen_tasks)
+        self.kind, self.seed = rehearsal.kind_of_model(context.model), args.seed + 7919 * len(context.seen_tasks)
         self.batch = args.train_batch_size
         self.count = max(round(self.rehearse_fraction * self.batch * args.gradient_accumulation_steps), 1)
         self.max_norm, self.half = args.max_grad_norm, args.fp16
@@ -123,15 +110,17 @@ class PseudoRehearsal(Method):
         self.answers, resumed = None, context.resumed and "values" in self.pool
         texts = self._texts(context) if self.rehearse_lambda and not (resumed and "ids" in self.pool) else []
         if resumed and texts:  # given ones, which are not stored
-            ids, lengths = padded(texts)
+            ids, lengths = rehearsal.padded(texts)
             if not torch.equal(lengths, self.pool["lengths"]):
                 raise ValueError(f"{self.rehearse_texts!r} holds other texts than the resumed run began with.")
             self.pool |= {"ids": ids, "lengths": lengths}
         elif not resumed:
             self.steps = 0
-            self.pool = vars(answer(context.model, texts, self.rehearse_top_k, self.temperature)) if texts else {}
+            self.pool = (
+                vars(rehearsal.answer(context.model, texts, self.rehearse_top_k, self.temperature)) if texts else {}
+            )
         if self.pool:
-            self.answers = Answers(**self.pool)
+            self.answers = rehearsal.Answers(**self.pool)
             tokens, texts_a_step = int(self.answers.lengths.sum()), self.count * self.ranks
             logger.info(
                 f"Pseudo-rehearsal: {texts_a_step} of {len(self.answers)} texts a step, "
@@ -140,9 +129,9 @@ class PseudoRehearsal(Method):
 
     def _texts(self, context: Context) -> list[list[int]]:
         tokenizer, needed = context.processing_class, self.count * self.ranks * max(context.max_steps, 1)
-        count, most = self.rehearse_samples, readable(context.model, self.rehearse_length)
+        count, most = self.rehearse_samples, rehearsal.readable(context.model, self.rehearse_length)
         if self.rehearse_texts is not None:
-            return read_texts(self.rehearse_texts, tokenizer, count, most)
+            return rehearsal.read_texts(self.rehearse_texts, tokenizer, count, most)
         if self.kind == "causal":
             ids, lengths = (
                 (self.pool[part].tolist() for part in ("ids", "lengths")) if "ids" in self.pool else ([], [])
@@ -150,7 +139,7 @@ class PseudoRehearsal(Method):
             texts = [row[:length] for row, length in zip(ids, lengths, strict=True)][-3 * count :]
             if texts and context.fisher_steps and len(context.seen_tasks) == 1:  # of `remember`, of this very model
                 return texts
-            return texts + draw_samples(context.model, tokenizer, count, most, self.seed)
+            return texts + rehearsal.draw_samples(context.model, tokenizer, count, most, self.seed)
         special, padding = self._special(context)
         example = context.task_dataset[0]["input_ids"]
         generator = torch.Generator().manual_seed(self.seed)
@@ -158,15 +147,15 @@ class PseudoRehearsal(Method):
         tokens, lengths = [t for t, _ in known], [sizes for _, sizes in known]
         if self.rehearse_counts == "off":
             rows = self._embedding_rows(context, special)
-            own = count_tokens(context.task_dataset, special, self._vocabulary(context))[1]
+            own = rehearsal.count_tokens(context.task_dataset, special, self._vocabulary(context))[1]
             tokens, lengths = ([rows], [own]) if rows is not None else ([], [])
         if not tokens:
             logger.warning("Nothing to rehearse yet: this model has learned no task that its memory counts tokens of.")
             return []
-        ends = frame(example, special, padding)
-        room = readable(context.model, 2**31) - len(ends[0]) - len(ends[1])
+        ends = rehearsal.frame(example, special, padding)
+        room = rehearsal.readable(context.model, 2**31) - len(ends[0]) - len(ends[1])
         lengths = [sizes[: room + 1] for sizes in lengths]
-        texts = pseudo_texts(min(needed, POOL), tokens, lengths, ends, generator)
+        texts = rehearsal.pseudo_texts(min(needed, POOL), tokens, lengths, ends, generator)
         if self.kind == "masked":
             mask = tokenizer.mask_token_id
             hidden = [torch.rand(len(t), generator=generator) < 0.15 for t in texts]
@@ -200,7 +189,7 @@ class PseudoRehearsal(Method):
         if self.answers is None:
             return
         everyones = self.ranks * self.count
-        rows = permuted(everyones, self.steps * everyones, len(self.answers), self.seed)
+        rows = rehearsal.permuted(everyones, self.steps * everyones, len(self.answers), self.seed)
         own = rows[self.rank * self.count :][: self.count]
         self.steps += 1
         named = list(trainable_parameters(model))
@@ -212,7 +201,7 @@ class PseudoRehearsal(Method):
         weight = scale * self.rehearse_lambda * self.temperature**2 * self.ranks / self.answers.positions(rows)
         with torch.enable_grad():
             for part in own.split(self.batch):
-                (divergence(model, self.answers, part, self.temperature) * weight).backward()
+                (rehearsal.divergence(model, self.answers, part, self.temperature) * weight).backward()
         named = list(trainable_parameters(model))  # once more: FSDP2 may hold others now
         added = [p for n, p in named if p.grad is not None and n not in self.excluded]
         if self.ranks > 1 and not reshard(model):  # FSDP2 has averaged them
@@ -234,7 +223,7 @@ class PseudoRehearsal(Method):
         self.pool = {k: v for k, v in self.pool.items() if own and k in ("ids", "lengths")}
         if self.kind != "causal" and self.rehearse_counts == "on" and self.rehearse_texts is None:
             special, _ = self._special(context)
-            counted = count_tokens(context.task_dataset, special, self._vocabulary(context))
+            counted = rehearsal.count_tokens(context.task_dataset, special, self._vocabulary(context))
             self.tokens[context.task], self.lengths[context.task] = counted
 
     def check_state(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
