@@ -286,10 +286,8 @@ class Answers:
 def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Token ids (texts, longest) and lengths (texts,), int32."""
     lengths = torch.tensor([len(t) for t in texts], dtype=torch.int32)
-    ids = torch.zeros(len(texts), int(lengths.max()), dtype=torch.int32)
-    for row, text in zip(ids, texts, strict=True):
-        row[: len(text)] = torch.tensor(text, dtype=torch.int32)
-    return ids, lengths
+    rows = [torch.tensor(t, dtype=torch.int32) for t in texts]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
 
 
 @torch.no_grad()
