@@ -41,12 +41,8 @@ def kind_of_model(model: Any) -> str:
         for ending, kind in (("MaskedLM", "masked"), ("TokenClassification", "token")):
             if ending in name:
                 return kind
-        several = getattr(config, "num_labels", 0) > 1
-        if (
-            several
-            and "SequenceClassification" in name
-            and config.problem_type in (None, "single_label_classification")
-        ):
+        several, one = getattr(config, "num_labels", 0) > 1, (None, "single_label_classification")
+        if several and "SequenceClassification" in name and config.problem_type in one:
             return "sequence"
     raise ValueError(
         f"{name} cannot be rehearsed: supported are causal and masked language models, and classifiers of texts or "
