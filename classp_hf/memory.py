@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -270,20 +271,16 @@ def memory_beside(model: Any) -> ContinualMemory | None:
     """
     source, found = model_source(model), None
     try:
-        found = (
-            ContinualMemory.load(source, getattr(bare_model(model).config, "_commit_hash", None)) if source else None
-        )
+        if source:
+            found = ContinualMemory.load(source, getattr(bare_model(model).config, "_commit_hash", None))
     except NoMemoryError:  # most models have none
         pass
     except FileNotFoundError as error:
         logger.warning(
             f"Whether a continual memory belongs to {source!r} could not be found out, so none is used. {error}"
         )
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = [found is not None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(ranks, found is not None)
-        if len(set(ranks)) > 1:  # ranks that begin differently would train different models
-            raise RuntimeError(f"Only some processes could read the continual memory of {source!r}. Start again.")
+    if len(set(gather_object([found is not None]))) > 1:  # ranks that begin differently would train different models
+        raise RuntimeError(f"Only some processes could read the continual memory of {source!r}. Start again.")
     return found
 
 
