@@ -1,11 +1,6 @@
 """The continual memory: what earlier tasks needed, keyed by parameter name, as a file beside the model.
 
-`continual_memory.st` is a safetensors file under a name that no loader takes for weights. It holds tensors named
-`<kind>/<parameter name>`. Kinds are `accumulator` (`sum |g|^p`), `<method>.<part>` (such as `ewc.importance`),
-`head.<task>` (per-task heads) and `samples` (a few values of every weight, by which a memory knows its model). Its
-metadata carry a format version, tasks, hyperparameters and a digest of everything else. Accumulators of low-bit
-optimizers are stored in bfloat16, which holds them exactly.
-
+docs/architecture.md says what is in `continual_memory.st`, and what of it belongs to a model.
 Names, not positions: `torch.optim.Optimizer.load_state_dict` maps state by order (pytorch#1489), which a new head or
 adapter shifts.
 """
@@ -174,6 +169,7 @@ def write_memory(
         writes: this rank does; the others only take part in making tensors whole.
     """
     path = Path(folder) / MEMORY_NAME
+    # stored in bfloat16, which holds them exactly
     low_bit = metadata.get("optimizer", {}).get("state_dtype", "float32") != "float32"
     sources = {f"{kind}/{name}": (tensors, name) for kind, tensors in parts for name in tensors}
 
