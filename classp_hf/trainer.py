@@ -263,8 +263,7 @@ class ContinualTrainer(PatchedTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(Path(self._get_output_dir(None))) or True
         if isinstance(resume_from_checkpoint, str) and any(m.needs_start for m in self.methods):
-            named = trainable_parameters(self.model)
-            self.engine.start = {n: p.detach().to("cpu", copy=True) for n, p in named}
+            self.engine.start = {n: p.detach().to("cpu", copy=True) for n, p in trainable_parameters(self.model)}
         if self.args.eval_strategy != "no" and self.eval_dataset == {}:
             raise ValueError("eval_strategy needs an eval_dataset, and the trainer was given none.")
         for method in self.methods:
