@@ -115,10 +115,9 @@ class PseudoRehearsal(Method):
                 raise ValueError(f"{self.rehearse_texts!r} holds other texts than the resumed run began with.")
             self.pool |= {"ids": ids, "lengths": lengths}
         elif not resumed:
-            self.steps = 0
-            self.pool = (
-                vars(rehearsal.answer(context.model, texts, self.rehearse_top_k, self.temperature)) if texts else {}
-            )
+            self.steps, self.pool = 0, {}
+            if texts:
+                self.pool = vars(rehearsal.answer(context.model, texts, self.rehearse_top_k, self.temperature))
         if self.pool:
             self.answers = rehearsal.Answers(**self.pool)
             tokens, texts_a_step = int(self.answers.lengths.sum()), self.count * self.ranks
