@@ -51,12 +51,7 @@ def match_accumulators(
 ) -> Match:
     """Match the accumulators of `memory` with the parameters of `model`, tensor by tensor.
 
-    Used is what has a trained parameter of its name and shape; of an embedding that gained or lost rows the rows both
-    have. Everything else begins empty: new parameters (a new head), parameters of another shape, and those whose
-    values are not the ones the memory was written with while most others are (a head that was replaced). Parameters
-    that are frozen or gone keep their place in the file. An adapter's memory goes with its adapter: it says nothing of
-    the weights it was merged into, nor of the next adapter of that name (a LoRA whose B is zero has learned nothing
-    yet).
+    docs/architecture.md has the rules as a table.
 
     Args:
         excluded: parameters that have no memory (per-task heads).

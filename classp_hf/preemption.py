@@ -18,9 +18,8 @@ class PreemptionCallback(TrainerCallback):
     """After a SIGTERM the present step is finished and a checkpoint saved, as after any other step; then the process
     exits with 143. One that comes between two trainings waits for `leave_if_asked`.
 
-    In place of Trainer's `JITCheckpointCallback` (transformers 5.23), which every rank follows at a step of its own,
-    which saves between a forward pass and its optimizer step (other dropout masks are drawn when it is resumed),
-    listens during the first training only, and ends `train()` as if it were done.
+    It is in place of Trainer's `JITCheckpointCallback` (docs/architecture.md says why), which also ends `train()` as
+    if it were done.
     """
 
     def __init__(self, trainer: Trainer) -> None:
