@@ -24,7 +24,7 @@ NAMES = {
     "ewc_pretrained": "EWC, pretrained memory",
     "classp": "CLASSP, empty memory",
     "classp_pretrained": "CLASSP, pretrained memory",
-    "classp_strong": "the same, weighed up",
+    "classp_strong": "CLASSP, pretrained, weighed up",
     "rehearsal": "AdamW + rehearsal",
     "classp_rehearsal": "CLASSP + rehearsal",
     "real_text": "AdamW + rehearsal of real text",
@@ -92,7 +92,8 @@ def rows(found: Runs, setup: str) -> list[list[str]]:
                 if cost >= LEAST:
                     shares.append(rise(runs[seed]) / cost)
                     all_reached &= reached
-        share = ("" if all_reached else "≤ ") + (cell(shares, 2) if len(shares) == len(runs) else "")
+        bound = "" if all_reached else "≤ "
+        share = f"{bound}{cell(shares, 2)}" if len(shares) == len(runs) else ""
         after = [[line["after"][key] for line in lines] for key in ("general_loss", "kl_general", "kl_own")]
         table.append([
             name, cell([new_task(line) for line in lines], digits), cell(after[0]),
