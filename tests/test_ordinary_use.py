@@ -655,3 +655,14 @@ def test_replay_refuses_a_head_a_task(make_model, make_args, make_tasks, collato
     trainer = ContinualTrainer(make_model(), make_args(heads="per_task"), collator, method="replay")
     with pytest.raises(ValueError, match="'replay' mixes earlier tasks' examples into the new task's"):
         trainer.train_sequence(make_tasks(2))
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_the_default_accuracy_takes_logits_or_classes(chosen, make_model, make_args, make_tasks, collator):
+    task = make_tasks(1)[0]
+    own = {"preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1)} if chosen else {}
+    trainer = ClasspTrainer(make_model(), make_args(), collator, **own)
+    found = trainer.evaluate(task.test_dataset)["eval_accuracy"]
+    with torch.no_grad():
+        logits = trainer.model(**collator(list(task.test_dataset)))["logits"]
+    assert found == pytest.approx(float((logits.argmax(-1).numpy() == task.test_dataset["labels"][:]).mean()))
