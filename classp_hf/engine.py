@@ -101,7 +101,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         self.control: Any = None
         """Of the Trainer: every Trainer has one of its own."""
         self._predecessor: ContinualCallback | None = None
-        """While training: what trained the model before in this process."""
+        """When training begins: what trained the model before in this process."""
         self._hooks: list[Any] = []
         self._density: float | None = None
         self._written: set[Path] = set()
@@ -317,6 +317,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
     def _before_step(self, args: Any, state: Any) -> None:
         """Before a step that is really taken: gradients are clipped, averaged over ranks and, from here on,
         unscaled."""
+        self._predecessor = None  # which may be all that keeps another optimizer's state
         scale, found = (getattr(self.optimizer, name, None) for name in ("grad_scale", "found_inf"))
         if scale is not None:  # torch's fused optimizers unscale by themselves
             for group in self.optimizer.param_groups:

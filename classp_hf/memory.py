@@ -1,8 +1,8 @@
 """The continual memory: what earlier tasks needed, keyed by parameter name, as a file beside the model.
 
-docs/architecture.md says what is in `continual_memory.st`, and what of it belongs to a model.
-Names, not positions: `torch.optim.Optimizer.load_state_dict` maps state by order (pytorch#1489), which a new head or
-adapter shifts.
+It is a safetensors file under a name that no loader takes for weights, of tensors named `<kind>/<parameter name>`;
+docs/concepts/memory.md lists the kinds. Names, not positions: `torch.optim.Optimizer.load_state_dict` maps state by
+order (pytorch#1489), which a new head or adapter shifts.
 """
 
 from __future__ import annotations
