@@ -13,7 +13,7 @@ _EXPORTS = {
     **dict.fromkeys(("ClasspTrainer", "EWCTrainer"), ".named_trainers"),
     "ContinualTrainer": ".trainer",
     **dict.fromkeys(("EMA", "EWC", "Elastic", "Interpolate", "L2SP", "LogitAdjustment", "LwF"), ".methods"),
-    **dict.fromkeys(("METHODS", "Merge", "Method", "OLoRA", "OSF", "Replay"), ".methods"),
+    **dict.fromkeys(("METHODS", "Merge", "Method", "OLoRA", "OSF", "PseudoRehearsal", "Replay"), ".methods"),
     **dict.fromkeys(("Task", "label_names", "load_task"), ".tasks"),
     "ContinualCallback": ".engine",
     "ContinualMemory": ".memory",
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         Merge,
         Method,
         OLoRA,
+        PseudoRehearsal,
         Replay,
     )
     from .named_trainers import ClasspTrainer, EWCTrainer

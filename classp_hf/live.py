@@ -146,7 +146,9 @@ class LiveMemory:
         if memory is not None:
             self.load(memory, self.model, args, where=where)
         elif args.process_index == 0:
-            logger.warning(f"There is no continual memory beside {where}: this run begins one.")
+            peft = getattr(self.model, "peft_config", None)  # no path of an adapter that was loaded
+            hint = " To go on with an adapter, pass its folder as --memory or memory=." if peft else ""
+            logger.warning(f"There is no continual memory beside {where}: this run begins one.{hint}")
 
     def load(self, memory: ContinualMemory, model: Any, args: Any, *, same_run: bool = False, where: str = "") -> None:
         """As [`ContinualTrainer.load_memory`], for the given model and training arguments."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification
+from transformers.utils import logging
 
 from classp_hf import ContinualTrainingArguments, Task, sequence
 
@@ -29,15 +30,23 @@ LONG = ("test_distributed.py", "test_recipe.py", "test_trainer.py", "test_method
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help=f"also run {', '.join(SLOW)}")
+    parser.addoption("--slow", action="store_true", help=f"also run {', '.join(SLOW)} and tests marked slow")
 
 
 def pytest_ignore_collect(collection_path, config):
-    named = any(collection_path.name in argument for argument in config.args)
-    return True if collection_path.name in SLOW and not (named or config.getoption("--slow")) else None
+    return True if collection_path.name in SLOW and not _wanted(collection_path, config) else None
 
 
-def pytest_collection_modifyitems(items):
+def _wanted(path, config):
+    return config.getoption("--slow") or any(path.name in argument for argument in config.args)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left out without `--slow`, unless the file is named")
+
+
+def pytest_collection_modifyitems(items, config):
+    items[:] = [item for item in items if not item.get_closest_marker("slow") or _wanted(item.path, config)]
     items.sort(key=lambda item: item.path.name not in LONG)
 
 
@@ -47,11 +56,13 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def environment():
-    """What commands that run in this process set in it would make tests/warm_python.py start real interpreters."""
-    before = dict(os.environ)
+    """Commands that run in this process set variables, which would make tests/warm_python.py start real interpreters,
+    and what is logged."""
+    before, verbosity = dict(os.environ), logging.get_verbosity()
     yield
     os.environ.clear()
     os.environ.update(before)
+    logging.set_verbosity(verbosity)
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import conftest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import classp_hf
@@ -36,12 +37,10 @@ GLOBAL_BATCH = 16
 
 RUNS = {
     "classp": ({"optim": "classp"}, "elastic+merge"),
-    "adamw": ({"optim": "adamw_torch", "gather_memory": True, "learning_rate": 1e-3}, "l2sp"),
+    "adamw": ({"optim": "adamw_torch", "gather_memory": True, "learning_rate": 1e-3}, "l2sp+lwf"),
     "heads": ({"optim": "classp", "heads": "per_task", "optim_args": "density=0.3"}, "interpolate"),
-    "ewc": ({"optim": "adamw_torch", "learning_rate": 1e-3}, "ewc"),
-    "rehearsal": ({"optim": "adamw_torch", "learning_rate": 1e-3}, "pseudo_rehearsal"),
-    "lwf": ({"optim": "adamw_torch", "learning_rate": 1e-3}, "lwf"),
-    "fisher": ({"optim": "adamw_torch", "learning_rate": 1e-3}, "ewc"),
+    "fisher": ({"optim": "adamw_torch", "learning_rate": 1e-3}, "ewc+pseudo_rehearsal"),
+    "lora": ({"optim": "classp", "learning_rate": 1e-2}, "lwf"),
 }
 """Arguments and method of the sequences that every number of ranks runs."""
 
@@ -88,10 +87,14 @@ def language(folder):
 
 def trainer(folder, run, **changes):
     given, method = RUNS.get(run, ({}, run))
-    method = classp_hf.EWC(fisher_samples=3) if method == "ewc" else method
+    if run == "fisher":  # of fewer examples than ranks
+        method = [classp_hf.EWC(fisher_samples=3), "pseudo_rehearsal"]
+    model = make_model()
+    if run == "lora":
+        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=2))
     # cut_after_first_task goes back to what a run deletes
     args = ContinualTrainingArguments(**arguments(folder, **{**given, **changes}), keep_task_models=True)
-    return ContinualTrainer(make_model(), args, collator, method=method)
+    return ContinualTrainer(model, args, collator, method=method)
 
 
 def sequence(folder, run, **changes):
@@ -196,7 +199,7 @@ def go_on(source, target, run, keep_checkpoint=False, **changes):
 
 def four_sharded(one, folder):
     """Four ranks; the launcher says FSDP2."""
-    for run in ("classp", "adamw", "heads", "rehearsal", "lwf", "fisher"):
+    for run in RUNS:
         saves = {"save_strategy": "steps", "save_steps": 2} if run == "classp" else {}
         made = trainer(folder / run, run, **saves)
         R = made.train_sequence(make_tasks())["accuracy_matrix"]
@@ -211,8 +214,7 @@ def four_sharded(one, folder):
     write(folder, "tensors", sharded_tensors())
     write(folder, "language", language(folder / "language"))
     del os.environ["ACCELERATE_USE_FSDP"]
-    write(folder, "ewc", {"R": sequence(folder / "ewc", "ewc")["accuracy_matrix"]})  # fewer examples than ranks
-    write(folder, "copies", {"R": sequence(folder / "copies", "rehearsal")["accuracy_matrix"]})
+    write(folder, "copies", {"R": sequence(folder / "copies", "fisher")["accuracy_matrix"]})
 
 
 def two_copies(four, folder):

@@ -2,26 +2,43 @@
 Parquet, for `hf_hub_download` of a model's file, and for `create_repo` and `upload_folder`.
 
     with FakeHub({("owner/name", "main"): {"README.md": b"...", "data/train.parquet": b"..."}}) as hub:
-        subprocess.run(..., env=hub.env(tmp_path))
+        subprocess.run([hub.python(), ...], env=hub.env())
 
-`HF_ENDPOINT` is read when huggingface_hub is imported, so the client has to be another process.
+`HF_ENDPOINT` is read when huggingface_hub is imported, so the client has to be another process. All hubs of a process
+have one address, so that tests/warm_python.py need import it once.
 """
 
 from __future__ import annotations
 
+import atexit
 import base64
+import functools
 import hashlib
 import json
 import os
+import shutil
 import socket
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from warm_python import python
+
+
+@functools.cache
+def address() -> tuple[int, Path]:
+    """A free port, and an empty folder for the cache."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        folder = tempfile.mkdtemp(prefix="fake_hub_")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return free.getsockname()[1], Path(folder)
+
 
 class FakeHub:
-    """Serves repositories, given as {(repo id, revision): {path: content}}, on a free port of 127.0.0.1.
+    """Serves repositories, given as {(repo id, revision): {path: content}}, on a port of 127.0.0.1; no cache.
 
     `requests` lists what was asked, as "METHOD path". Entering starts the server, leaving stops it.
     """
@@ -60,7 +77,9 @@ class FakeHub:
 
     def __enter__(self) -> FakeHub:
         handler = type("Handler", (_Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        port, cache = address()
+        shutil.rmtree(cache, ignore_errors=True)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self
 
@@ -68,12 +87,17 @@ class FakeHub:
         self.server.shutdown()
         self.server.server_close()
 
-    def env(self, folder: Path) -> dict[str, str]:
-        """An environment in which this is the Hub and `folder` the cache, without proxies or offline switches."""
+    def env(self) -> dict[str, str]:
+        """An environment in which this is the Hub, with an own cache and without proxies or offline switches."""
         dropped = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
         env = {key: value for key, value in os.environ.items() if not key.upper().startswith(dropped)}
-        endpoint = f"http://127.0.0.1:{self.server.server_port}"
-        return env | {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
+        port, cache = address()
+        env |= {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}
+        return env | {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
+
+    def python(self) -> str:
+        """The interpreter of processes with `env()`."""
+        return python(self.env())
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -73,22 +73,14 @@ def test_the_second_run_finds_the_memory_of_a_model_on_the_hub(make_model, tmp_p
     with FakeHub({("me/a", "main"): files, ("me/plain", "main"): without}) as hub:
         for repo, tasks in (("me/a", ["finance", "me-a"]), ("me/plain", ["me-plain"])):
             out = tmp_path / repo.replace("/", "-")
-            command = [
-                python(),
-                "-m",
-                "classp_hf",
-                str(tmp_path / "unedited.py"),
-                repo,
-                "--output_dir",
-                str(out),
-            ]
+            command = [hub.python(), "-m", "classp_hf", str(tmp_path / "unedited.py"), repo, "--output_dir", str(out)]
             command += ["--max_steps", "2", "--use_cpu", "--report_to", "none", "--optim", "classp"]
             run = subprocess.run(
                 [*command, "--learning_rate", "1e-2", "--save_strategy", "no"],
                 capture_output=True,
                 text=True,
                 timeout=300,
-                env=hub.env(tmp_path / "cache"),
+                env=hub.env(),
             )
             assert run.returncode == 0, run.stderr
             assert ("Going on from the continual memory of finance in 'me/a'" in run.stderr) == (repo == "me/a")
@@ -112,16 +104,16 @@ def test_offline_the_memory_beside_a_model_comes_from_the_cache(make_model, tmp_
         from classp_hf.memory import memory_beside
         for repo in ("me/a", "me/plain", "me/unknown"):
             model = AutoModelForSequenceClassification.from_pretrained(repo)
-            if os.environ.get("HF_HUB_OFFLINE") or repo != "me/unknown":
+            if os.environ["HF_HUB_OFFLINE"] == "1" or repo != "me/unknown":
                 found = memory_beside(model)
                 print("FOUND", repo, found and found.tasks)
     """
     with FakeHub({("me/a", "main"): files, ("me/plain", "main"): without, ("me/unknown", "main"): without}) as hub:
         for offline in ({}, {"HF_HUB_OFFLINE": "1"}):
-            env = hub.env(tmp_path / "cache") | offline
+            env = hub.env() | offline
             asked = len(hub.requests)
             run = subprocess.run(
-                [python(), "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, env=env
+                [hub.python(), "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300, env=env
             )
             assert run.returncode == 0, run.stderr
             found = [line for line in run.stdout.splitlines() if line.startswith("FOUND")]

@@ -325,6 +325,7 @@ def test_two_ranks_stop_at_one_step_with_the_same_weights(tmp_path):
     assert one["history"][-1]["guard_loss"] == pytest.approx(one["history"][-3]["guard_loss"], rel=1e-6)
 
 
+@pytest.mark.slow  # 45 s; test_remember.py has the same model
 def test_a_real_language_model(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from fake_hub import FakeHub
-from warm_python import python
 
 TOKEN = "hf_" + "a" * 34
 
@@ -55,13 +54,13 @@ def train(folder):
 @pytest.fixture
 def push(tmp_path):
     def call(hub):
-        changes = {"PYTHONPATH": str(Path(__file__).parent), "HF_HUB_OFFLINE": "0"}
+        changes = {"PYTHONPATH": str(Path(__file__).parent)}
         return subprocess.run(
-            [python(), "-c", textwrap.dedent(PUSH), str(tmp_path / "run")],
+            [hub.python(), "-c", textwrap.dedent(PUSH), str(tmp_path / "run")],
             capture_output=True,
             text=True,
             timeout=300,
-            env=hub.env(tmp_path / "cache") | changes,
+            env=hub.env() | changes,
         )
 
     return call
@@ -99,8 +98,8 @@ def test_a_failed_push_loses_nothing(push, tmp_path):
 
         hub.failures = {}  # the command that the message gives
         command = run.stderr.partition("Nothing local is lost. To try again: ")[2].splitlines()[0]
-        client = [python(), "-m", "huggingface_hub.cli.hf", *shlex.split(command)[1:]]
-        env = hub.env(tmp_path / "cache") | {"HF_TOKEN": TOKEN}
+        client = [hub.python(), "-m", "huggingface_hub.cli.hf", *shlex.split(command)[1:]]
+        env = hub.env() | {"HF_TOKEN": TOKEN}
         again = subprocess.run(client, capture_output=True, text=True, timeout=300, env=env)
         assert again.returncode == 0, again.stderr
         assert "model.safetensors" in hub.repos["me/kept", "main"][1]

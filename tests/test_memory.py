@@ -128,7 +128,7 @@ def test_from_a_hub_repository_and_revision(saved, tmp_path):
     """
     with FakeHub({("me/model", "v2"): {MEMORY_NAME: path.read_bytes()}, ("me/model", "main"): {"a": b""}}) as hub:
         run = subprocess.run(
-            [python(), "-c", textwrap.dedent(code)], env=hub.env(tmp_path), capture_output=True, text=True
+            [hub.python(), "-c", textwrap.dedent(code)], env=hub.env(), capture_output=True, text=True
         )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == [f"TASKS {memory.metadata['tasks']}", "MISSING 'me/model'", "MISSING 'me/other'"]

@@ -396,11 +396,8 @@ def test_pushes_during_training_carry_the_memory_and_no_tasks_folder(make_model,
     """
     with FakeHub({}) as hub:
         for kind in ("plain", "sequence"):
-            command = [python(), "-c", textwrap.dedent(code), kind, str(tmp_path / kind)]
-            env = hub.env(tmp_path / "cache") | {
-                "PYTHONPATH": str(Path(classp_hf.__file__).parents[1]),
-                "HF_HUB_OFFLINE": "0",
-            }
+            command = [hub.python(), "-c", textwrap.dedent(code), kind, str(tmp_path / kind)]
+            env = hub.env() | {"PYTHONPATH": str(Path(classp_hf.__file__).parents[1])}
             run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
             assert run.returncode == 0, run.stderr
     commits = hub.commits

@@ -6,11 +6,23 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from reference_classp import ReferenceCLASSP
 from torch import nn
-from transformers import TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from classp_hf import ContinualTrainer
+from classp_hf import EWC, ContinualCallback, ContinualMemory, ContinualTrainer, PseudoRehearsal, register
 from classp_hf.names import trainable_parameters
 from classp_hf.optim import CLASSP
 
@@ -109,3 +121,81 @@ def test_a_grad_scaler_unscales_what_is_remembered_and_skips_what_overflows():
         np.testing.assert_allclose(optimizer.accumulator(model.weight).numpy(), oracle.s, rtol=1e-5, atol=1e-11)
         np.testing.assert_allclose(model.weight.detach().numpy(), oracle.w, rtol=1e-5, atol=1e-7)
     assert scaler.get_scale() == 2.0**15
+
+
+SIZES = {"vocab_size": 40, "hidden_size": 64, "intermediate_size": 64, "initializer_range": 0.2}
+SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def train_causal(tmp_path):
+    """Two steps of an unedited script's Trainer; the model is saved."""
+
+    def run(model, name, optim="classp", **given):
+        rows = [[1, 5, 7, 9]] * 8
+        data = Dataset.from_dict({"input_ids": rows, "labels": rows, "attention_mask": [[1] * 4] * 8})
+        args = TrainingArguments(
+            str(tmp_path / name), optim=optim, learning_rate=1e-2, max_steps=2, per_device_train_batch_size=1,
+            use_cpu=True, report_to="none", disable_tqdm=True, gradient_checkpointing=True, save_strategy="no",
+        )  # fmt: skip
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[ContinualCallback(**given)] if given else None)
+        trainer.train()
+        trainer.save_model()
+        return trainer
+
+    register()
+    return run
+
+
+def test_experts_that_no_token_reaches_keep_weights_and_memory(train_causal, tmp_path):
+    """A mixture of experts with tied embeddings, trained in bfloat16; and once more from its memory."""
+    torch.manual_seed(0)
+    config = MixtralConfig(num_local_experts=8, num_experts_per_tok=2, num_key_value_heads=2, **SIZES)
+    config.tie_word_embeddings = True
+    model = MixtralForCausalLM(config).to(torch.bfloat16)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    train_causal(model, "one")
+    again = MixtralForCausalLM.from_pretrained(tmp_path / "one", dtype=torch.bfloat16)
+    train_causal(again, "two")
+    first, second = (ContinualMemory.load(tmp_path / name) for name in ("one", "two"))
+    assert second.tasks == ["one", "two"] and "lm_head.weight" not in first.get("accumulator")
+    for n, old in first.get("accumulator").items():
+        new, p = second.get("accumulator")[n], again.get_parameter(n).detach()
+        assert (new >= old).all() and new.any(), n
+        if "experts" in n and p.ndim == 3:  # all experts of a layer; before transformers 5 a parameter each
+            reached = [bool(e.any()) for e in new]
+            assert 0 < sum(reached) < 8
+            assert [not torch.equal(*e) for e in zip(p, before[n])] == reached, n
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("method", [None, "ewc", "pseudo_rehearsal"])
+def test_adapters_on_quantised_weights(bits, method, train_causal, tmp_path):
+    """QLoRA with bitsandbytes, whose CPU kernels are enough; the second run goes on from the adapter's folder."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "base")
+
+    def base():
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+        quantised = BitsAndBytesConfig(**four) if bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
+        given = {"quantization_config": quantised, "device_map": {"": "cpu"}}
+        return prepare_model_for_kbit_training(AutoModelForCausalLM.from_pretrained(tmp_path / "base", **given))
+
+    methods = {
+        "ewc": EWC(fisher_samples=4),
+        "pseudo_rehearsal": PseudoRehearsal(rehearse_samples=4, rehearse_length=8),
+    }
+    given = {} if method is None else {"method": methods[method]}
+    optim = "classp" if method is None else "adamw_torch"
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=2)
+    train_causal(get_peft_model(base(), config), "one", optim, **given)
+    adapter = PeftModel.from_pretrained(base(), tmp_path / "one", is_trainable=True)
+    train_causal(adapter, "two", optim, memory=str(tmp_path / "one"), **given)
+    memory = ContinualMemory.load(tmp_path / "two")
+    assert memory.tasks == ["one", "two"]
+    kind = {None: "accumulator", "ewc": "ewc.importance", "pseudo_rehearsal": "pseudo_rehearsal.pool"}[method]
+    assert kind in memory.kinds()
+    if method is None:
+        old = ContinualMemory.load(tmp_path / "one").get("accumulator")
+        assert all((t >= old[n]).all() and t.any() for n, t in memory.get("accumulator").items())

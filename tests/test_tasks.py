@@ -18,7 +18,6 @@ from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Features, Image,
 from fake_hub import FakeHub
 from transformers import AutoTokenizer
 from transformers.trainer_pt_utils import LabelSmoother
-from warm_python import python
 
 from classp_hf import embedded
 from classp_hf.classification import classification_loss, is_single_label_classifier
@@ -221,8 +220,8 @@ def test_hub_ids_over_the_wire(tmp_path):
         },
     }
     with FakeHub(repos) as hub:
-        command, root = [python(), "-c", ASK_THE_HUB], Path(__file__).parent.parent
-        run = subprocess.run(command, env=hub.env(tmp_path), cwd=root, capture_output=True, text=True, check=False)
+        command, root = [hub.python(), "-c", ASK_THE_HUB], Path(__file__).parent.parent
+        run = subprocess.run(command, env=hub.env(), cwd=root, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     (imdb, fpb_found, pairs), names, hub_ids = json.loads(run.stdout)
     assert imdb["test_dataset"] == sorted(f"test {i}" for i in range(20))

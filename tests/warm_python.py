@@ -27,6 +27,7 @@ import tempfile
 import threading
 import traceback
 import types
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -77,22 +78,26 @@ sys.exit(status)
 """
 
 
+def python(environment: Mapping[str, str] = os.environ) -> str:
+    """Path of the program for processes with these variables of `READ_AT_IMPORT`, by default this process's own.
+
+    Its server lives as long as this process. Elsewhere than on Linux the real interpreter.
+    """
+    read = {k: v for k, v in environment.items() if k.startswith(READ_AT_IMPORT)}
+    return _program(tuple(sorted(read.items()))) if hasattr(os, "pidfd_open") else sys.executable
+
+
 @functools.cache
-def python() -> str:
-    """Path of the program. Its server lives as long as this process. Elsewhere than on Linux the real interpreter."""
-    if not hasattr(os, "pidfd_open"):
-        return sys.executable
+def _program(read: tuple[tuple[str, str], ...]) -> str:
     folder = tempfile.TemporaryDirectory(prefix="warm_python_")
     atexit.register(folder.cleanup)
     address, program = str(Path(folder.name, "socket")), Path(folder.name, "python")
-    known = {k: v for k, v in os.environ.items() if k.startswith(READ_AT_IMPORT)}
-    program.write_text(
-        PROGRAM.format(executable=sys.executable, prefixes=READ_AT_IMPORT, environment=known, address=address)
-    )
+    filled = {"executable": sys.executable, "prefixes": READ_AT_IMPORT, "environment": dict(read), "address": address}
+    program.write_text(PROGRAM.format(**filled))
     program.chmod(0o755)
-    server = subprocess.Popen(
-        [sys.executable, __file__, address, program], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
+    others = {k: v for k, v in os.environ.items() if not k.startswith(READ_AT_IMPORT)}
+    command = [sys.executable, __file__, address, program]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env={**others, **dict(read)})
     atexit.register(server.kill)
     while not Path(address).exists():
         assert server.poll() is None, "the server of tests/warm_python.py has ended"
