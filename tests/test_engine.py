@@ -328,3 +328,10 @@ def test_optim_args_choose_the_uses_in_classp_trainer(make_model, make_args):
         {"name": "elastic", "anchor_strength": 0.3},
         {"name": "merge", "merge_weight": 2.0},
     ]
+
+
+def test_a_run_with_an_adapter_says_where_its_memory_would_be(make_model, plain, collator, caplog):
+    _, _, arguments, tasks = plain
+    model = get_peft_model(make_model(), LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules="all-linear"))
+    Trainer(model, TrainingArguments(**arguments("a", max_steps=1)), collator, tasks[0].train_dataset).train()
+    assert "this run begins one. To go on with an adapter, pass its folder as --memory or memory=." in caplog.text

@@ -1,5 +1,10 @@
 """What only a GPU can show: its step of CLASSP and a training on it. Skipped where PyTorch sees none."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -55,3 +60,28 @@ def test_a_sequence_trains_on_the_gpu(make_model, make_tasks, make_args, collato
     assert next(trainer.model.parameters()).device.type == DEVICE
     memory = ContinualMemory.load(tmp_path / "run")
     assert memory.tasks == ["first", "second"] and all(t.isfinite().all() for t in memory.get("accumulator").values())
+
+
+def test_a_compiled_model_in_cuda_graphs_trains_as_a_plain_one(make_model, make_tasks, make_args, collator, tmp_path):
+    ways = {"plain": {}, "graphs": {"torch_compile": True, "torch_compile_mode": "reduce-overhead"}}
+    found = {}
+    for name, given in ways.items():
+        args = make_args(output_dir=str(tmp_path / name), use_cpu=False, learning_rate=3e-3, **given)
+        trainer = ClasspTrainer(model=make_model(), args=args, data_collator=collator)
+        trainer.train_sequence(make_tasks())
+        found[name] = ContinualMemory.load(tmp_path / name).get("accumulator")
+    assert found["plain"].keys() == found["graphs"].keys()
+    plain, graphs = (sum(float(t.sum()) for t in memory.values()) for memory in found.values())
+    assert graphs == pytest.approx(plain, rel=1e-2)
+
+
+def test_fsdp2_on_one_gpu(tmp_path):
+    root = Path(__file__).parents[1]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--config_file"]
+    recipe = [root / "recipes" / "accelerate" / "fsdp2.yaml", root / "recipes" / "sentiment_sequence.py"]
+    flags = "--max_train_samples 64 --max_eval_samples 32 --max_length 32 --num_train_epochs 1 --report_to none"
+    command = [*launcher, *map(str, recipe), "--compare", "none", "--output_dir", str(tmp_path), *flags.split()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert json.loads((tmp_path / "classp" / "results.json").read_text())["hardware"]["gpus"]
+    assert ContinualMemory.load(tmp_path / "classp").tasks == ["icwsm14/nyt", "icwsm14/movie"]
