@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from .names import bare_model
 
@@ -33,7 +34,8 @@ def classification_loss(
 
 def is_single_label_classifier(model: nn.Module) -> bool:
     bare = bare_model(model)
-    kind = type(bare)  # a user's own class may have a loss of its own
+    # a user's own class may have a loss of its own; FSDP2's is between an instance and its class
+    kind = type(bare).__mro__[2 if isinstance(bare, FSDPModule) else 0]
     if not (kind.__module__.startswith("transformers.") and kind.__name__.endswith("ForSequenceClassification")):
         return False
     return bare.config.num_labels > 1 and bare.config.problem_type in (None, "single_label_classification")
