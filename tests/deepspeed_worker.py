@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import conftest
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments, training_args
 
 import classp_hf
 
@@ -26,6 +26,7 @@ def train(folder, model, task, **changes):
         save_steps=2,
         use_cpu=CONFIGURATION is None,  # with it accelerate leaves DeepSpeed out
         deepspeed=CONFIGURATION,
+        bf16=CONFIGURATION is not None and "bf16" in Path(CONFIGURATION).read_text(),
         report_to="none",
         disable_tqdm=True,
         logging_strategy="no",
@@ -42,6 +43,7 @@ def train(folder, model, task, **changes):
 
 
 if __name__ == "__main__":
+    training_args.is_torch_bf16_gpu_available = lambda: True  # Transformers allows it on CPUs with use_cpu alone
     classp_hf.register()
     first, second = conftest.make_tasks.__wrapped__()()
     model = conftest.make_model.__wrapped__()()
