@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -225,9 +227,45 @@ def two_copies(four, folder):
     write(folder, "sharded", go_on(four, folder / "sharded", "classp", keep_checkpoint=True, **plugin))
 
 
+class Wide(torch.nn.Module):
+    """8 weights of 40 MiB."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(1024, 10240, bias=False) for _ in range(8))
+
+    def forward(self, x):
+        return {"loss": sum(layer(x).square().mean() for layer in self.layers)}
+
+
+def room(_, folder):
+    """A memory of 320 MiB is written with room for 250 MiB on each of two ranks, which has half of it sharded."""
+    classp_hf.register()
+    torch.manual_seed(0)
+    model, engine = Wide(), classp_hf.ContinualCallback(memory="none")
+    fsdp = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["Linear"]}
+    changes = {"optim": "classp", "max_steps": 1, "fsdp": True, "fsdp_config": fsdp}
+    args = TrainingArguments(**arguments(folder, **changes))
+    shard_on_cpus(args)
+    data = [{"x": torch.ones(1024)}] * GLOBAL_BATCH
+    Trainer(model, args, train_dataset=data, callbacks=[engine]).train()
+    model.zero_grad()
+    before = full_tensor(dict(engine.accumulators())["layers.7.weight"]).sum()
+    now = int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (now + 250 * 2**20, -1))
+    engine.write(folder / "again", args)
+    torch.distributed.barrier()
+    resource.setrlimit(resource.RLIMIT_DATA, (-1, -1))
+    found = classp_hf.ContinualMemory.load(folder / "again").get("accumulator")
+    same = bool(found["layers.7.weight"].sum() == before) and float(before) > 0
+    local = sum(p.to_local().numel() for p in model.parameters())
+    write(folder, "room", {"same": same, "local": local, "whole": sum(t.numel() for t in found.values())})
+
+
 if __name__ == "__main__":
     report.write_figures = lambda *_: None  # they take longer than the training, and are tested elsewhere
-    {"four_sharded": four_sharded, "two_copies": two_copies}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
+    scenarios = {scenario.__name__: scenario for scenario in (four_sharded, two_copies, room)}
+    scenarios[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     sys.stdout.flush()

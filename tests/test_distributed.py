@@ -165,6 +165,13 @@ def test_sharded_tensors_are_treated_as_whole_ones(four):
     assert {k: v for k, v in tensors.items() if not all(v.values())} == {}
 
 
+@pytest.mark.slow  # a file of 320 MiB
+def test_no_rank_holds_the_memory_whole(tmp_path):
+    launch("ddp.yaml", 2, "room", tmp_path, tmp_path)
+    for rank in found(tmp_path, "room"):
+        assert rank["same"] and 2 * rank["local"] == rank["whole"]
+
+
 def test_a_nan_in_one_shard_stops_every_rank(four):
     for rank in found(four, "tensors"):
         assert (
