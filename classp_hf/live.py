@@ -181,7 +181,7 @@ class LiveMemory:
         unfinished = [] if same_run or memory.metadata.get("task") is None else [memory.metadata["task"]]
         self.tasks = [*memory.tasks, *unfinished]
         self.loaded = True
-        if where:
+        if where and args.process_index == 0:
             known = f"{len(match.accumulators)} parameters" if match.accumulators else "the method"
             notes = "".join(f"; {note}" for note in match.notes)
             logger.warning(
