@@ -370,6 +370,31 @@ def test_interpolation_and_ema_against_their_definitions(engine, make_tasks):
             torch.testing.assert_close(w, wanted[n], rtol=1e-4, atol=1e-6)
 
 
+def test_balanced_ema_against_its_definition(engine, make_tasks):
+    """Every tensor's share by its gradients; weights and gradients here are those of a run without a method."""
+    first, second = make_tasks(2)
+    steps, plain = [], engine("none")
+    average = {n: w.double() for n, w in weights(plain.train(first).model).items()}
+
+    def note(model):
+        steps.append((weights(model), {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}))
+
+    plain.method.after_step = note
+    plain.train(second)
+    last, balanced = {}, 0
+    for now, gradients in steps:
+        for n, g in gradients.items():
+            moved, turned = now[n].double() - average[n], g - last.get(n, g)
+            a, b, c = (float(t.abs().sum()) for t in (moved, g, turned))
+            share = 2 * (1 + b) / (a * c) if a * c else 2.0
+            balanced += share < 1
+            average[n] += (share if share < 1 else 0.1) * moved
+        last = gradients
+    assert balanced > 10
+    for n, w in weights(engine(EMA(ema_decay=0.9, ema_balanced=True)).train(first).train(second).model).items():
+        torch.testing.assert_close(w.double(), average[n], rtol=1e-4, atol=1e-6)
+
+
 # ---- Outputs: Learning without Forgetting, logit adjustment, replay ----
 
 
@@ -551,16 +576,21 @@ def test_the_first_task_trains_freely(train, make_tasks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", ["elastic+merge", "lwf+logit_adjustment", "ema+interpolate", "l2sp+replay", "ewc", "pseudo_rehearsal"]
+    "method",
+    ["elastic+merge", "lwf+logit_adjustment", "ema+interpolate", "l2sp+replay", "ewc", "pseudo_rehearsal", "balanced"],
 )
 @pytest.mark.parametrize("optim", ["classp", "adamw_torch"])
 def test_a_resumed_sequence_is_the_undisturbed_one(method, optim, train, make_tasks, tmp_path):
     """Stopped in the middle of the second task, after a checkpoint, and begun again in a new trainer."""
     changes = {"optim": optim, "save_strategy": "steps", "save_steps": 3}
-    whole, expected = train(make_tasks(3), method, output_dir=str(tmp_path / "whole"), **changes)
+
+    def made():
+        return EMA(ema_balanced=True) if method == "balanced" else method
+
+    whole, expected = train(make_tasks(3), made(), output_dir=str(tmp_path / "whole"), **changes)
     with pytest.raises(KeyboardInterrupt):
-        train(make_tasks(3), method, given={"callbacks": [Kill(2, 5)]}, **changes)
-    resumed, found = train(make_tasks(3), method, resume_from_checkpoint="True", **changes)
+        train(make_tasks(3), made(), given={"callbacks": [Kill(2, 5)]}, **changes)
+    resumed, found = train(make_tasks(3), made(), resume_from_checkpoint="True", **changes)
     assert found["accuracy_matrix"] == expected["accuracy_matrix"]
     assert all(torch.equal(w, weights(resumed.model)[n]) for n, w in weights(whole.model).items())
     stored = [classp_hf.ContinualMemory.load(tmp_path / folder).tensors for folder in ("whole", "run")]

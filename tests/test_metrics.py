@@ -21,6 +21,7 @@ BY_HAND = {
     "forward_transfer": ((0.3 - 0.2) + (0.5 - 0.3)) / 2,
     "forgetting": ((0.9 - 0.6) + (0.7 - 0.5)) / 2,
     "retained_accuracy": [0.6 / 0.8, 0.5 / 0.7, 1.0],
+    "performance_maintenance": (((0.9 - 0.8) + (0.6 - 0.8)) / 2 + (0.5 - 0.7)) / 2,
 }
 
 
@@ -51,6 +52,7 @@ def test_what_is_not_defined_is_nan_and_none_in_the_summary():
     one = [[0.25], [0.75]]
     assert all(math.isnan(f(one)) for f in (metrics.backward_transfer, metrics.forward_transfer, metrics.forgetting))
     undefined = {"backward_transfer": None, "forward_transfer": None, "forgetting": None}
+    undefined["performance_maintenance"] = None
     defined = {"average_accuracy": 0.75, "learning_accuracy": 0.75, "retained_accuracy": [1.0]}
     assert metrics.summarize(one) == undefined | defined
     assert metrics.summarize([[0.0, 0.0], [0.0, 0.0], [0.5, 0.5]])["retained_accuracy"] == [None, 1.0]
@@ -69,6 +71,14 @@ def test_a_malformed_matrix_is_refused():
                 function(R)
 
 
+def test_learning_curves_against_those_of_an_expert():
+    ours, expert = [0.2, 0.6, 0.9, 0.7], [0.1, 0.2, 0.5, 0.5, 0.75]
+    assert metrics.relative_performance(ours, expert) == pytest.approx(2.4 / 1.3)
+    assert metrics.sample_efficiency(ours, expert) == pytest.approx(0.9 / 0.75 * 5 / 3)
+    assert metrics.relative_performance(expert, expert) == metrics.sample_efficiency(expert, expert) == 1
+    assert math.isnan(metrics.relative_performance(ours, [0, 0])) and math.isnan(metrics.sample_efficiency(ours, [0]))
+
+
 def test_gap_recovered():
     for acc, expected in ((0.5, 0.0), (0.6, 0.25), (0.9, 1.0), (0.4, -0.25), (1.0, 1.25)):
         assert metrics.gap_recovered(acc, acc_sequential=0.5, acc_joint=0.9) == pytest.approx(expected)
@@ -85,7 +95,7 @@ from pathlib import Path
 R = [[0.1, 0.2], [0.8, 0.3], [0.6, 0.7]]
 path = str(Path(metrics.__file__).with_name("accuracy_matrix.py"))
 assert doctest.testmod(metrics) == (0, 2)
-for function, author in zip(metrics.METRICS, ("Lopez", "Riemer", "Lopez", "Lopez", "Chaudhry", "")):
+for function, author in zip(metrics.METRICS, ("Lopez", "Riemer", "Lopez", "Lopez", "Chaudhry", "", "New")):
     name, metric = function.__name__, metrics.load(function.__name__)
     for one in (metric, evaluate.load(path, name)):
         assert one.compute(accuracy_matrix=R) == {name: function(R)}

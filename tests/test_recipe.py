@@ -65,6 +65,7 @@ def test_one_process_shows_and_writes_everything(one_process):
         assert r["label_names"] == ["negative", "neutral", "positive"]
         assert [len(row) for row in r["accuracy_matrix"]] == [2, 2, 2]
         names = "average_accuracy learning_accuracy backward_transfer forward_transfer forgetting retained_accuracy"
+        names += " performance_maintenance"
         assert set(r["metrics"]) == set(names.split())
         assert r["method"]["name"] == method
         assert r["seconds"] > 0

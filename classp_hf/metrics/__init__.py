@@ -122,7 +122,19 @@ def retained_accuracy(R: ArrayLike) -> list[float]:
     return [float(last / own) if own != 0 else math.nan for last, own in zip(R[-1], R[1:].diagonal(), strict=True)]
 
 
+def performance_maintenance(R: ArrayLike) -> float:
+    """Performance maintenance: PM = mean_{j<T} mean_{t>j} (R[t, j] - R[j, j]). Negative = forgetting.
+
+    nan for T = 1. As backward transfer, over all later rows instead of the last: what was lost on the way counts, too.
+
+    Source: New et al. 2023, section 4 (arXiv 2301.07799).
+    """
+    R = _check_matrix(R)
+    return _mean(np.array([(R[j + 1 :, j - 1] - R[j, j - 1]).mean() for j in range(1, R.shape[1])]))
+
+
 METRICS = (average_accuracy, learning_accuracy, backward_transfer, forward_transfer, forgetting, retained_accuracy)
+METRICS += (performance_maintenance,)
 
 
 def summarize(R: ArrayLike, greater_is_better: bool = True) -> dict[str, Any]:
@@ -135,8 +147,9 @@ def summarize(R: ArrayLike, greater_is_better: bool = True) -> dict[str, Any]:
             R[j, j] / R[T, j], 1 = nothing lost.
 
     Returns:
-        `average_accuracy`, `learning_accuracy`, `backward_transfer`, `forward_transfer`, `forgetting` (a float each;
-        the last three None for T = 1) and `retained_accuracy` (a list of T floats or None).
+        `average_accuracy`, `learning_accuracy`, `backward_transfer`, `forward_transfer`, `forgetting`,
+        `performance_maintenance` (a float each; the last four None for T = 1) and `retained_accuracy` (a list of T
+        floats or None).
     """
     R = _check_matrix(R)
     values: dict[str, Any] = {metric.__name__: metric(R if greater_is_better else -R) for metric in METRICS}
@@ -163,6 +176,36 @@ def gap_recovered(acc: float, acc_sequential: float, acc_joint: float) -> float:
     """
     gap = acc_joint - acc_sequential
     return float((acc - acc_sequential) / gap) if gap > 0 else math.nan
+
+
+def relative_performance(scores: ArrayLike, expert: ArrayLike) -> float:
+    """Performance relative to a single-task expert: sum(scores) / sum(expert), over the steps that both have.
+
+    1 = learns as fast and as well as a model that is trained on this task alone; nan where the expert's sum is 0.
+
+    Args:
+        scores: the task's learning curve within the sequence, shape (n,), higher is better: the `eval_...` values of
+            `trainer.state.log_history`, for instance.
+        expert: that of the model trained on this task alone, evaluated after the same steps.
+
+    Source: New et al. 2023, section 4 (arXiv 2301.07799).
+    """
+    count = min(len(np.asarray(scores)), len(np.asarray(expert)))
+    ours, theirs = (float(np.asarray(curve, dtype=np.float64)[:count].sum()) for curve in (scores, expert))
+    return ours / theirs if theirs else math.nan
+
+
+def sample_efficiency(scores: ArrayLike, expert: ArrayLike) -> float:
+    """Sample efficiency: (best score / the expert's) * (evaluations that the expert needed for its best / ours).
+
+    Above 1 = better or faster than a model that is trained on this task alone; nan where the expert's best is 0. The
+    curves are as in `relative_performance`; smooth noisy ones first.
+
+    Source: New et al. 2023, section 4 (arXiv 2301.07799).
+    """
+    ours, theirs = (np.asarray(curve, dtype=np.float64) for curve in (scores, expert))
+    gain = float(ours.max() / theirs.max()) if theirs.max() else math.nan
+    return gain * float((theirs.argmax() + 1) / (ours.argmax() + 1))
 
 
 def load(name: str, **kwargs: Any) -> evaluate.Metric:
