@@ -133,8 +133,10 @@ def performance_maintenance(R: ArrayLike) -> float:
     return _mean(np.array([(R[j + 1 :, j - 1] - R[j, j - 1]).mean() for j in range(1, R.shape[1])]))
 
 
-METRICS = (average_accuracy, learning_accuracy, backward_transfer, forward_transfer, forgetting, retained_accuracy)
-METRICS += (performance_maintenance,)
+METRICS = (
+    *(average_accuracy, learning_accuracy, backward_transfer, forward_transfer, forgetting, retained_accuracy),
+    performance_maintenance,
+)
 
 
 def summarize(R: ArrayLike, greater_is_better: bool = True) -> dict[str, Any]:
