@@ -34,8 +34,8 @@ def classification_loss(
 
 def is_single_label_classifier(model: nn.Module) -> bool:
     bare = bare_model(model)
-    # a user's own class may have a loss of its own; FSDP2's is between an instance and its class
-    kind = type(bare).__mro__[2 if isinstance(bare, FSDPModule) else 0]
+    # a user's own class may have a loss of its own; FSDP2's stands before it
+    kind = next(cls for cls in type(bare).__mro__ if not issubclass(cls, FSDPModule))
     if not (kind.__module__.startswith("transformers.") and kind.__name__.endswith("ForSequenceClassification")):
         return False
     return bare.config.num_labels > 1 and bare.config.problem_type in (None, "single_label_classification")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 from .files import sync_folder
@@ -72,6 +73,7 @@ def add_optimizer(name: str, factory: Callable[[Any], tuple[type, dict[str, Any]
         OptimizerNames._member_names_.append(name.upper())
         OptimizerNames._value2member_map_[name] = member
         trainer._load_optimizer_and_scheduler = _explained(trainer._load_optimizer_and_scheduler)
+        trainer.train = _announced(trainer.train)
         DEFAULT_CALLBACKS.append(callback)  # type: ignore[arg-type]
     except (ImportError, AttributeError, TypeError) as error:
         raise ImportError(
@@ -87,6 +89,19 @@ def set_default_callback(callback: type[TrainerCallback], wanted: bool) -> None:
 
     others = [c for c in DEFAULT_CALLBACKS if c is not callback]
     DEFAULT_CALLBACKS[:] = [*others, callback] if wanted else others  # type: ignore[list-item]
+
+
+def _announced(train: Callable[..., Any]) -> Callable[..., Any]:
+    """No event hands callbacks the Trainer (transformers 5.23)."""
+
+    @functools.wraps(train)
+    def announced(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "mend_loss"):
+                callback.mend_loss(self)
+        return train(self, *args, **kwargs)
+
+    return announced
 
 
 def _explained(load: Callable[..., None]) -> Callable[..., None]:
@@ -111,9 +126,24 @@ def _explained(load: Callable[..., None]) -> Callable[..., None]:
 
 
 def refuse_sharding(model: Any) -> None:
-    """Raise if FSDP version 1 has flattened the model."""
+    """Raise if FSDP version 1 has flattened the model, or tensor parallelism has cut it."""
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(_FSDP_1)
+    if not reshard(model) and any(isinstance(p, DTensor) for p in model.parameters()):
+        raise ValueError(
+            "The model is cut by tensor parallelism (tp_plan), of which the memory knows nothing. Load it without "
+            "tp_plan and use FSDP2 (recipes/accelerate/fsdp2.yaml)."
+        )
+
+
+def refuse_missing_weights(model: Any) -> None:
+    """Raise if weights that the checkpoint lacked are on no device: with FSDP's cpu_ram_efficient_loading ranks other
+    than 0 have none, and the optimizer loses them (accelerate 1.15 tells parameters apart by their address)."""
+    if missing := [n for n, p in model.named_parameters() if p.is_meta]:
+        raise ValueError(
+            f"{len(missing)} parameters are on no device ({missing[0]}, ...): the checkpoint lacks them, and FSDP's "
+            "cpu_ram_efficient_loading leaves them out. Set fsdp_cpu_ram_efficient_loading: false."
+        )
 
 
 @contextmanager

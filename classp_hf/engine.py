@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .compat import refuse_sharding, watch_saving
+from .classification import is_single_label_classifier
+from .compat import refuse_missing_weights, refuse_sharding, watch_saving
 from .live import BESIDE, CLASSP_LEARNING_RATE, CLASSP_NAME, NONE, LiveMemory, check_strength
 from .memory import MEMORY_NAME, ContinualMemory, warn_of_unused_memory
 from .methods import Context, Elastic, Merge, Method, make_methods
@@ -124,8 +125,22 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             logger.warning(f"From the command line of classp_hf: {', '.join(f'{k}={v}' for k, v in given.items())}.")
         if args.optim == CLASSP_NAME:
             self._read_old_keys(args)
+        if model is not None and self._in_use(args):
+            refuse_missing_weights(model)
         if model is not None and any(m.needs_start for m in self.methods):  # before a checkpoint is loaded into it
             self.start = {n: p.detach().to("cpu", copy=True) for n, p in trainable_parameters(model)}
+
+    def mend_loss(self, trainer: Any) -> None:
+        """Before a training of a Trainer that is not ours.
+
+        Encoders average their loss over the micro-batch. Trainer (transformers 5.23) multiplies it by the ranks and
+        accumulation steps all the same, because their `forward` takes `**kwargs`: the memory would grow with both.
+        """
+        if self._in_use(trainer.args) and trainer.compute_loss_func is None:
+            trainer.model_accepts_loss_kwargs &= not is_single_label_classifier(trainer.model)
+
+    def _in_use(self, args: Any) -> bool:
+        return args.optim == CLASSP_NAME or bool(self.methods) or self.gather
 
     def _read_old_keys(self, args: Any) -> None:
         old_keys = parse_optim_args(args.optim_args)[1]  # checks all of them, before any training time is lost
@@ -180,12 +195,14 @@ class ContinualCallback(LiveMemory, TrainerCallback):
                     f"{type(optimizer).__name__}, and there is no method. Pass --optim classp or --method."
                 )
             why = f"This run has no method, and its optimizer is {type(optimizer).__name__}"
-            warn_of_unused_memory(model, f"{why}. Pass --optim classp or --method to go on from it.")
+            if args.process_index == 0:
+                warn_of_unused_memory(model, f"{why}. Pass --optim classp or --method to go on from it.")
             return
         refuse_sharding(model)
         self.zero = zero
         if zero is not None:
             used = [f"the method {m.name}" for m in self.methods] + (["--gather_memory"] if self.gather else [])
+            used += [f"memory={PRETRAINED!r}"] if self.source == PRETRAINED else []
             check_zero(args.deepspeed_plugin, optimizer.param_groups[0], next(iter(used), None))
             link(zero)
         self.stop()  # what an interrupted training left

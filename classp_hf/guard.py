@@ -112,6 +112,8 @@ class GuardCallback(TrainerCallback):
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if self.stop is not None and args.load_best_model_at_end:
             raise ValueError("The guard's stop and load_best_model_at_end both choose the weights: leave one out.")
+        if self.stop is not None and getattr(args, "deepspeed_plugin", None) is not None:
+            raise ValueError("The guard's stop puts weights back, which DeepSpeed keeps in buffers of its own.")
         check_causal(model)
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, train_dataloader=None, **kwargs):

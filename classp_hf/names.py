@@ -81,9 +81,16 @@ def loss_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def bare_model(model: Any) -> Any:
-    """The model inside a PEFT model; any other model as it is."""
-    peft = sys.modules.get("peft")  # without it there is no PEFT model
-    return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
+    """The model inside a PEFT model and torch.compile's wrapper; any other model as it is."""
+    model = getattr(model, "_orig_mod", model)
+    model = model.get_base_model() if has_adapters(model) else model
+    return getattr(model, "_orig_mod", model)
+
+
+def has_adapters(model: Any) -> bool:
+    """Whether it is a PEFT model, compiled or not."""
+    peft = sys.modules.get("peft")  # without it there is none
+    return peft is not None and isinstance(getattr(model, "_orig_mod", model), peft.PeftModel)
 
 
 def model_source(model: Any) -> str:

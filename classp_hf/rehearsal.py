@@ -27,6 +27,11 @@ logger = logging.get_logger(__name__)
 TEXT_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".csv", ".parquet")
 
 
+def bar(*args: Any, **kwargs: Any) -> Any:
+    """A progress bar of the first process of a machine."""
+    return tqdm(*args, disable=os.environ.get("LOCAL_RANK", "0") != "0", **kwargs)
+
+
 def kind_of_model(model: Any) -> str:
     """`"causal"`, `"masked"`, `"sequence"` (a label a text) or `"token"` (a label a token).
 
@@ -126,10 +131,10 @@ def draw_samples(
     ends = getattr(own, "eos_token_id", None)
     ends = [ends] if isinstance(ends, int) else list(ends or [])
     texts: list[list[int]] = []
-    bar = tqdm(total=count, desc="Drawing the model's own samples")
+    drawn = bar(total=count, desc="Drawing the model's own samples")
     try:
         bare.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0)
-        with evaluating(model), torch.random.fork_rng(**forked), bar:
+        with evaluating(model), torch.random.fork_rng(**forked), drawn:
             torch.manual_seed(seed)
             while len(texts) < count:
                 chatting = chat is not None and len(texts) < answered
@@ -142,7 +147,7 @@ def draw_samples(
                     texts += _generate(model, asked, max(length - written, 1), ends)
                 else:
                     texts += _generate(model, [[begin]] * size, length - 1, ends)
-                bar.update(size)
+                drawn.update(size)
     finally:
         bare.generation_config = own
     return texts
@@ -300,7 +305,7 @@ def answer(
     values: list[Tensor] = []
     indices: list[Tensor] = []
     with evaluating(model):
-        for rows in tqdm(torch.arange(len(ids)).split(batch_size), desc="The model's answers", leave=False):
+        for rows in bar(torch.arange(len(ids)).split(batch_size), desc="The model's answers", leave=False):
             logits = model(**result.inputs(rows, model))["logits"].float() / temperature
             top = F.log_softmax(logits, -1).topk(min(k, logits.shape[-1]))
             extra = (0, 0, 0, ids.shape[1] - logits.shape[1]) if logits.ndim == 3 else (0, 0)

@@ -19,14 +19,13 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import ModelCardData
-from tqdm.auto import tqdm
 
 from .embedded import cache_folder
 from .memory import ContinualMemory, NoMemoryError
 from .methods import PseudoRehearsal, describe_methods
-from .names import bare_model, evaluating, loss_gradients, mean_over_weights, trainable_parameters
+from .names import bare_model, evaluating, has_adapters, loss_gradients, mean_over_weights, trainable_parameters
 from .names import samples as weight_samples
-from .rehearsal import Answers, count_tokens, draw_samples, kind_of_model, padded, read_texts, readable
+from .rehearsal import Answers, bar, count_tokens, draw_samples, kind_of_model, padded, read_texts, readable
 
 PRETRAINED = "pretrained"  # the task that such a memory is of; as `memory`, that of the model as it is loaded
 _CARD = """---
@@ -122,7 +121,7 @@ def drawn_gradients(model: Any, tokenizer: Any, texts: list[list[int]], batch_si
     order = torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))
     generator = torch.Generator(device).manual_seed(seed)
     with evaluating(model):
-        for rows in tqdm(order.split(batch_size), desc="The model's memory"):
+        for rows in bar(order.split(batch_size), desc="The model's memory"):
             inputs = held.inputs(rows, model)
             asked = inputs["attention_mask"].bool()
             if kind == "masked":
@@ -149,7 +148,7 @@ def pretrained_memory(model: Any, tokenizer: Any, power: float, writes: bool = T
     `ValueError` for another kind of model and for adapters.
     """
     by_hand = "run `python -m classp_hf remember MODEL --output_dir DIR` and pass --memory DIR"
-    if bare_model(model) is not model or kind_of_model(model) != "causal":
+    if has_adapters(model) or kind_of_model(model) != "causal":
         raise ValueError(f"memory='pretrained' is of causal language models without adapters; else {by_hand}.")
     trained = {n: str(p.dtype) for n, p in trainable_parameters(model)}
     settings = ["2", remember.__kwdefaults__, power, str(getattr(tokenizer, "chat_template", "")), trained]

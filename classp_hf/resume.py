@@ -14,7 +14,16 @@ from torch import Tensor, nn, no_grad
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .methods.adapters import folded_state_dict
-from .names import bare_model, full_tensor, like_parameter, trainable_parameters
+from .names import (
+    bare_model,
+    canonical_name,
+    full_tensor,
+    has_adapters,
+    like_parameter,
+    local,
+    reshard,
+    trainable_parameters,
+)
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -49,7 +58,12 @@ def load_optimizer_state(optimizer: Any, model: nn.Module, state: dict[str, Any]
 
 def load_weights(model: Any, folder: Path) -> None:
     """Read back what `save_model` wrote into `folder`: adapters or a whole model, sharded files or one."""
-    if bare_model(model) is model:
+    if not has_adapters(model) and reshard(model):  # the same trainer once more, after an error
+        saved = type(bare_model(model)).from_pretrained(folder, dtype=model.dtype).state_dict()
+        with no_grad():
+            for name, tensor in model.state_dict().items():
+                local(tensor).copy_(local(like_parameter(saved[canonical_name(name)], tensor, tensor.dtype)))
+    elif not has_adapters(model):
         try:
             load_model(model, folder / "model.safetensors")
         except (FileNotFoundError, RuntimeError):  # in several files, or under names that transformers 5 converts

@@ -23,7 +23,7 @@ from .live import CLASSP_NAME, describe_optimizer
 from .memory import MEMORY_NAME, ContinualMemory
 from .methods import describe_methods
 from .metrics import summarize
-from .names import bare_model, is_language_model, layer_means, model_source, samples
+from .names import bare_model, has_adapters, is_language_model, layer_means, model_source, samples
 from .redaction import public_arguments, public_command
 from .report import environment, peak_memory, showing_progress, write_figures, write_json, write_page
 from .resume import is_complete, last_complete_checkpoint, load_weights, optimizer_state, read_state
@@ -387,7 +387,7 @@ class SequenceRun:
             "greater_is_better": trainer.greater_is_better,
             "auto_class": _auto_class(trainer.model),
             "folds_adapters": folds,
-            "peft": bare_model(trainer.model) is not trainer.model and not folds,
+            "peft": has_adapters(trainer.model) and not folds,
             "label_names": [id2label[i] for i in sorted(id2label)],
             "method": state["config"]["method"],
             "optimizer": state["optimizer"],

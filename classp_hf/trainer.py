@@ -144,6 +144,11 @@ class ContinualTrainer(PatchedTrainer):
         greater = args.sequence_metric_greater_is_better
         self.greater_is_better = args.sequence_metric not in ("loss", "perplexity") if greater is None else greater
         self.task_heads = TaskHeads(self.model) if args.heads == "per_task" else None
+        if self.model_init is not None and (self.task_heads or any(m.folds_adapters for m in self.methods)):
+            raise ValueError(
+                "model_init makes another model for every train(), and heads='per_task' and methods on adapters hold "
+                "on to one. Pass a model."
+            )
         if self.task_heads is not None:
             mask, own = self.task_heads.mask_other_labels, self.preprocess_logits_for_metrics
             self.preprocess_logits_for_metrics = mask if own is None else lambda x, y: own(mask(x, y), y)
@@ -165,7 +170,8 @@ class ContinualTrainer(PatchedTrainer):
                     f"This model was trained on {', '.join(tasks)} in this process; the memory of that is not used. "
                     "Save the model, and pass memory=FOLDER to go on from it."
                 )
-            warn_of_unused_memory(self.model, f"Pass memory={model_source(self.model)!r} to go on from it.")
+            if args.process_index == 0:
+                warn_of_unused_memory(self.model, f"Pass memory={model_source(self.model)!r} to go on from it.")
         self.preemption = PreemptionCallback(self)
         self.add_callback(self.preemption)  # the last: it may end the process
 

@@ -22,12 +22,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import classp_hf
 from classp_hf import ContinualTrainer, ContinualTrainingArguments, report
+from classp_hf.compat import refuse_sharding
 from classp_hf.launch import shard_on_cpus
 from classp_hf.methods import PseudoRehearsal
 from classp_hf.names import full_tensor, trainable_parameters
 from classp_hf.optim import CLASSP
 from classp_hf.optim.density import cuts_for_density
 from classp_hf.remember import remember
+from classp_hf.resume import load_weights
 
 make_model = conftest.make_model.__wrapped__()
 make_tasks = conftest.make_tasks.__wrapped__()
@@ -42,6 +44,10 @@ RUNS = {
     "adamw": ({"optim": "adamw_torch", "gather_memory": True, "learning_rate": 1e-3}, "l2sp+lwf"),
     "heads": ({"optim": "classp", "heads": "per_task", "optim_args": "density=0.3"}, "interpolate"),
     "fisher": ({"optim": "adamw_torch", "learning_rate": 1e-3}, "ewc+pseudo_rehearsal"),
+    "compiled": (
+        {"optim": "classp", "torch_compile": True, "torch_compile_backend": "eager"},
+        "ewc+pseudo_rehearsal+logit_adjustment",
+    ),
     "lora": ({"optim": "classp", "learning_rate": 1e-2}, "lwf"),
 }
 """Arguments and method of the sequences that every number of ranks runs."""
@@ -103,7 +109,7 @@ def sequence(folder, run, **changes):
     return trainer(folder, run, **changes).train_sequence(make_tasks())
 
 
-def cut_after_first_task(source, target, keep_checkpoint=False):
+def cut_after_first_task(source, target, keep_checkpoint=None):
     """A copy of a finished run as it was when its second task had begun."""
     shutil.copytree(source, target, dirs_exist_ok=True)
     path = target / "sequence_state.json"
@@ -111,7 +117,7 @@ def cut_after_first_task(source, target, keep_checkpoint=False):
     state["accuracy_matrix"], state["steps"] = state["accuracy_matrix"][:2], state["steps"][:1]
     path.write_text(json.dumps(state))
     for file in (target / "01-second").iterdir():
-        if not (keep_checkpoint and file.name == "checkpoint-2"):
+        if file.name != keep_checkpoint:
             shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
@@ -120,7 +126,7 @@ def script(folder):
     classp_hf.register()
     task = make_tasks()[0]
     given = {"optim": "classp", "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    args = TrainingArguments(**arguments(folder, **given))
+    args = TrainingArguments(**arguments(folder, **given), max_grad_norm=0.0)  # clipping would hide a scaled loss
     shard_on_cpus(args)
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "BertLayer"
     Trainer(make_model(), args, collator, task.train_dataset, task.eval_dataset).train()
@@ -166,6 +172,9 @@ def sharded_tensors():
     p = torch.nn.Parameter(distribute_tensor(torch.ones(3, 2), mesh, [Shard(0)]))
     p.grad = distribute_tensor(torch.tensor([[1.0, 2.0], [float("nan"), 1.0], [1.0, 1.0]]), mesh, [Shard(0)])
     optimizer = CLASSP([p])
+    cut = torch.nn.Module()
+    cut.weight = torch.nn.Parameter(distribute_tensor(torch.ones(3, 2), mesh, [Shard(0)]))
+    found["tensor parallelism"] = message(lambda: refuse_sharding(cut))
     found["nan"] = message(optimizer.step)
     found["nan_untouched"] = float(full_tensor(p.detach())[1, 0]) == 1 and bool(
         full_tensor(p.detach()).isfinite().all()
@@ -189,7 +198,7 @@ def write(folder, name, result):
         (folder / f"{name}.json").write_text(json.dumps(gathered))
 
 
-def go_on(source, target, run, keep_checkpoint=False, **changes):
+def go_on(source, target, run, keep_checkpoint=None, **changes):
     """Cut the finished run in `source` after its first task and resume it here. Returns R."""
     made = trainer(target, run, **changes)
     if RANK == 0:
@@ -202,7 +211,7 @@ def go_on(source, target, run, keep_checkpoint=False, **changes):
 def four_sharded(one, folder):
     """Four ranks; the launcher says FSDP2."""
     for run in RUNS:
-        saves = {"save_strategy": "steps", "save_steps": 2} if run == "classp" else {}
+        saves = {"save_strategy": "steps", "save_steps": 2} if run in ("classp", "fisher") else {}
         made = trainer(folder / run, run, **saves)
         R = made.train_sequence(make_tasks())["accuracy_matrix"]
         parameters = [p.detach() for _, p in trainable_parameters(made.model)]
@@ -211,7 +220,14 @@ def four_sharded(one, folder):
         if run == "classp":
             made.accelerator.state.fsdp_plugin.set_state_dict_type("SHARDED_STATE_DICT")
             made.save_model(str(folder / "sharded_files"))
+            with torch.no_grad():
+                for p in made.model.parameters():
+                    p.zero_()
+            load_weights(made.model, folder / run)
+            made.save_model(str(folder / "read_back"))
     write(folder, "classp_goes_on", go_on(one, folder / "classp_goes_on", "classp"))
+    # stopped after the last checkpoint of a task: no step is left
+    write(folder, "fisher_goes_on", go_on(folder, folder / "fisher_goes_on", "fisher", "checkpoint-4"))
     script(folder / "script")
     write(folder, "tensors", sharded_tensors())
     write(folder, "language", language(folder / "language"))
@@ -224,7 +240,7 @@ def two_copies(four, folder):
     write(folder, "classp", go_on(four, folder / "classp", "classp"))
     write(folder, "adamw", go_on(four, folder / "adamw", "adamw"))
     plugin = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
-    write(folder, "sharded", go_on(four, folder / "sharded", "classp", keep_checkpoint=True, **plugin))
+    write(folder, "sharded", go_on(four, folder / "sharded", "classp", keep_checkpoint="checkpoint-2", **plugin))
 
 
 class Wide(torch.nn.Module):

@@ -116,9 +116,10 @@ def test_four_shards_of_a_language_model_remember_and_rehearse(one, four):
     assert_alike(four / "language", one / "language")
 
 
-def test_four_shards_go_on_from_one_process(one, four):
-    assert all(rank["R"] == matrix(one, "classp") for rank in found(four, "classp_goes_on"))
-    assert_alike(four / "classp_goes_on", one / "classp")
+@pytest.mark.parametrize(("run", "where"), [("classp", "of one process"), ("fisher", "after the last checkpoint")])
+def test_four_shards_go_on(run, where, one, four):
+    assert all(rank["R"] == matrix(one, run) for rank in found(four, f"{run}_goes_on"))
+    assert_alike(four / f"{run}_goes_on", one / run)
 
 
 @pytest.mark.parametrize("run", ["classp", "adamw"])
@@ -150,6 +151,8 @@ def test_the_final_model_is_a_plain_one(four):
     }
     # also where checkpoints are written in shards, of which Trainer makes no model
     assert (four / "sharded_files" / FILES[0]).read_bytes() == (four / "classp" / FILES[0]).read_bytes()
+    # and what was read back into a sharded model
+    assert (four / "read_back" / FILES[0]).read_bytes() == (four / "classp" / FILES[0]).read_bytes()
 
 
 def test_a_script_that_evaluates_before_it_saves_writes_the_same_memory(one, four):
@@ -178,6 +181,10 @@ def test_a_nan_in_one_shard_stops_every_rank(four):
             "CLASSP got NaN, infinite or overflowing gradients" in rank["nan"] and "Nothing was updated" in rank["nan"]
         )
         assert rank["nan_untouched"]
+
+
+def test_tensor_parallelism_is_refused(four):
+    assert all("cut by tensor parallelism (tp_plan)" in rank["tensor parallelism"] for rank in found(four, "tensors"))
 
 
 def test_what_is_made_of_an_fsdp_configuration(tmp_path):

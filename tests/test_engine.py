@@ -335,3 +335,18 @@ def test_a_run_with_an_adapter_says_where_its_memory_would_be(make_model, plain,
     model = get_peft_model(make_model(), LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules="all-linear"))
     Trainer(model, TrainingArguments(**arguments("a", max_steps=1)), collator, tasks[0].train_dataset).train()
     assert "this run begins one. To go on with an adapter, pass its folder as --memory or memory=." in caplog.text
+
+
+def test_weights_that_are_on_no_device_are_refused(make_model, make_args):
+    """As ranks other than 0 have them of a checkpoint without a head, with FSDP's cpu_ram_efficient_loading."""
+    model = make_model()
+    model.classifier.to("meta")
+    with pytest.raises(ValueError, match=r"2 parameters are on no device \(classifier.weight.*loading: false"):
+        ContinualCallback().on_init_end(make_args(optim="classp"), None, None, model=model)
+    ContinualCallback().on_init_end(make_args(), None, None, model=model)  # a run that is not ours
+
+
+def test_a_model_a_training_is_refused_where_something_holds_on_to_one(make_model, make_args, collator):
+    given = {"model_init": lambda: make_model(), "args": make_args(heads="per_task"), "data_collator": collator}
+    with pytest.raises(ValueError, match="model_init makes another model for every train"):
+        ClasspTrainer(**given, logit_adjustment=False)

@@ -325,6 +325,13 @@ def test_two_ranks_stop_at_one_step_with_the_same_weights(tmp_path):
     assert one["history"][-1]["guard_loss"] == pytest.approx(one["history"][-3]["guard_loss"], rel=1e-6)
 
 
+def test_stopping_under_deepspeed_is_refused():
+    args = TrainingArguments(use_cpu=True, report_to="none")
+    args.deepspeed_plugin = object()
+    with pytest.raises(ValueError, match="which DeepSpeed keeps in buffers of its own"):
+        GuardCallback(stop=0.1).on_init_end(args, None, None)
+
+
 @pytest.mark.slow  # 45 s; test_remember.py has the same model
 def test_a_real_language_model(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer

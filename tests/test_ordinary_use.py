@@ -409,6 +409,22 @@ def test_pushes_during_training_carry_the_memory_and_no_tasks_folder(make_model,
 # ---- Scripts nobody edits ----
 
 
+@pytest.mark.parametrize("method", [None, "merge"])
+def test_micro_batches_have_the_memory_of_the_whole_batch(method, make_model, make_tasks, collator, tmp_path):
+    """BERT averages its loss over the micro-batch, and Trainer takes it for one that is divided by the whole batch."""
+    classp_hf.register(**({} if method is None else {"method": method}))
+    found = []
+    for size in (16, 4):
+        args = TrainingArguments(
+            str(tmp_path / str(size)), optim="adamw_torch" if method else "classp", learning_rate=1e-3, max_steps=2,
+            per_device_train_batch_size=size, gradient_accumulation_steps=16 // size, max_grad_norm=0, use_cpu=True,
+            report_to="none", disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        Trainer(make_model(), args, collator, make_tasks()[0].train_dataset).train()
+        found.append(ContinualMemory.load(args.output_dir).get("accumulator"))
+    assert all(torch.allclose(t, found[1][n], rtol=1e-3, atol=1e-9) for n, t in found[0].items())
+
+
 def test_a_model_without_a_config(plain, make_tasks, tmp_path):
     class Bag(nn.Module):
         def __init__(self):

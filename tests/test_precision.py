@@ -161,7 +161,7 @@ def test_experts_that_no_token_reaches_keep_weights_and_memory(train_causal, tmp
     assert second.tasks == ["one", "two"] and "lm_head.weight" not in first.get("accumulator")
     for n, old in first.get("accumulator").items():
         new, p = second.get("accumulator")[n], again.get_parameter(n).detach()
-        assert (new >= old).all() and new.any(), n
+        assert (new >= old).all() and (new > old).any(), n
         if "experts" in n and p.ndim == 3:  # all experts of a layer; before transformers 5 a parameter each
             reached = [bool(e.any()) for e in new]
             assert 0 < sum(reached) < 8
@@ -195,7 +195,7 @@ def test_adapters_on_quantised_weights(bits, method, train_causal, tmp_path):
     memory = ContinualMemory.load(tmp_path / "two")
     assert memory.tasks == ["one", "two"]
     kind = {None: "accumulator", "ewc": "ewc.importance", "pseudo_rehearsal": "pseudo_rehearsal.pool"}[method]
-    assert kind in memory.kinds()
+    assert any(t.any() for t in memory.get(kind).values())
     if method is None:
-        old = ContinualMemory.load(tmp_path / "one").get("accumulator")
-        assert all((t >= old[n]).all() and t.any() for n, t in memory.get("accumulator").items())
+        old, new = ContinualMemory.load(tmp_path / "one").get("accumulator"), memory.get("accumulator")
+        assert all((t >= old[n]).all() for n, t in new.items()) and any((t > old[n]).any() for n, t in new.items())

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..names import bare_model, mean_over_weights, reshard
-from .base import AnchoredMethod, Context, flag
+from .base import AnchoredMethod, Context, flag, placed
 from .fisher import sum_squared_gradients
 
 logger = logging.get_logger(__name__)
@@ -90,10 +90,13 @@ class EWC(AnchoredMethod):
         logger.info(f"EWC: mean diagonal Fisher of task {context.task}: {mean:.3e}")
         decay = self.ewc_gamma if self.ewc_mode == "online" else 1.0
         anchor = {n: p.detach().float().clone() for n, p in self.parameters(context.model)}
+        named = dict(self.parameters(context.model))
         for n, f in fisher.items():
             f.div_(mean if self.fisher_normalize and mean > 0 else 1.0)
             if n in self.importance:
-                old, a = (t[n].to(f.device) for t in (self.importance, self.anchor))
+                for part in (self.importance, self.anchor):  # not there yet if no step was taken
+                    placed(part, n, named[n])
+                old, a = self.importance[n], self.anchor[n]
                 total = f + decay * old
                 if self.ewc_mode == "summed":
                     anchor[n] = torch.where(total > 0, (old * a + f * anchor[n]) / total, anchor[n])
