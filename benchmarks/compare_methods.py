@@ -6,7 +6,8 @@
 Every finished run is a line of `--output` and is never run again; stop and restart at will. `tune` and `report` share
 no training example (the protocol of Cha & Cho 2024, arXiv 2403.09066). A method does nothing before the second task,
 so those on one optimizer share the training of the first (`--first_tasks`, a folder that may be deleted). CPUs
-compute in float32, GPUs that have bf16 under its autocast. Tables and figures: `benchmarks/report_methods.py`.
+compute in float32, GPUs that have bf16 under its autocast; `COMPARE_PRECISION=bf16` in the environment says otherwise.
+`COMPARE_MODEL=smollm2` compares on SmolLM2-135M. Tables and figures: `benchmarks/report_methods.py`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import torch
 import transformers
 from datasets import concatenate_datasets
 from peft import LoraConfig, OSFConfig, TaskType, get_peft_model
+from report_performance import read_lines
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
@@ -49,10 +51,12 @@ BASE = (
 )
 TRAIN_EXAMPLES, EVAL_EXAMPLES = 640, {"tune": 300, "report": 600}  # no domain has more in all of its splits
 RESULTS = Path("benchmarks/results")
-TUNED = [RESULTS / "compare_methods.jsonl", RESULTS / "pseudo_rehearsal.jsonl"]  # the first is of bf16
 GPU = torch.cuda.is_available()
 CLOCK = time.perf_counter if GPU else time.process_time  # of a step; what else a CPU does does not count
 PRECISION = "bf16" if GPU and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+MODEL, PRECISION = os.getenv("COMPARE_MODEL", "minilm"), os.getenv("COMPARE_PRECISION", PRECISION)
+OUTPUT = RESULTS / ("compare_methods_2.jsonl" if MODEL == "minilm" else f"compare_methods_{MODEL}.jsonl")
+TUNED = [RESULTS / f"{name}.jsonl" for name in ("compare_methods", "pseudo_rehearsal")] if MODEL == "minilm" else []
 
 
 @dataclass
@@ -147,8 +151,13 @@ def first_task(job: Job, memory: str = "old") -> Job | None:
 
 
 def folder_of(first: Job, cache: Path) -> Path:
-    digest = hashlib.sha256(f"{BASE} {PRECISION} {first.setting} {TRAIN_EXAMPLES}".encode()).hexdigest()[:12]
+    of = f"{BASE} {PRECISION} {first.setting} {TRAIN_EXAMPLES}" + (MODEL if MODEL != "minilm" else "")
+    digest = hashlib.sha256(of.encode()).hexdigest()[:12]
     return cache / f"{first.stage}_{first.sequence}_{first.seed}_{digest}"
+
+
+def start() -> str:
+    return embedded.model_path() if MODEL == "minilm" else embedded.smollm2()
 
 
 @functools.cache
@@ -159,7 +168,7 @@ def prepared_task(domain: str, stage: str, seed: int):
     half = halves["train" if stage == "tune" else "test"].shuffle(seed=seed).select(range(TRAIN_EXAMPLES))
     measured = task.eval_dataset if stage == "tune" else task.test_dataset
     task = replace(task, train_dataset=half, eval_dataset=measured, test_dataset=measured)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.model_path())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(start())
     task = prepare_tasks([task], tokenizer, LABELS, max_length=32)[0]
     lengths = [len(ids) for ids in task.test_dataset["input_ids"]]  # sorted by them, batches need less padding
     return replace(task, test_dataset=task.test_dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__)))
@@ -176,17 +185,18 @@ def parse(flags: str, seed: int, folder: str) -> tuple[Any, ...]:
 
 
 def build_trainer(args: Any, peft: str | None = None, learned: Path | None = None, **kwargs: Any) -> ContinualTrainer:
-    """A trainer of all-MiniLM-L6-v2, bare or with adapters, or of the model in the folder `learned`."""
+    """A trainer of the model, bare or with adapters, or of that in the folder `learned`."""
     transformers.set_seed(args.seed)
     new: dict[str, Any] = {"num_labels": len(LABELS), "label2id": LABELS, "id2label": dict(enumerate(LABELS))}
-    new |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    source, changes = (embedded.model_path(), new) if learned is None else (learned, {})
+    if MODEL == "minilm":  # the other one has none
+        new |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    source, changes = (start(), new) if learned is None else (learned, {})
     model = transformers.AutoModelForSequenceClassification.from_pretrained(source, **changes)
     if peft is not None:
         common = {"task_type": TaskType.SEQ_CLS, "target_modules": "all-linear"}
         lora, osf = LoraConfig(r=16, lora_alpha=32, **common), OSFConfig(effective_rank=0.5, **common)
         model = get_peft_model(model, {"lora": lora, "osf": osf}[peft])
-    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.model_path())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(start())
     trainer = ContinualTrainer(model=model, args=args, processing_class=tokenizer, **kwargs)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
@@ -260,19 +270,10 @@ def run(job: Job, cache: Path) -> dict[str, Any]:
             "bytes_a_weight": round(watch.bytes_a_weight, 2),
             **{k: results[k] for k in ("optimizer", "method", "commit")},
             "flags": f"{BASE} {flags}",
-            "precision": PRECISION,
+            **{"model": MODEL, "precision": PRECISION},
             "hardware": {k: results["hardware"][k] for k in ("cpu", "cpu_capability", "torch_threads", "gpus")},
             "torch": results["versions"]["torch"],
         }
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The finished runs; a last line that a killed process left unfinished is not one."""
-    lines = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        with suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
-    return lines
 
 
 def job_of(line: dict[str, Any]) -> Job:
@@ -313,7 +314,7 @@ def main() -> None:
     add("--tuning_seeds", nargs="+", type=int, default=[0], help="of `tune`")
     add("--sequences", nargs="+", default=list(REPORTED), help="domains joined by '>'")
     add("--processes", type=int, default=os.cpu_count(), help="runs at the same time")
-    add("--output", type=Path, default=RESULTS / "compare_methods_2.jsonl")
+    add("--output", type=Path, default=OUTPUT)
     add("--tuned", type=Path, nargs="*", default=TUNED, help="files of finished `tune` runs; a later line counts")
     add("--first_tasks", type=Path, default=RESULTS / "compare_methods.first_tasks", help="may be deleted")
     options = parser.parse_args()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ def wrapped(text: str) -> str:
 def load(name: str, results: Path) -> dict[str, Any] | None:
     path = results / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The finished runs; a last line that a killed process left unfinished is not one."""
+    lines = []
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return lines
 
 
 def cpu(hardware: dict[str, Any]) -> str:
