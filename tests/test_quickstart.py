@@ -6,6 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 from warm_python import python
 
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "quickstart.ipynb"
@@ -16,6 +17,7 @@ def code_cells():
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs_from_top_to_bottom(tmp_path):
     """With few sentences, in one process."""
     program = "\n\n".join("".join(cell["source"]) for cell in code_cells())
