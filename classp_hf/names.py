@@ -82,15 +82,18 @@ def loss_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 def bare_model(model: Any) -> Any:
     """The model inside a PEFT model and torch.compile's wrapper; any other model as it is."""
-    model = getattr(model, "_orig_mod", model)
-    model = model.get_base_model() if has_adapters(model) else model
-    return getattr(model, "_orig_mod", model)
+    model = _uncompiled(model)
+    return _uncompiled(model.get_base_model()) if has_adapters(model) else model
 
 
 def has_adapters(model: Any) -> bool:
     """Whether it is a PEFT model, compiled or not."""
     peft = sys.modules.get("peft")  # without it there is none
-    return peft is not None and isinstance(getattr(model, "_orig_mod", model), peft.PeftModel)
+    return peft is not None and isinstance(_uncompiled(model), peft.PeftModel)
+
+
+def _uncompiled(model: Any) -> Any:
+    return dict(model.named_children()).get("_orig_mod", model) if isinstance(model, nn.Module) else model
 
 
 def model_source(model: Any) -> str:

@@ -13,7 +13,7 @@ from warm_python import python
 
 from classp_hf import ContinualMemory
 from classp_hf.memory import FORMAT, MEMORY_NAME, write_memory
-from classp_hf.names import Accumulators, canonical_name, trainable_parameters
+from classp_hf.names import Accumulators, bare_model, canonical_name, has_adapters, trainable_parameters
 
 
 @pytest.fixture
@@ -152,6 +152,14 @@ def test_names_survive_every_wrapper(make_model):
     assert len(shapes) == len([p for p in adapted.parameters() if p.requires_grad])  # no two share a name
     frozen = {canonical_name(n) for n, _ in adapted.named_parameters()}
     assert "bert.encoder.layer.0.attention.self.query.weight" in frozen  # base_layer
+
+    lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    compiled, inner = torch.compile(adapted), get_peft_model(torch.compile(bare), lora)
+    assert bare_model(bare) is bare_model(torch.compile(bare)) is bare_model(inner) is bare
+    assert bare_model(compiled) is bare_model(adapted) is adapted.get_base_model()
+    assert [has_adapters(m) for m in (bare, torch.compile(bare), adapted, compiled, inner)] == [False, False] + [
+        True
+    ] * 3
 
 
 def test_metadata_is_json_and_tied_weights_do_not_stop_saving(tmp_path):
