@@ -84,9 +84,9 @@ AT = f"{ADAMW} --learning_rate 1e-4"  # of the methods on AdamW; `adamw` itself 
 KEPT = f"{CLASSP} --learning_rate 1e-3"
 OURS, TEXTS = f"{KEPT} --prior_strength 0.25", "pseudo_rehearsal"  # the first, adjusted, is what ClasspTrainer does
 LAMBDA, PRIOR, PSEUDO = (0.03, 0.1, 0.3), grid("prior_strength", 0.25, 0.5, 1), grid("rehearse_lambda", 0.5, 1, 2)
+EMA_DECAY = grid("ema_decay", 0.9, 0.95, 0.98)
 
 ARMS: dict[str, Arm] = {
-    # one optimizer after another, no method
     "adamw": Arm(ADAMW, ADAMW_LR),
     "sgd": Arm("--optim sgd --optim_args momentum=0.9 --reset_optimizer", grid("learning_rate", 1e-2, 3e-2, 0.1)),
     "adagrad": Arm("--optim adagrad --reset_optimizer", grid("learning_rate", 2e-4, 5e-4, 1e-3)),
@@ -99,12 +99,12 @@ ARMS: dict[str, Arm] = {
     "ewc_summed": Arm(f"{AT} --ewc_mode summed", grid("ewc_lambda", *LAMBDA), "ewc", tuned_as="ewc"),
     "l2sp": Arm(AT, grid("l2sp_alpha", *LAMBDA), "l2sp"),
     "interpolate": Arm(AT, grid("interpolation_weight", 0.3, 0.5, 0.7), "interpolate"),
-    "ema": Arm(AT, grid("ema_decay", 0.9, 0.95, 0.98), "ema"),
+    "ema": Arm(AT, EMA_DECAY, "ema"),
+    "ema_balanced": Arm(f"{AT} --ema_balanced True", EMA_DECAY, "ema"),
     "lwf": Arm(AT, grid("lwf_lambda", 0.5, 1, 2), "lwf"),
     "logit_adjustment": Arm(AT, PRIOR, "logit_adjustment"),
     "merge": Arm(AT, grid("merge_weight", 0.3, 1, 3), "merge"),
     "pseudo_rehearsal": Arm(AT, PSEUDO, TEXTS),
-    # CLASSP and the uses of its memory
     "classp": Arm(CLASSP, CLASSP_LR),
     "classp_pseudo_rehearsal": Arm(KEPT, PSEUDO, TEXTS),
     "classp_elastic": Arm(KEPT, grid("anchor_strength", *LAMBDA), "elastic"),
@@ -125,6 +125,9 @@ for percent in (1, 5, 10):
     share, given = f"--replay_fraction {percent / 100}", (PRIOR, "replay+logit_adjustment", "classp_logit_adjustment")
     ARMS[f"replay_{percent}"] = Arm(f"{ADAMW} {share}", ADAMW_LR, "replay", "replay_5", "stores data")
     ARMS[f"classp_replay_{percent}"] = Arm(f"{KEPT} {share}", *given, "stores data")
+# I-LoRA (arXiv 2402.18865) without its consistency term
+ilora = f"{ADAMW} --learning_rate 1e-3 --replay_fraction 0.05"
+ARMS["ilora"] = Arm(ilora, EMA_DECAY, "replay+ema", kind="stores data", peft="lora", alone=True)
 ARMS["joint"] = Arm(ADAMW, ADAMW_LR, kind="upper bound", tuned_as="adamw", alone=True)
 
 
@@ -318,19 +321,17 @@ def main() -> None:
     add("--tuned", type=Path, nargs="*", default=TUNED, help="files of finished `tune` runs; a later line counts")
     add("--first_tasks", type=Path, default=RESULTS / "compare_methods.first_tasks", help="may be deleted")
     options = parser.parse_args()
-    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     # glibc: keep freed memory instead of asking the system for it again at every step
-    os.environ.update(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**35), MALLOC_TOP_PAD_=str(2**28))
+    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**35), "MALLOC_TOP_PAD_": str(2**28)}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for stage in ["tune", "report"] if options.stage == "all" else [options.stage]:
         lines = [line for path in options.tuned for line in read_lines(path) if line["stage"] == "tune"]
         lines += read_lines(options.output)
         finished = {job_of(line) for line in lines}
         todo = [job for job in dict.fromkeys(jobs(options, stage, lines)) if job not in finished]
-        needed = dict.fromkeys(
-            task for job in todo for task in (first_task(job), first_task(job, ARMS[job.arm].memory)) if task
-        )
-        first = [task for task in needed if not folder_of(task, options.first_tasks).is_dir()]
+        needed = [t for job in todo for t in (first_task(job), first_task(job, ARMS[job.arm].memory)) if t]
+        first = [task for task in dict.fromkeys(needed) if not folder_of(task, options.first_tasks).is_dir()]
         print(f"{stage}: {len(first)} first tasks, {len(todo)} runs to do, {len(finished)} there already", flush=True)
         pool = ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn"))
         try:
