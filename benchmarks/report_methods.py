@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ FILES = {"compare_methods.jsonl": 300, "pseudo_rehearsal.jsonl": 300, "compare_m
 ENOUGH = 3  # seeds
 
 README_ARMS = (BASELINE, JOINT, "classp", "classp_pseudo_rehearsal", "pseudo_rehearsal", "classp_dropped")
-README_ARMS += ("classp_logit_adjustment", "ewc", "lwf")  # the first six that were run
+README_ARMS += ("classp_logit_adjustment", "ewc", "lwf")  # the first seven that were run
 PAIRS = {  # what is said to work: the arm with it, the arm without it
     "CLASSP, its step and its memory": ("classp", BASELINE),
     "the memory of CLASSP": ("classp", "classp_dropped"),
@@ -46,6 +47,11 @@ PAIRS = {  # what is said to work: the arm with it, the arm without it
     "EWC": ("ewc", BASELINE),
     "LwF": ("lwf", BASELINE),
 }
+README_PAIRS = [  # what users of CLASSP and of rehearsal ask
+    *("CLASSP, its step and its memory", "the memory of CLASSP", "the step of CLASSP without a memory"),
+    *("rehearsal on AdamW", "rehearsal on AdamW, beyond its compute", "rehearsal beside CLASSP"),
+    *("CLASSP beside rehearsal", "logit adjustment beside CLASSP"),
+]
 MARKS = ("<!-- results: written by benchmarks/report_methods.py -->", "<!-- end of results -->")
 
 
@@ -115,12 +121,12 @@ def gap_text(found: list[Runs], arm: str) -> str:
 # ---- Tables ----
 
 
-def controls(sources: list[Source]) -> tuple[str, str]:
+def controls(sources: list[Source], pairs: Iterable[str] = PAIRS) -> tuple[str, str]:
     """What is and what is not separated from its control, as a sentence and as a table; newest runs first."""
     header = ["what is added", "with it - without it", "runs", "seeds", "ACC of both"]
     header += [f"{s.replace('>', ' → ')}: {what}" for s in REPORTED for what in ("old", "new", "ACC")]
     rows, sides = [], defaultdict(list)
-    for what, pair in PAIRS.items():
+    for what, pair in ((what, PAIRS[what]) for what in pairs):
         said = (0, "missing", what)  # of the file with most seeds, the newest of equals
         for source in sources:
             seeds = source.seeds(*pair)
@@ -267,9 +273,9 @@ def section(source: Source) -> list[str]:
 
 
 def readme_block(source: Source, said: str) -> str:
-    """A table of six of `README_ARMS`, and what is separated from its control, or not; all of it is in the page."""
+    """A table of seven of `README_ARMS`, and what is separated from its control, or not; all of it is in the page."""
     header = ["", *(f"{s.replace('>', ', ')}: old / new / ACC" for s in REPORTED), "G"]
-    shown = [arm for arm in README_ARMS if len(source.seeds(arm)) >= ENOUGH][:6]
+    shown = [arm for arm in README_ARMS if len(source.seeds(arm)) >= ENOUGH][:7]
     rows = []
     for arm in (arm for arm in NAMES if arm in shown):
         ends = [np.array(list(at_the_end(runs[arm]).values())) for runs in source.found]
@@ -327,7 +333,8 @@ def main() -> None:
     parts += [*map(wrapped, PROTOCOL), *(part for source in sources for part in section(source))]
     options.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     before, mark, rest = options.readme.read_text(encoding="utf-8").partition(MARKS[0])
-    text = f"{before}{mark}\n\n{readme_block(shown, said)}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
+    block = readme_block(shown, controls(sources, README_PAIRS)[0])
+    text = f"{before}{mark}\n\n{block}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
     options.readme.write_text(text, encoding="utf-8")
     print(f"{options.output}: {', '.join(f'{len(source.lines)} of {source}' for source in sources)}")
 
