@@ -58,11 +58,13 @@ def pytest_collection_finish():
 def environment():
     """Commands that run in this process set variables, which would make tests/warm_python.py start real interpreters,
     and what is logged."""
-    before, verbosity = dict(os.environ), logging.get_verbosity()
+    ours = logging.get_logger("classp_hf")
+    before, verbosity, level = dict(os.environ), logging.get_verbosity(), ours.level
     yield
     os.environ.clear()
     os.environ.update(before)
     logging.set_verbosity(verbosity)
+    ours.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
