@@ -96,9 +96,9 @@ def _announced(train: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(train)
     def announced(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        for callback in self.callback_handler.callbacks:
-            if hasattr(callback, "mend_loss"):
-                callback.mend_loss(self)
+        engines = [c for c in reversed(self.callback_handler.callbacks) if hasattr(c, "on_train")]
+        if engines:  # that of `register` comes before one of the script
+            next((engine for engine in engines if engine.methods), engines[0]).on_train(self)
         return train(self, *args, **kwargs)
 
     return announced

@@ -99,10 +99,6 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         self.seconds = 0.0
         """Spent on methods before and after tasks."""
         self.args: Any = None
-        self.control: Any = None
-        """Of the Trainer: every Trainer has one of its own."""
-        self._predecessor: ContinualCallback | None = None
-        """When training begins: what trained the model before in this process."""
         self._hooks: list[Any] = []
         self._density: float | None = None
         self._written: set[Path] = set()
@@ -130,12 +126,21 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         if model is not None and any(m.needs_start for m in self.methods):  # before a checkpoint is loaded into it
             self.start = {n: p.detach().to("cpu", copy=True) for n, p in trainable_parameters(model)}
 
-    def mend_loss(self, trainer: Any) -> None:
-        """Before a training of a Trainer that is not ours.
+    def on_train(self, trainer: Any) -> None:
+        """Called by `Trainer.train`, once `register` was: take the place of other callbacks of this kind.
 
         Encoders average their loss over the micro-batch. Trainer (transformers 5.23) multiplies it by the ranks and
         accumulation steps all the same, because their `forward` takes `**kwargs`: the memory would grow with both.
         """
+        for other in list(trainer.callback_handler.callbacks):
+            if isinstance(other, ContinualCallback) and other is not self:
+                if self.options != other.options and (other.methods or other.source != BESIDE):
+                    raise ValueError(
+                        "A method or a memory was given to classp_hf, and the script passes a ContinualCallback with "
+                        "its own. Leave out one of them."
+                    )
+                ContinualCallback.applied |= bool(other.options)
+                trainer.remove_callback(other)
         if self._in_use(trainer.args) and trainer.compute_loss_func is None:
             trainer.model_accepts_loss_kwargs &= not is_single_label_classifier(trainer.model)
 
@@ -163,29 +168,19 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         zero = zero_optimizer(optimizer)
         optimizer = optimizer if zero is None else zero.optimizer
         previous, resumed = engine_of(model), state.global_step > 0
-        interrupted = previous is not None and previous.context is not None and previous.control is not control
-        if interrupted and previous is not None and previous.zero is not None:
-            raise ValueError(
-                "A training of this model was interrupted, and its memory is gone with DeepSpeed's buffers. Load "
-                "model and memory from its last checkpoint."
-            )
-        if previous is self:
-            previous = None
-        elif previous is not None and previous.context is not None:
-            if previous.control is control and previous.methods and not previous.options:
-                return  # two on one Trainer: that with a method works
-            same_trainer, before = previous.control is control, previous._predecessor
-            previous.stop()  # also one whose training was interrupted
-            reads = self.source not in (BESIDE, PRETRAINED)
-            if same_trainer and reads and not resumed and isinstance(optimizer, CLASSP):
-                optimizer.state.clear()  # that engine has put another memory into it
-            if same_trainer and not previous.options:  # it knows nothing of the state of this one's methods
-                previous = None if before is self else before
+        if previous is not None and previous.context is not None:  # that training was interrupted
+            if previous.zero is not None:
+                raise ValueError(
+                    "A training of this model was interrupted, and its memory is gone with DeepSpeed's buffers. Load "
+                    "model and memory from its last checkpoint."
+                )
+            previous.stop()
+        previous = None if previous is self else previous
         if self.args is not None and self.model is not model:  # `model_init` has made another one
             self.reset()
         elif isinstance(self.optimizer, CLASSP) and self.optimizer is not optimizer and self._pending is None:
             self._pending = dict(self.accumulators())  # this callback's last Trainer had an optimizer of its own
-        self.optimizer, self.args, self.model, self.control, self.samples = optimizer, args, model, control, None
+        self.optimizer, self.args, self.model, self.samples = optimizer, args, model, None
         ContinualCallback.applied |= bool(self.options)
         self._check_optimizer(args, resumed)
         if not (isinstance(optimizer, CLASSP) or self.methods or self.gather or self.accelerator is not None):
@@ -205,8 +200,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             used += [f"memory={PRETRAINED!r}"] if self.source == PRETRAINED else []
             check_zero(args.deepspeed_plugin, optimizer.param_groups[0], next(iter(used), None))
             link(zero)
-        self.stop()  # what an interrupted training left
-        self._predecessor = previous
+        self.stop()  # what an interrupted training of another model left
         self.find(previous, args, state, getattr(processing_class, "tokenizer", processing_class))
         self.put(resumed and isinstance(optimizer, CLASSP) and any(optimizer.state.values()))
         if self.optimizer_file is not None and not resumed:
@@ -323,7 +317,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
 
     def stop(self) -> None:
         """Training has ended, or another engine takes over."""
-        self._density = self.context = self._predecessor = None
+        self._density = self.context = None
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -334,7 +328,6 @@ class ContinualCallback(LiveMemory, TrainerCallback):
     def _before_step(self, args: Any, state: Any) -> None:
         """Before a step that is really taken: gradients are clipped, averaged over ranks and, from here on,
         unscaled."""
-        self._predecessor = None  # which may be all that keeps another optimizer's state
         scale, found = (getattr(self.optimizer, name, None) for name in ("grad_scale", "found_inf"))
         if scale is not None:  # torch's fused optimizers unscale by themselves
             for group in self.optimizer.param_groups:

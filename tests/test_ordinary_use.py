@@ -593,7 +593,7 @@ def test_a_memory_that_nothing_uses_is_refused(plain, make_model):
 @pytest.mark.parametrize("optim", ["classp", "adamw_torch"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_users_callback_beside_the_registered_one_keeps_its_methods_state(
-    optim, shared, plain, make_model, tmp_path
+    optim, shared, plain, make_model, tmp_path, caplog
 ):
     class See(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
@@ -607,6 +607,20 @@ def test_a_users_callback_beside_the_registered_one_keeps_its_methods_state(
     steps = len(seen) // 2
     assert set(seen[:steps]) == {0} and set(seen[steps:]) == {len(weights(model))}
     assert ContinualMemory.load(tmp_path / "b").tasks == ["a", "b"]
+    assert "is not used" not in caplog.text  # as the registered one would say under AdamW
+
+
+def test_the_launchers_method_beside_the_scripts_own_callback_is_refused(plain, make_model):
+    classp_hf.register(method="l2sp")
+    try:
+        for own in (ContinualCallback("ewc"), ContinualCallback(memory="none")):
+            with pytest.raises(ValueError, match="given to classp_hf, and the script passes a ContinualCallback with"):
+                plain(make_model(), "a", [own])
+        classp_hf.register(optim="adamw_torch")  # goes with it
+        trainer = plain(make_model(), "b", [ContinualCallback("ewc")], optim="classp", learning_rate=1e-3)
+        assert trainer.args.optim == "adamw_torch"
+    finally:
+        classp_hf.register()
 
 
 @pytest.mark.parametrize("memory", [None, "none"])
