@@ -85,6 +85,8 @@ KEPT = f"{CLASSP} --learning_rate 1e-3"
 OURS, TEXTS = f"{KEPT} --prior_strength 0.25", "pseudo_rehearsal"  # the first, adjusted, is what ClasspTrainer does
 LAMBDA, PRIOR, PSEUDO = (0.03, 0.1, 0.3), grid("prior_strength", 0.25, 0.5, 1), grid("rehearse_lambda", 0.5, 1, 2)
 EMA_DECAY = grid("ema_decay", 0.9, 0.95, 0.98)
+MORE = {"interpolate": grid("interpolation_weight", 0.3, 0.5, 0.7), "ema": EMA_DECAY}
+MORE |= {"lwf": grid("lwf_lambda", 0.5, 1, 2), "merge": grid("merge_weight", 0.3, 1, 3)}
 
 ARMS: dict[str, Arm] = {
     "adamw": Arm(ADAMW, ADAMW_LR),
@@ -98,15 +100,13 @@ ARMS: dict[str, Arm] = {
     "ewc": Arm(AT, grid("ewc_lambda", *LAMBDA), "ewc"),
     "ewc_summed": Arm(f"{AT} --ewc_mode summed", grid("ewc_lambda", *LAMBDA), "ewc", tuned_as="ewc"),
     "l2sp": Arm(AT, grid("l2sp_alpha", *LAMBDA), "l2sp"),
-    "interpolate": Arm(AT, grid("interpolation_weight", 0.3, 0.5, 0.7), "interpolate"),
-    "ema": Arm(AT, EMA_DECAY, "ema"),
+    **{name: Arm(AT, settings, name) for name, settings in MORE.items()},
     "ema_balanced": Arm(f"{AT} --ema_balanced True", EMA_DECAY, "ema"),
-    "lwf": Arm(AT, grid("lwf_lambda", 0.5, 1, 2), "lwf"),
     "logit_adjustment": Arm(AT, PRIOR, "logit_adjustment"),
-    "merge": Arm(AT, grid("merge_weight", 0.3, 1, 3), "merge"),
     "pseudo_rehearsal": Arm(AT, PSEUDO, TEXTS),
     "classp": Arm(CLASSP, CLASSP_LR),
     "classp_pseudo_rehearsal": Arm(KEPT, PSEUDO, TEXTS),
+    **{f"classp_{TEXTS}_{name}": Arm(KEPT, settings, f"{TEXTS}+{name}") for name, settings in MORE.items()},
     "classp_elastic": Arm(KEPT, grid("anchor_strength", *LAMBDA), "elastic"),
     "classp_logit_adjustment": Arm(KEPT, PRIOR, "logit_adjustment"),
     "classp_logit_adjustment_pseudo_rehearsal": Arm(OURS, PSEUDO, f"{TEXTS}+logit_adjustment", f"classp_{TEXTS}"),
