@@ -27,8 +27,10 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
 
+from transformers.training_args import OptimizerNames
+
 from .guard import GuardCallback, LaunchedGuard
-from .live import check_strength
+from .live import CLASSP_NAME, check_strength
 from .methods import METHODS, Elastic, Merge, Method, PseudoRehearsal, make_methods
 from .methods.base import flag
 from .optim_args import parse_optim_args
@@ -39,6 +41,9 @@ COMMANDS = {"demo": ".demo", "compare": ".compare", "remember": ".remember", "bl
 
 SHORTCUTS: dict[str, type[Method]] = {"anchor": Elastic, "merge": Merge, "rehearse": PseudoRehearsal}
 """Option -> the method that it adds, with the option's value as its first hyperparameter."""
+
+BOOLEANS = ("true", "false", "t", "f", "yes", "no", "y", "n", "1", "0")
+"""Values of boolean options, which may also stand without one."""
 
 GUARD = ("guard", "guard_stop", "guard_every")
 
@@ -103,10 +108,12 @@ def parser() -> argparse.ArgumentParser:
 
 def split(arguments: list[str], command: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
     """Our options, and what begins with the script's name."""
-    flags = {name for action in command._actions if action.nargs not in (0, "?") for name in action.option_strings}
+    actions = {name: action for action in command._actions for name in action.option_strings}
     i = 0
     while i < len(arguments) and arguments[i] != "-m" and arguments[i].startswith("-"):
-        i += 2 if arguments[i] in flags else 1
+        action, after = actions.get(arguments[i]), arguments[i + 1 : i + 2]
+        boolean = action is not None and action.const is True and after and after[0].lower() in BOOLEANS
+        i += 2 if boolean or (action is not None and action.nargs not in (0, "?")) else 1
     return arguments[:i], arguments[i:]
 
 
@@ -127,8 +134,11 @@ def for_register(own: argparse.Namespace, command: argparse.ArgumentParser) -> d
         if changed and cls.name not in methods:
             how = [*(f"--{k} VALUE" for k, v in SHORTCUTS.items() if v is cls), f"--method {cls.name}"]
             raise ValueError(f"--{changed[0]} is for the method {cls.name!r}: pass {' or '.join(how)} with it")
-    if own.optim == "classp":
+    if own.optim == CLASSP_NAME:
         parse_optim_args(own.optim_args)
+    known = [CLASSP_NAME, *(optimizer.value for optimizer in OptimizerNames)]
+    if own.optim is not None and own.optim not in known:
+        raise ValueError(f"--optim {own.optim} is unknown. Known: {', '.join(sorted(set(known)))}")
     if own.learning_rate is not None and not own.learning_rate > 0:
         raise ValueError(f"--learning_rate must be > 0, got {own.learning_rate}")
     check_strength(own.memory_strength)
@@ -143,7 +153,7 @@ def for_register(own: argparse.Namespace, command: argparse.ArgumentParser) -> d
 def check_script_arguments(arguments: list[str]) -> None:
     """What is wrong with the script's `--optim_args` is known before it loads data and model."""
     pairs = dict(pairwise(arguments)) | dict(a.split("=", 1) for a in arguments if a.startswith("--") and "=" in a)
-    if pairs.get("--optim") == "classp":
+    if pairs.get("--optim") == CLASSP_NAME:
         parse_optim_args(pairs.get("--optim_args"))
 
 
@@ -177,13 +187,17 @@ def main() -> None:
     except ValueError as error:
         command.error(str(error))
     register(**given)
-    if as_module:
-        sys.argv = script[1:]
-        runpy.run_module(script[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = script
-        sys.path[0] = os.path.dirname(os.path.abspath(script[0]))  # as `python SCRIPT` has it
-        runpy.run_path(script[0], run_name="__main__")
+    try:
+        if as_module:
+            sys.argv = script[1:]
+            runpy.run_module(script[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = script
+            sys.path[0] = os.path.dirname(os.path.abspath(script[0]))  # as `python SCRIPT` has it
+            runpy.run_path(script[0], run_name="__main__")
+    except SystemExit as ended:  # sys.exit(main())
+        if ended.code not in (None, 0):
+            raise
     if given and not (ContinualCallback.applied or LaunchedGuard.applied):
         unused = ", ".join(f"--{k}" for k in given)
         sys.exit(f"classp_hf: error: {unused} had no effect: {sys.argv[0]!r} trained no transformers.Trainer")

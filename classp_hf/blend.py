@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithPadding
 from transformers.utils import logging
 
+from .files import read_table
 from .guard import general_answers
 from .language import prepare_language_tasks
 from .matching import match_rows, named_as_in
@@ -206,9 +207,7 @@ def blend(
 
 def _batches(model: Any, tokenizer: Any, file: str) -> list[Any]:
     """The rows of `file` as a model's inputs."""
-    from datasets import load_dataset
-
-    rows = load_dataset(Path(file).suffix[1:].replace("jsonl", "json"), data_files=file, split="train")
+    rows = read_table(file)["train"]
     tasks = [Task("scored", rows, rows)]
     if kind_of_model(model) == "causal":
         tasks = prepare_language_tasks(tasks, tokenizer, encoder_decoder=False)

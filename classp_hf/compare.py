@@ -33,6 +33,7 @@ from .redaction import public_arguments
 from .sequence import STATE_NAME
 from .tasks import sample_train, with_test_split
 from .trainer import ContinualTrainer
+from .training_args import greater_is_better
 
 BASELINE = "naive"
 # Flags that may differ between two commands for one folder: they change no result.
@@ -93,7 +94,7 @@ class Comparison:
         self.done, self.total = 0, len(self.given.arms) * (3 + self.given.seeds)
         if self.args.push_to_hub:
             raise ValueError("compare keeps no model: leave --push_to_hub out, and train the best with `demo`.")
-        if self.args.sequence_metric_greater_is_better is False or self.args.sequence_metric in ("loss", "perplexity"):
+        if not greater_is_better(self.args):
             raise ValueError(f"compare needs a metric where higher is better, got {self.args.sequence_metric!r}.")
         flags = public_arguments(vars(parser.parse_args(words)))
         self.flags = {k: str(v) for k, v in flags.items() if not k.startswith(ANY_VALUE)}

@@ -5,7 +5,10 @@ docs/compatibility.md says which versions were run.
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +16,12 @@ from typing import Any
 
 import torch
 import transformers
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 from .files import sync_folder
-from .names import reshard
+from .names import bare_model, reshard
 
 _FSDP_1 = "FSDP version 1 flattens parameters, and the memory is kept by parameter. Set fsdp_version: 2."
 
@@ -89,6 +92,23 @@ def set_default_callback(callback: type[TrainerCallback], wanted: bool) -> None:
 
     others = [c for c in DEFAULT_CALLBACKS if c is not callback]
     DEFAULT_CALLBACKS[:] = [*others, callback] if wanted else others  # type: ignore[list-item]
+
+
+def averages_loss(model: Any) -> bool:
+    """Whether a class of transformers averages its loss over the micro-batch, whatever `num_items_in_batch` says.
+
+    Trainer takes every model whose `forward` has `**kwargs` to sum it over the accumulated batch, and multiplies by
+    ranks and accumulation steps (transformers 4.57 to 5.24): of encoders hardly any does, nor do sequence-to-sequence
+    models that call `CrossEntropyLoss` themselves.
+    """
+    # a user's own class may have a loss of its own; FSDP2's stands before it
+    kind: Any = next(cls for cls in type(bare_model(model)).__mro__ if not issubclass(cls, FSDPModule))
+    if not kind.__module__.startswith("transformers."):
+        return False
+    source = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+    calls = [node for node in ast.walk(source) if isinstance(node, ast.Call)]
+    losses = [call for call in calls if getattr(call.func, "attr", "") == "loss_function"]
+    return not any(keyword.arg in (None, "num_items_in_batch") for call in losses for keyword in call.keywords)
 
 
 def _announced(train: Callable[..., Any]) -> Callable[..., Any]:

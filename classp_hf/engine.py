@@ -15,8 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .classification import is_single_label_classifier
-from .compat import refuse_missing_weights, refuse_sharding, watch_saving
+from .compat import averages_loss, refuse_missing_weights, refuse_sharding, watch_saving
 from .live import BESIDE, CLASSP_LEARNING_RATE, CLASSP_NAME, NONE, LiveMemory, check_strength
 from .memory import MEMORY_NAME, ContinualMemory, warn_of_unused_memory
 from .methods import Context, Elastic, Merge, Method, make_methods
@@ -96,6 +95,8 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         self.optimizer_file: Path | None = None
         """State of the optimizer at a task boundary, for the next training."""
         self.saves_at_end = True
+        self.searching = False
+        """Whether this training is a trial of a hyperparameter search, which writes no memory."""
         self.seconds = 0.0
         """Spent on methods before and after tasks."""
         self.args: Any = None
@@ -123,14 +124,14 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             self._read_old_keys(args)
         if model is not None and self._in_use(args):
             refuse_missing_weights(model)
-        if model is not None and any(m.needs_start for m in self.methods):  # before a checkpoint is loaded into it
-            self.start = {n: p.detach().to("cpu", copy=True) for n, p in trainable_parameters(model)}
+        if model is not None:  # before a checkpoint is loaded into it
+            self.keep_start(model)
 
     def on_train(self, trainer: Any) -> None:
         """Called by `Trainer.train`, once `register` was: take the place of other callbacks of this kind.
 
-        Encoders average their loss over the micro-batch. Trainer (transformers 5.23) multiplies it by the ranks and
-        accumulation steps all the same, because their `forward` takes `**kwargs`: the memory would grow with both.
+        Trainer multiplies the loss of models that average it over the micro-batch by ranks and accumulation steps
+        (`averages_loss`): the memory would grow with both.
         """
         for other in list(trainer.callback_handler.callbacks):
             if isinstance(other, ContinualCallback) and other is not self:
@@ -141,8 +142,14 @@ class ContinualCallback(LiveMemory, TrainerCallback):
                     )
                 ContinualCallback.applied |= bool(other.options)
                 trainer.remove_callback(other)
-        if self._in_use(trainer.args) and trainer.compute_loss_func is None:
-            trainer.model_accepts_loss_kwargs &= not is_single_label_classifier(trainer.model)
+        plain = trainer.compute_loss_func is None and trainer.label_smoother is None
+        if self._in_use(trainer.args) and plain:
+            trainer.model_accepts_loss_kwargs &= not averages_loss(trainer.model)
+
+    def keep_start(self, model: Any) -> None:
+        """Keep the model's weights, with which a training begins, if a method needs them when it is resumed."""
+        if any(m.needs_start for m in self.methods):
+            self.start = {n: p.detach().to("cpu", copy=True) for n, p in trainable_parameters(model)}
 
     def _in_use(self, args: Any) -> bool:
         return args.optim == CLASSP_NAME or bool(self.methods) or self.gather
@@ -181,6 +188,11 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         elif isinstance(self.optimizer, CLASSP) and self.optimizer is not optimizer and self._pending is None:
             self._pending = dict(self.accumulators())  # this callback's last Trainer had an optimizer of its own
         self.optimizer, self.args, self.model, self.samples = optimizer, args, model, None
+        self.searching = state.is_hyper_param_search
+        if previous is not None and self.options and previous.options is self.options:
+            self.source = BESIDE  # the launcher's `--memory` is what a model's first training goes on from
+        if not resumed:
+            self.keep_start(model)
         ContinualCallback.applied |= bool(self.options)
         self._check_optimizer(args, resumed)
         if not (isinstance(optimizer, CLASSP) or self.methods or self.gather or self.accelerator is not None):
@@ -277,7 +289,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = self.folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if self.context is not None and not state.is_hyper_param_search and folder not in self._written:
+        if self.context is not None and not self.searching and folder not in self._written:
             self.write(folder, args)
         self._written.clear()
 
@@ -288,7 +300,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self.context is None:
             return
-        if state.is_hyper_param_search:  # a trial is no task
+        if self.searching:  # a trial is no task
             self.stop()
             return
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
@@ -304,7 +316,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         if self.zero is not None:  # the next training has buffers of its own, and parameters know those alone
             self._pending = dict(self.accumulators())
         self.stop()
-        self.start = self.checkpoint = None
+        self.checkpoint = None
         self.samples = samples(self.model)
         if not isinstance(self.optimizer, CLASSP):  # which holds the memory; others only memory of the device
             self._description, self.optimizer = self._described(args), None
@@ -354,7 +366,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             return self.start or {}
         raise ValueError(
             "A resumed run needs the weights it began with, which a callback added after Trainer was built has not "
-            "seen. Pass it in Trainer's `callbacks`."
+            "seen. Build a new Trainer of the model as it was, and pass the callback in Trainer's `callbacks`."
         )
 
     def _unused_name(self, args: Any) -> str:
@@ -372,7 +384,7 @@ def engine_of(model: Any) -> ContinualCallback | None:
 def write_beside(model: Any, folder: str | Path) -> None:
     """Called when `model` was saved into `folder`: its memory belongs there too."""
     engine = engine_of(model)
-    if engine is None or engine.model is None or engine.sharded():
+    if engine is None or engine.model is None or engine.searching or engine.sharded():
         return  # of a sharded model the engine's events write it, on every rank
     if engine.args.should_save:
         engine.write(folder, engine.args)

@@ -7,6 +7,20 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def read_table(path: str | os.PathLike, *config: str) -> Any:
+    """The splits of a file of rows. "null" and "NA" in it are texts, not missing values."""
+    from datasets import load_dataset
+
+    suffix = Path(path).suffix
+    if suffix not in READERS:
+        raise ValueError(f"Cannot read rows from {path}: give a file that ends in {', '.join(READERS)}.")
+    settings = {"keep_default_na": False, "sep": "\t" if suffix == ".tsv" else ","} if "sv" in suffix else {}
+    return load_dataset(READERS[suffix], *config, data_files=str(path), **settings)
 
 
 @contextmanager

@@ -137,7 +137,8 @@ class LiveMemory:
         elif previous is not None and (previous.tasks or not makes):
             memory, where = previous.memory(), f"this process (the model was trained in it){known}"
         else:
-            start = repr(model_source(self.model) or "this model")
+            source = model_source(self.model)
+            start = repr(source) if source else "this model"
             memory, where = memory_beside(self.model), f"{start}{known}"
             if makes and memory is None:
                 power = self.adds_to(args) or self.power
@@ -152,6 +153,7 @@ class LiveMemory:
 
     def load(self, memory: ContinualMemory, model: Any, args: Any, *, same_run: bool = False, where: str = "") -> None:
         """As [`ContinualTrainer.load_memory`], for the given model and training arguments."""
+        known = False
         try:
             self._check_power(memory, args)
             memory = named_as_in(model, memory)
@@ -159,8 +161,10 @@ class LiveMemory:
             for method in self.methods:
                 parts = memory.parts_of(method.name)
                 for part in parts.keys() & method.per_parameter:
-                    parts[part] = match_rows(parts[part], model, part == "importance")
+                    kept = {n: t for n, t in parts[part].items() if n not in match.replaced}
+                    parts[part] = match_rows(kept, model, part == "importance")
                 method.check_state(parts, model)
+                known |= bool(parts)
                 if parts or same_run:
                     method.load_state_dict(parts)
             if self.heads is not None:
@@ -182,14 +186,21 @@ class LiveMemory:
         self.tasks = [*memory.tasks, *unfinished]
         self.loaded = True
         if where and args.process_index == 0:
-            known = f"{len(match.accumulators)} parameters" if match.accumulators else "the method"
+            used = (
+                f"{len(match.accumulators)} parameters" if match.accumulators else "the method" if known else "nothing"
+            )
+            learn = [m.name for m in self.methods if type(m).after_task is not Method.after_task]
+            if unfinished and learn:
+                match.notes.append(
+                    f"the training on {unfinished[0]} was not finished, and {', '.join(learn)} learned nothing from it"
+                )
             notes = "".join(f"; {note}" for note in match.notes)
             logger.warning(
                 f"Going on from the continual memory of {', '.join(self.tasks) or 'an earlier run'} in {where}: it is "
-                f"used for {known}{notes}."
+                f"used for {used}{notes}."
             )
-            used = ("accumulator", "samples", "head.", "initial_head", *(f"{m.name}." for m in self.methods))
-            if others := [k for k in memory.kinds() if not k.startswith(used)]:
+            own = ("accumulator", "samples", "head.", "initial_head", *(f"{m.name}." for m in self.methods))
+            if others := [k for k in memory.kinds() if not k.startswith(own)]:
                 logger.warning(f"It also holds {shorten(others)}, which this run does not use.")
 
     def _check_power(self, memory: ContinualMemory, args: Any) -> None:

@@ -21,11 +21,13 @@ class Match:
     Attributes:
         accumulators: canonical name -> accumulator of parameters that are trained, in the parameter's shape.
         kept: of parameters that are frozen now or not in the model: they stay in the file.
+        replaced: names of parameters that were initialised again since it was written.
         notes: what was done, one clause each.
     """
 
     accumulators: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
+    replaced: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
 
@@ -67,7 +69,7 @@ def match_accumulators(
     written = {n: t for n, t in written.items() if n not in stored or fitting.get(n) is stored[n]}  # of its own shape
     changed, compared = _changed(written, model), sum(n in parameters for n in written)
     replaced = {n for n, distance in changed.items() if distance > 0.5 and 2 * len(changed) < compared}
-    result, dropped, needed, used = Match(), 0, 0, 0
+    result, dropped, needed, used = Match(replaced=replaced), 0, 0, 0
     for n, t in stored.items():
         p, adapter = parameters.get(n), _is_adapter(n)
         if adapter and not same_run and _is_fresh(n, parameters):
@@ -91,6 +93,8 @@ def match_accumulators(
         )
     if empty := sorted(own - result.accumulators.keys()) if stored else []:
         result.notes.append(f"{len(empty)} parameters begin without a memory ({shorten(empty, 2)})")
+    if anew := sorted(replaced - stored.keys()):
+        result.notes.append(f"{len(anew)} parameters were initialised again ({shorten(anew, 2)})")
     if result.kept:
         result.notes.append(f"{len(result.kept)} tensors are kept for parameters that are frozen or not in this model")
     if dropped:

@@ -20,11 +20,12 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .files import READERS, read_table
 from .names import bare_model, evaluating, is_language_model, reshard
 
 logger = logging.get_logger(__name__)
 
-TEXT_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".csv", ".parquet")
+TEXT_SUFFIXES = (".txt", ".md", *READERS)
 
 
 def bar(*args: Any, **kwargs: Any) -> Any:
@@ -202,8 +203,8 @@ def read_texts(source: str, tokenizer: Any, count: int, length: int, seed: int =
     """Token ids of up to `count` texts, at most `length` tokens each.
 
     Args:
-        source: a file (.txt: a text a paragraph; .json, .jsonl, .csv, .parquet) or a dataset's Hub id; of columns the
-            one after the colon (`wiki.jsonl:body`), default `text`.
+        source: a file (.txt: a text a paragraph; .json, .jsonl, .csv, .tsv, .parquet) or a dataset's Hub id; of
+            columns the one after the colon (`wiki.jsonl:body`), default `text`.
 
     Raises:
         ValueError: no tokenizer, no such column or no texts.
@@ -222,10 +223,8 @@ def read_texts(source: str, tokenizer: Any, count: int, length: int, seed: int =
     else:
         from datasets import load_dataset
 
-        kind = {".jsonl": "json"}.get(suffix, suffix[1:])
         # of the Hub no more than is used
-        rows = load_dataset(kind, data_files=name, split="train") if suffix else load_dataset(
-            name, split="train", streaming=True)  # fmt: skip
+        rows = read_table(name)["train"] if suffix else load_dataset(name, split="train", streaming=True)
         first: dict[str, Any] = next(iter(rows), {})
         if not isinstance(first.get(column), str):
             raise ValueError(

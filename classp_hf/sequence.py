@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -34,9 +36,11 @@ logger = logging.get_logger(__name__)
 STATE_NAME = "sequence_state.json"
 # Arguments that must be the same for two runs to be the same one, besides tasks, model, method and batch size.
 _CONFIG = (
-    *("optim", "optim_args", "learning_rate", "weight_decay", "lr_scheduler_type", "num_train_epochs", "max_steps"),
-    *("max_grad_norm", "heads", "reset_optimizer", "learned_tasks", "sequence_metric", "max_length", "memory"),
-    *("gather_memory", "memory_power", "memory_strength", "seed"),
+    *("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "num_train_epochs", "max_steps"),
+    *("max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "bf16", "fp16", "seed", "data_seed"),
+    *("load_best_model_at_end", "metric_for_best_model", "sequence_metric", "max_length", "heads", "reset_optimizer"),
+    *("learned_tasks", "memory", "gather_memory", "memory_power", "memory_strength"),
 )
 
 
@@ -169,9 +173,14 @@ class SequenceRun:
         if exists:
             self.state = read_state(path)
             then, done = self.state["config"], max(len(self.state["accuracy_matrix"]) - 1, 0)
-            if differing := [f"{k}: {then.get(k)} there, {v} here" for k, v in config.items() if then.get(k) != v]:
+            # of an older version some are not known
+            if differing := [f"{k}: {then[k]} there, {v} here" for k, v in config.items() if then.get(k, v) != v]:
+                remedy, earlier = "Choose another output_dir.", [name for name, *_ in then["tasks"]]
+                if len(earlier) < len(self.names) and earlier == self.names[: len(earlier)]:
+                    added = f"model and memory from {self.folder}, and pass learned_tasks={len(earlier)}"
+                    remedy += f" To add tasks, take {added}."
                 what = "; ".join(differing[:3])
-                raise ValueError(f"{self.folder} holds another sequence's run ({what}). Choose another output_dir.")
+                raise ValueError(f"{self.folder} holds another sequence's run ({what}). {remedy}")
             if not resume:
                 raise ValueError(
                     f"{self.folder} already holds this sequence's run ({done} of {len(self.tasks)} tasks done). Pass "
@@ -204,11 +213,12 @@ class SequenceRun:
     def _config(self) -> dict[str, Any]:
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         config = {
-            "tasks": [[t.name, len(t.train_dataset), len(t.measured_dataset)] for t in self.tasks],
+            "tasks": [[t.name, *map(len, (t.train_dataset, t.measured_dataset))] for t in self.tasks],
+            "data": [_digest(task.train_dataset) for task in self.tasks],
             "model": model_source(self.trainer.model) or None,
             "method": describe_methods(self.engine.methods),
             "global_batch_size": batch_size,
-            **{k: getattr(self.args, k) for k in _CONFIG},
+            **{k: getattr(self.args, k, None) for k in _CONFIG},
         }
         return json.loads(json.dumps(config, default=str))
 
@@ -345,14 +355,18 @@ class SequenceRun:
                         f"sequence_metric={name!r} is not among what compute_metrics returned: "
                         f"{sorted(k.removeprefix('eval_') for k in metrics)}"
                     )
-                row.append(float(metrics[f"eval_{name}"]))
+                value = float(metrics[f"eval_{name}"])
             else:
                 trainer.model.eval()
                 with torch.no_grad(), trainer.accelerator.autocast():
-                    row.append(float(trainer.task_metric(trainer.model, trainer.processing_class, given)))
-                if not math.isfinite(row[-1]):
-                    raise ValueError(f"task_metric returned {row[-1]} for task {task.name!r}; R holds finite numbers.")
-                trainer.log({f"eval_{name}": row[-1]})
+                    value = float(trainer.task_metric(trainer.model, trainer.processing_class, given))
+                trainer.log({f"eval_{name}": value})
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"{name} is {value} for task {task.name!r}, and R holds finite numbers. If the training diverged, "
+                    "lower the learning rate; else return a number for such predictions, too."
+                )
+            row.append(value)
         logger.info("Evaluation: " + ", ".join(f"{name} {value:.4f}" for name, value in zip(self.names, row)))
         return row
 
@@ -413,7 +427,16 @@ class SequenceRun:
 
 
 def _auto_class(model: Any) -> str:
-    """The class of Transformers to load the model with."""
-    if not is_language_model(model):
-        return "AutoModelForSequenceClassification"
-    return "AutoModelForSeq2SeqLM" if bare_model(model).config.is_encoder_decoder else "AutoModelForCausalLM"
+    """The class of Transformers to load the model with; its own where there is none for all such models."""
+    bare = bare_model(model)
+    if is_language_model(model):
+        return "AutoModelForSeq2SeqLM" if bare.config.is_encoder_decoder else "AutoModelForCausalLM"
+    name = type(bare).__name__
+    auto_class = f"AutoModelFor{name.rpartition('For')[2]}"
+    return auto_class if hasattr(transformers, auto_class) else name
+
+
+def _digest(dataset: Any) -> str:
+    """Of the first and the last row, as they are stored; images and the like do not count."""
+    rows = dataset.with_format(None)[:: max(len(dataset) - 1, 1)]
+    return hashlib.sha256(json.dumps(rows, default=lambda value: type(value).__name__).encode()).hexdigest()[:16]

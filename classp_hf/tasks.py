@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, Value, load_dataset
 from transformers.utils import logging
 
 from . import embedded
+from .files import READERS, read_table
 
 logger = logging.get_logger(__name__)
 
@@ -27,7 +28,6 @@ PREPARE = (
 )
 _FPB = {"text_column": "sentence", "label_names": SENTIMENT}
 _IMDB = {"label_map": {"neg": "negative", "pos": "positive"}}
-_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _OPTIONS = {"text": "text_column", "text_pair": "text_pair_column", "label": "label_column"}
 _OPTIONS |= {"names": "label_names", "map": "label_map"}
 _FIXED_SEED = 0  # of what runs are compared on, whatever their own seed
@@ -338,10 +338,8 @@ def _read(spec: str) -> tuple[dict[str, Dataset], dict[str, Any]]:
         return {"train": Dataset.from_list(rows)}, _FPB | fields
     if name == "imdb" and path.is_dir():
         return {split: _imdb_folder(path / split) for split in ("train", "test")}, _IMDB | fields
-    if reader := _READERS.get(path.suffix):
-        # "null" and "NA" are texts, not missing values
-        settings = {"keep_default_na": False, "sep": "\t" if path.suffix == ".tsv" else ","} if reader == "csv" else {}
-        return load_dataset(reader, *where[1:], data_files=str(path), **settings), fields
+    if path.suffix in READERS:
+        return read_table(path, *where[1:]), fields
     if path.exists():
         return load_dataset(str(path), *where[1:]), fields
     return load_dataset(*where), {**fields, "hub_id": where[0]}

@@ -18,7 +18,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from .classification import accuracy, classification_loss, is_single_label_classifier
-from .compat import PatchedTrainer
+from .compat import PatchedTrainer, averages_loss
 from .engine import ContinualCallback, engine_of
 from .files import explaining_full_disks
 from .guard import guards
@@ -28,7 +28,7 @@ from .live import CLASSP_NAME, NONE
 from .memory import ContinualMemory, warn_of_unused_memory
 from .methods import Context, Method, make_methods
 from .methods.adapters import folded_state_dict
-from .names import bare_model, is_language_model, model_source, trainable_parameters
+from .names import bare_model, is_language_model, model_source
 from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .preemption import PreemptionCallback
@@ -37,7 +37,7 @@ from .report import write_model_card
 from .resume import last_complete_checkpoint
 from .sequence import SequenceRun
 from .tasks import Task
-from .training_args import with_continual_defaults
+from .training_args import greater_is_better, with_continual_defaults
 
 logger = logging.get_logger(__name__)
 
@@ -137,12 +137,13 @@ class ContinualTrainer(PatchedTrainer):
         if self.classifies:
             self.compute_loss_func = self.compute_loss_func or self.adjusted_loss
             self.compute_metrics = self.compute_metrics or accuracy
+        elif self.compute_loss_func is None and self.label_smoother is None:
+            self.model_accepts_loss_kwargs &= not averages_loss(self.model)
         if args.sequence_metric is None and task_metric is not None:
             args.sequence_metric = getattr(task_metric, "__name__", "metric")
         elif args.sequence_metric is None:
             args.sequence_metric = "loss" if self.generates or self.compute_metrics is None else "accuracy"
-        greater = args.sequence_metric_greater_is_better
-        self.greater_is_better = args.sequence_metric not in ("loss", "perplexity") if greater is None else greater
+        self.greater_is_better = greater_is_better(args)
         self.task_heads = TaskHeads(self.model) if args.heads == "per_task" else None
         if self.model_init is not None and (self.task_heads or any(m.folds_adapters for m in self.methods)):
             raise ValueError(
@@ -157,7 +158,7 @@ class ContinualTrainer(PatchedTrainer):
         for part in self.methods:
             part.excluded = self.engine.excluded
             adjusts = type(part).adjust_logits is not Method.adjust_logits
-            if adjusts and self.compute_loss_func != self.adjusted_loss:
+            if adjusts and self.classifies and self.compute_loss_func != self.adjusted_loss:
                 raise ValueError(
                     f"The method {part.name!r} adjusts the logits of the trainer's own loss, which is for "
                     "single-label classifiers: pass no compute_loss_func, or leave the method out."
@@ -268,8 +269,8 @@ class ContinualTrainer(PatchedTrainer):
         for a method that cannot run in this set-up, and a checkpoint without its memory or of another optimizer."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(Path(self._get_output_dir(None))) or True
-        if isinstance(resume_from_checkpoint, str) and any(m.needs_start for m in self.methods):
-            self.engine.start = {n: p.detach().to("cpu", copy=True) for n, p in trainable_parameters(self.model)}
+        if isinstance(resume_from_checkpoint, str) and self.run_folder is not None:
+            self.engine.keep_start(self.model)
         if self.args.eval_strategy != "no" and self.eval_dataset == {}:
             raise ValueError("eval_strategy needs an eval_dataset, and the trainer was given none.")
         for method in self.methods:
@@ -382,14 +383,16 @@ class ContinualTrainer(PatchedTrainer):
         if self.sequence_results is None:
             return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
         token = token or self.args.hub_token
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
         self.save_model(_internal_call=True)
         self.create_model_card(**kwargs)
-        if not self.is_world_process_zero():
-            return None
-        repo, folder, revision = str(self.hub_model_id), str(self.args.output_dir), revision or self.args.hub_revision
+        folder, revision = str(self.args.output_dir), revision or self.args.hub_revision
+        repo = str(self.hub_model_id or self.args.hub_model_id or Path(folder).resolve().name)
         try:
+            if self.hub_model_id is None:
+                self.init_hf_repo(token=token, private=private)
+                repo = str(self.hub_model_id)
+            if not self.is_world_process_zero():
+                return None
             return HfApi().upload_folder(  # type: ignore[call-overload]
                 repo_id=repo,
                 folder_path=folder,

@@ -15,6 +15,7 @@ from .methods.base import flag
 from .registration import register
 
 ADAMW_LEARNING_RATE = 5e-5
+ERRORS = ("perplexity", "mse", "rmse", "mae", "wer", "cer", "ter")
 
 
 @dataclass(repr=False)  # whose own would show tokens
@@ -44,7 +45,9 @@ class ContinualTrainingArguments(TrainingArguments):
         "models, and of others than single-label classifiers without `compute_metrics`, the loss; of a trainer with "
         "a `task_metric` that function's name.",
     )
-    sequence_metric_greater_is_better: bool | None = flag(None, "Default: False for loss and perplexity, else True.")
+    sequence_metric_greater_is_better: bool | None = flag(
+        None, f"Default: False for losses (names that end so) and for {', '.join(ERRORS)}, else True."
+    )
     learned_tasks: int = flag(
         0,
         "So many tasks, the first of the sequence, are what the model has learned already: they are evaluated and "
@@ -96,6 +99,12 @@ class ContinualTrainingArguments(TrainingArguments):
         if str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false")):
             self.use_cpu = True  # `accelerate launch --cpu`; several processes would not find each other without it
         super().__post_init__()
+
+
+def greater_is_better(args: Any) -> bool:
+    """Whether of two values of `args.sequence_metric` the higher is the better one."""
+    given, metric = args.sequence_metric_greater_is_better, args.sequence_metric or ""
+    return not (metric.endswith("loss") or metric in ERRORS) if given is None else given
 
 
 def with_continual_defaults(args: TrainingArguments | None, optim: str | None = None) -> Any:

@@ -121,7 +121,7 @@ def test_a_task_metric_that_generates(kind, make_causal, make_seq2seq, make_args
     assert results["auto_class"] == ("AutoModelForCausalLM" if kind == "causal" else "AutoModelForSeq2SeqLM")
     args = make_args(output_dir=str(tmp_path / "nan"))
     trainer = ContinualTrainer(model, args, processing_class=tokenizer, task_metric=lambda *_: float("nan"))
-    with pytest.raises(ValueError, match="task_metric returned nan for task 'up'"):
+    with pytest.raises(ValueError, match="<lambda> is nan for task 'up'"):
         trainer.train_sequence(tasks())
 
 

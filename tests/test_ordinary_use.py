@@ -40,6 +40,8 @@ from classp_hf import (
     EWCTrainer,
     LogitAdjustment,
 )
+from classp_hf.compat import averages_loss
+from classp_hf.engine import write_beside
 from classp_hf.memory import MEMORY_NAME, OLD_NAME
 
 
@@ -409,10 +411,32 @@ def test_pushes_during_training_carry_the_memory_and_no_tasks_folder(make_model,
 # ---- Scripts nobody edits ----
 
 
-@pytest.mark.parametrize("method", [None, "merge"])
-def test_micro_batches_have_the_memory_of_the_whole_batch(method, make_model, make_tasks, collator, tmp_path):
+def regression(rows):
+    return [{"input_ids": row["input_ids"], "labels": float(row["labels"])} for row in rows]
+
+
+def tokens(rows):
+    return [{"input_ids": row["input_ids"], "labels": [i % 3 for i in row["input_ids"]]} for row in rows]
+
+
+def padded(features):
+    width = max(len(f["input_ids"]) for f in features)
+    out = {"input_ids": torch.tensor([f["input_ids"] + [0] * (width - len(f["input_ids"])) for f in features])}
+    if isinstance(features[0]["labels"], list):
+        return out | {"labels": torch.tensor([f["labels"] + [0] * (width - len(f["labels"])) for f in features])}
+    return out | {"labels": torch.tensor([f["labels"] for f in features])}
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"), [(None, "classifier"), ("merge", "classifier"), (None, "regression"), (None, "tokens")]
+)
+def test_micro_batches_have_the_memory_of_the_whole_batch(method, kind, make_model, make_tasks, tmp_path):
     """BERT averages its loss over the micro-batch, and Trainer takes it for one that is divided by the whole batch."""
     classp_hf.register(**({} if method is None else {"method": method}))
+    data = list(make_tasks()[0].train_dataset)
+    width = max(len(row["input_ids"]) for row in data)  # as many tokens in every micro-batch
+    data = [{**row, "input_ids": row["input_ids"] + [1] * (width - len(row["input_ids"]))} for row in data]
+    data = {"regression": regression, "tokens": tokens}.get(kind, list)(data)
     found = []
     for size in (16, 4):
         args = TrainingArguments(
@@ -420,9 +444,93 @@ def test_micro_batches_have_the_memory_of_the_whole_batch(method, make_model, ma
             per_device_train_batch_size=size, gradient_accumulation_steps=16 // size, max_grad_norm=0, use_cpu=True,
             report_to="none", disable_tqdm=True, save_strategy="no",
         )  # fmt: skip
-        Trainer(make_model(), args, collator, make_tasks()[0].train_dataset).train()
+        model = make_model(num_labels=1 if kind == "regression" else 3)
+        model = transformers.BertForTokenClassification(model.config) if kind == "tokens" else model
+        for p in model.parameters():
+            p.data = torch.linspace(-0.1, 0.1, p.numel()).view_as(p) if kind == "tokens" else p.data
+        Trainer(model, args, padded, data).train()
         found.append(ContinualMemory.load(args.output_dir).get("accumulator"))
-    assert all(torch.allclose(t, found[1][n], rtol=1e-3, atol=1e-9) for n, t in found[0].items())
+    assert all(torch.allclose(t, found[1][n], rtol=1e-2, atol=1e-8) for n, t in found[0].items())
+    assert sum(float(t.sum()) for t in found[0].values()) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("model", "averages"),
+    [
+        ("BertForSequenceClassification", True),
+        ("BertForMaskedLM", True),
+        ("LlamaForSequenceClassification", True),
+        ("T5ForConditionalGeneration", True),
+        ("LlamaForCausalLM", False),
+        ("GPT2LMHeadModel", False),
+        ("ModernBertForMaskedLM", False),
+    ],
+)
+def test_which_models_average_their_loss(model, averages):
+    class Own(getattr(transformers, model)):  # may have a loss of its own
+        def __init__(self):
+            nn.Module.__init__(self)
+
+    nn.Module.__init__(made := Own.__base__.__new__(Own.__base__))
+    assert averages_loss(made) is averages and not averages_loss(Own())
+
+
+@pytest.mark.parametrize("method", ["elastic", "merge", "interpolate"])
+def test_a_finished_training_goes_on_in_the_same_trainer(method, plain, make_model, tmp_path):
+    """As in a notebook: more steps, and `resume_from_checkpoint`."""
+    plain(make_model(), "a")
+    constant = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 4, "num_train_epochs": 2}
+    found = []
+    for steps in (8, 4):
+        start = classifier(tmp_path / "a")
+        trainer = plain(start, f"b{steps}", [ContinualCallback(method)], max_steps=steps, **constant)
+        if steps == 4:
+            trainer.args.max_steps = 8
+            trainer.train(resume_from_checkpoint=True)
+        found.append(weights(trainer.model))
+    assert all(torch.equal(w, found[1][n]) for n, w in found[0].items())
+
+
+@pytest.mark.parametrize("memory", ["a", "none"])
+def test_the_launchers_memory_is_where_a_model_begins(memory, plain, make_model, tmp_path):
+    """Two Trainers of one model in a script: the second goes on from the first."""
+    plain(make_model(), "a")
+    classp_hf.register(memory=str(tmp_path / "a") if memory == "a" else memory)
+    try:
+        model = classifier(tmp_path / "a")
+        for output in ("first", "second"):
+            plain(model, output)
+    finally:
+        classp_hf.register()
+    expected = ["a", "first", "second"] if memory == "a" else ["first", "second"]
+    assert ContinualMemory.load(tmp_path / "second").tasks == expected
+
+
+@pytest.mark.parametrize("method", ["ewc", "l2sp"])
+def test_a_head_that_was_initialised_again_is_not_pulled_back(method, plain, make_model, tmp_path, caplog):
+    model = plain(make_model(), "a", [ContinualCallback(method)], optim="adamw_torch", learning_rate=1e-3).model
+    with torch.no_grad():
+        model.classifier.weight.normal_()
+    model.save_pretrained(tmp_path / "new")
+    seen, callback = [], ContinualCallback(method, str(tmp_path / "a"))
+
+    class See(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            seen.extend(callback.methods[0].anchor)
+
+    with caplog.at_level(logging.WARNING, "classp_hf"):
+        plain(classifier(tmp_path / "new"), "b", [callback, See()], optim="adamw_torch", learning_rate=1e-3)
+    assert "1 parameters were initialised again (classifier.weight)" in caplog.text
+    assert "classifier.weight" not in seen and "classifier.bias" in seen
+
+
+def test_a_checkpoint_of_an_unfinished_training_says_what_it_lacks(plain, make_model, tmp_path, caplog):
+    plain(make_model(), "a", [ContinualCallback("ewc")], optim="adamw_torch", save_strategy="steps", save_steps=2)
+    with caplog.at_level(logging.WARNING, "classp_hf"):
+        model = classifier(tmp_path / "a" / "checkpoint-2")
+        plain(model, "b", [ContinualCallback("ewc")], optim="adamw_torch")
+    assert "it is used for nothing" in caplog.text
+    assert "the training on a was not finished, and ewc learned nothing from it" in caplog.text
 
 
 def test_a_model_without_a_config(plain, make_tasks, tmp_path):
@@ -450,6 +558,7 @@ def test_a_search_for_hyperparameters_writes_no_memory(make_args, tmp_path):
     optimizer.step()
     engine.on_save(args, state, TrainerControl())
     engine.on_train_end(args, state, TrainerControl(), model=model)
+    write_beside(model, tmp_path / "run-0" / "checkpoint-1")
     assert not list(tmp_path.rglob("continual_memory*"))
 
 

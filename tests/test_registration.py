@@ -78,10 +78,16 @@ def test_other_optimizers_and_modules_still_run(script, tmp_path):
         (["--method", "ecw", "x.py"], 2, "error: Unknown method 'ecw'"),
         (["--method", "ewc", "--ewc_lambda", "-1", "x.py"], 2, "error: ewc_lambda must be >= 0, got -1.0"),
         (["--optim", "classp", "--optim_args", "powr=1", "x.py"], 2, "error: Unknown key 'powr' in --optim_args"),
+        (["--optim", "adamw_typo", "x.py"], 2, "error: --optim adamw_typo is unknown. Known: "),
+        (["--method", "ewc", "--fisher_normalize", "False", "nowhere.py"], 2, "there is no script 'nowhere.py'"),
+        (["--optim", "classp", "leaves.py"], 1, "--optim had no effect: 'leaves.py' trained no transformers.Trainer"),
+        (["--optim", "classp", "fails.py"], 3, ""),
     ],
 )
 def test_usage(arguments, code, message, tmp_path):
     (tmp_path / "x.py").touch()
+    (tmp_path / "leaves.py").write_text("import sys; sys.exit(0)")
+    (tmp_path / "fails.py").write_text("import sys; sys.exit(3)")
     run = subprocess.run([python(), "-m", "classp_hf", *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == code
     assert message in run.stdout + run.stderr

@@ -200,6 +200,23 @@ def test_model_card_code_is_python_with_names_that_exist(tmp_path, changes):
         assert [text for text in expected if text not in code] == []
 
 
+@pytest.mark.parametrize(
+    ("auto_class", "pipeline", "loads"),
+    [
+        ("AutoModelForTokenClassification", "token-classification", "AutoTokenizer.from_pretrained(repo)"),
+        ("AutoModelForImageClassification", "image-classification", "AutoProcessor.from_pretrained(repo)"),
+        ("BertForMultipleChoice", None, "BertForMultipleChoice.from_pretrained(repo)"),
+        ("Bag", None, "`model.safetensors` holds the weights of `Bag`"),
+    ],
+)
+def test_model_card_of_other_models(auto_class, pipeline, loads, tmp_path):
+    path = write_card(tmp_path, make_results(auto_class=auto_class))
+    text = path.read_text()
+    assert ModelCard.load(path).data.pipeline_tag == pipeline and loads in text and "load_task" not in text
+    assert ("trainer.train_sequence([Task(" in text) == (auto_class != "Bag")
+    compile("".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), "card", "exec")
+
+
 HOSTILE = "a`b``<img src=x onerror=alert(1)>|\n---\n# [x](http://evil.example) **b** ![i](j.png)\n```\n{{ 7*7 }} __c__"
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -541,18 +543,31 @@ def test_output_dir_of_another_run(make_model, make_tasks, make_args, collator):
     ):
         trainer().train_sequence(make_tasks(1))
     with pytest.raises(
-        ValueError, match=r"holds another sequence's run \(tasks: .*'first'.*'second'.*Choose another output_dir"
+        ValueError,
+        match=r"holds another sequence's run \(tasks: .*'second'.*To add tasks, .* pass learned_tasks=1",
     ):
         trainer().train_sequence(make_tasks(2), resume_from_checkpoint=True)
     with pytest.raises(ValueError, match=r"holds another sequence's run \(learning_rate: 0.001 there, 0.5 here"):
         trainer(learning_rate=0.5).train_sequence(make_tasks(1), resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"another sequence's run \(label_smoothing_factor: 0.0 there, 0.1 here"):
+        trainer(label_smoothing_factor=0.1).train_sequence(make_tasks(1), resume_from_checkpoint=True)
+    others = replace(make_tasks(1)[0], train_dataset=make_tasks(1)[0].eval_dataset.select([*range(30)] * 2 + [0] * 4))
+    with pytest.raises(ValueError, match=r"holds another sequence's run \(data: "):
+        trainer().train_sequence([others], resume_from_checkpoint=True)
     with pytest.raises(ValueError, match=r"resumes from its own output_dir .*, not from '/elsewhere'"):
         trainer().train_sequence(make_tasks(1), resume_from_checkpoint="/elsewhere")
     # the same run, finished: nothing is trained again
     assert trainer().train_sequence(make_tasks(1), resume_from_checkpoint=True)["tasks"] == ["first"]
 
 
-def test_bad_choices(make_model, make_tasks, make_args, collator):
+@pytest.mark.parametrize(("metric", "higher"), [("accuracy", True), ("eval_loss", False), ("mse", False)])
+def test_errors_are_better_when_they_are_lower(metric, higher, make_model, make_args, collator):
+    assert ContinualTrainer(make_model(), make_args(sequence_metric=metric), collator).greater_is_better is higher
+    args = make_args(sequence_metric=metric, sequence_metric_greater_is_better=not higher)
+    assert ContinualTrainer(make_model(), args, collator).greater_is_better is not higher
+
+
+def test_bad_choices(make_model, make_tasks, make_args, collator, tmp_path):
     with pytest.raises(
         ValueError,
         match=r"Unknown method 'ewcc'. Known: none, ewc, l2sp, .*pseudo_rehearsal, and several joined by",
@@ -565,6 +580,15 @@ def test_bad_choices(make_model, make_tasks, make_args, collator):
     trainer = ClasspTrainer(model=make_model(), args=make_args(sequence_metric="f1"), data_collator=collator)
     with pytest.raises(ValueError, match=r"sequence_metric='f1' is not among .*'accuracy'"):
         trainer.train_sequence(make_tasks(1))
+    broken = make_args(sequence_metric="mcc", output_dir=str(tmp_path / "nan"))
+    broken = ClasspTrainer(make_model(), broken, collator, compute_metrics=lambda _: {"mcc": math.nan})
+    with pytest.raises(ValueError, match="mcc is nan for task 'first', and R holds finite numbers"):
+        broken.train_sequence(make_tasks(1))
+    several = make_model()
+    several.config.problem_type = "multi_label_classification"
+    several = ContinualTrainer(several, make_args(), collator, method="lwf")
+    with pytest.raises(ValueError, match="'lwf' compares probabilities of labels that exclude each other"):
+        several.engine.check(several.context())
     with pytest.raises(ValueError, match="give at least one Task"):
         trainer.train_sequence([])
     given = torch.optim.SGD(make_model().parameters(), lr=0.1), None

@@ -43,11 +43,14 @@ class LwF(Method):
     autocast: Any = field(default=None, init=False, repr=False)
 
     def check(self, context: Context, others: Sequence[Method]) -> None:
-        labels = getattr(getattr(context.model, "config", None), "num_labels", 2)
+        config = getattr(context.model, "config", None)
+        labels, several = getattr(config, "num_labels", 2), "multi_label_classification"
         if context.per_task_heads:
             raise ValueError("The method 'lwf' compares the outputs of one head; heads='per_task' has several.")
         if labels == 1 and not is_language_model(context.model):
             raise ValueError("The method 'lwf' compares probabilities of labels, and the model has one label.")
+        if getattr(config, "problem_type", None) == several:
+            raise ValueError("The method 'lwf' compares probabilities of labels that exclude each other.")
 
     def before_task(self, context: Context) -> None:
         self.teacher, self.weights, self.answers = None, {}, None

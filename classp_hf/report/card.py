@@ -11,11 +11,15 @@ from ..files import replacing
 from ..redaction import UNPRINTABLE, public_arguments, public_command
 from .results import AnyPath, Names, Results, Scale, plain, sequence_tables
 
-# Class to load a model with -> the Hub's name of what it does, and a text's.
+# Class to load a model with -> the Hub's name of what it does, and the card's.
 _KINDS = {
     "AutoModelForSequenceClassification": ("text-classification", "text classifier"),
     "AutoModelForCausalLM": ("text-generation", "language model"),
     "AutoModelForSeq2SeqLM": ("text2text-generation", "sequence-to-sequence model"),
+    "AutoModelForMaskedLM": ("fill-mask", "masked language model"),
+    "AutoModelForTokenClassification": ("token-classification", "token classifier"),
+    "AutoModelForImageClassification": ("image-classification", "image classifier"),
+    "AutoModelForAudioClassification": ("audio-classification", "audio classifier"),
 }
 
 
@@ -32,6 +36,7 @@ def write_model_card(
         license: the Hub's name of the model's license, such as "apache-2.0". Default: none.
         tags: tags beside those of the package, the optimizer and the methods.
     """
+    import transformers
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     from ..memory import MEMORY_NAME
@@ -42,7 +47,7 @@ def write_model_card(
     repo = arguments.get("hub_model_id") or folder.resolve().name
     methods = [m for m in method.get("parts", [method]) if m["name"] != "none"]
     auto_class = results.get("auto_class", "AutoModelForSequenceClassification")
-    pipeline, kind = _KINDS[auto_class]
+    pipeline, kind = _KINDS.get(auto_class, (None, "model"))
     hub_id = re.fullmatch(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*", base_model or "") and not Path(str(base_model)).exists()
     named: dict[str, Any] = {"metric_type": scale.metric, "metric_name": f"{scale.metric} after the last task"}
     at_the_end = zip(results["tasks"], results["accuracy_matrix"][-1])
@@ -54,7 +59,7 @@ def write_model_card(
         pipeline_tag=pipeline,
         model_name=repo.split("/")[-1],
         tags=["continual-learning", results["optimizer"]["name"].lower(), *(m["name"] for m in methods), *tags],
-        eval_results=[EvalResult(pipeline, task, task, metric_value=round(v, 4), **named) for task, v in at_the_end],
+        eval_results=[EvalResult(pipeline or "other", t, t, metric_value=round(v, 4), **named) for t, v in at_the_end],
     )
     card = ModelCard.from_template(
         data,
@@ -65,7 +70,9 @@ def write_model_card(
         methods=methods,
         repo=repo,
         kind=kind,
-        auto_class=auto_class,
+        auto_class=auto_class if hasattr(transformers, auto_class) else None,
+        processor="AutoProcessor" if re.search("Image|Audio|Video", auto_class) else "AutoTokenizer",
+        class_name=auto_class,
         base=base_model if hub_id or not base_model else Path(base_model).name,
         metric=plain(scale.title),
         tables=sequence_tables(results),
