@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import gc
 import os
 
@@ -8,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import jinja2
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils import logging
 
-from classp_hf import ContinualTrainingArguments, Task, sequence
+from classp_hf import ContinualTrainingArguments, Task, files, sequence
 
 VOCABULARY = 40
 LABELS = ("negative", "neutral", "positive")
@@ -67,11 +69,18 @@ def environment():
     ours.setLevel(level)
 
 
+# The model card's template takes longer to compile than a tiny model to train.
+jinja2.Template = functools.cache(jinja2.Template)
+
+
 @pytest.fixture(autouse=True)
-def no_figures(request, monkeypatch):
-    """They take longer than the training of a tiny model. A test that needs them asks for the fixture `figures`."""
+def quick(request, monkeypatch):
+    """Figures take longer than the training of a tiny model, and so does waiting for the disk. A test that needs them
+    asks for the fixture `figures`."""
     if "figures" not in request.fixturenames:
         monkeypatch.setattr(sequence, "write_figures", lambda *_: None)
+    if request.node.path.name != "test_files.py":
+        monkeypatch.setattr(files, "_sync", lambda *_: None)
 
 
 @pytest.fixture

@@ -17,6 +17,16 @@ _FIGURES = {
 }
 
 
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    finalize=lambda value: UNPRINTABLE.sub(" ", value) if isinstance(value, str) else value,
+)
+
+
 def write_page(path: AnyPath, results: Results) -> None:
     """Write the page to `path`, atomically, with R as a heat map and the figures (PNG) that lie beside it.
 
@@ -33,15 +43,7 @@ def write_page(path: AnyPath, results: Results) -> None:
         rows.append((stage, cells))
     tasks = results["tasks"]
     figures = {title: folder / f"{name}.png" for name, title in _FIGURES.items()}
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: UNPRINTABLE.sub(" ", value) if isinstance(value, str) else value,
-    )
-    text = environment.get_template("page_template.html").render(
+    text = _ENVIRONMENT.get_template("page_template.html").render(
         results=results,
         heading=" → ".join(tasks if len(tasks) < 5 else [f"{len(tasks)} tasks: {tasks[0]}", "…", tasks[-1]]),
         names=[described(results[part]) for part in ("optimizer", "method") if results[part]["name"] != "none"],
