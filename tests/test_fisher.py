@@ -416,3 +416,13 @@ def test_a_look_at_the_first_example_changes_no_random_number(make_model, make_t
     state = torch.get_rng_state()
     EWC().before_task(context)
     assert torch.equal(state, torch.get_rng_state()) and context.model.training
+
+
+def test_rows_with_lengths_beside_them_take_a_pass_each(make):
+    """TRL's packed rows hold the numbers of their parts: those of several rows are no tensor to be joined."""
+    model, rows = make("llama"), examples("llama", 4)
+    parameters = dict(model.named_parameters())
+    expected = sum_squared_gradients(model, rows, parameters)
+    for given in ({"max_length_q": 4}, {"cu_seq_lens_q": torch.tensor([0, 2, 3])}):
+        found = sum_squared_gradients(model, [{**row, **given} for row in rows], parameters, size=4)
+        assert all(torch.equal(t, found[n]) for n, t in expected.items())

@@ -123,7 +123,7 @@ class EWC(AnchoredMethod):
         return {n: (t if sharded else reduce(t, "sum")) / len(chosen) for n, t in total.items()}
 
 
-def _examples(context: Context, numbers: Iterable[int]) -> Iterator[dict[str, Tensor]]:
+def _examples(context: Context, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
     """The inputs of single examples of the task, as Trainer gives them to the model."""
     collate: Any = context.collate  # there is one while training
     taken = {*inspect.signature(bare_model(context.model).forward).parameters, "label", "label_ids"}
@@ -131,4 +131,5 @@ def _examples(context: Context, numbers: Iterable[int]) -> Iterator[dict[str, Te
         row = context.task_dataset[i]
         if context.args.remove_unused_columns and isinstance(row, Mapping):
             row = {k: v for k, v in row.items() if k in taken}
-        yield {k: t.to(context.args.device) for k, t in collate([row]).items()}
+        given = collate([row]).items()  # of packed rows lengths, too
+        yield {k: t.to(context.args.device) if isinstance(t, Tensor) else t for k, t in given}

@@ -13,7 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..names import bare_model, evaluating, is_language_model, loss_gradients, reshard
 
-Batch = Mapping[str, Tensor]
+Batch = Mapping[str, Any]
 Totals = dict[nn.Parameter, Tensor]
 Layers = dict[nn.Module, dict[str, nn.Parameter]]
 
@@ -36,7 +36,8 @@ def sum_squared_gradients(
 
     Args:
         model: as `log_likelihood` needs it. It runs in evaluation mode; no example's logits may depend on the others'.
-        examples: inputs of single examples, with a first dimension of 1, and their `labels`.
+        examples: inputs of single examples, with a first dimension of 1, and their `labels`. Those with anything
+            else (lengths in packed rows) take a pass each.
         parameters: what to differentiate.
         size: examples that may share a pass. Nothing is padded, so each example stays what it is alone.
         seeds: one an example: draw y from the model's p(y|x). Default: y is the example's labels.
@@ -49,8 +50,11 @@ def sum_squared_gradients(
     layers, limit = {} if sharded else _layers(model, totals), 1
     waiting: dict[Any, list[tuple[Batch, list[int]]]] = defaultdict(list)
 
+    def tensors(example: Batch) -> list[Tensor]:
+        return [t for t in example.values() if isinstance(t, Tensor)]
+
     def add(group: list[tuple[Batch, list[int]]]) -> None:
-        batch = {k: torch.cat([example[k] for example, _ in group]) for k in group[0][0]}
+        batch = group[0][0] if len(group) == 1 else {k: torch.cat([x[k] for x, _ in group]) for k in group[0][0]}
         if layers and _add_together(model, batch, [i for _, seed in group for i in seed], totals, layers):
             return
         layers.clear()  # once and for all
@@ -67,13 +71,14 @@ def sum_squared_gradients(
 
     with evaluating(model):
         for i, example in enumerate(examples):
-            same = waiting[tuple((k, t.shape) for k, t in example.items())]
+            same = waiting[tuple((k, getattr(t, "shape", None)) for k, t in example.items())]
             same.append((example, list(seeds[i : i + 1])))
             if len(same) >= limit:
                 add(same)
                 same.clear()
                 # in one example of several tokens, a first dimension of 1 can be the examples' only
-                limit = size if all(t[0].numel() > 1 for t in example.values() if t.ndim > 1) else limit
+                alone = (t.shape[:1] == (1,) and (t.ndim == 1 or t[0].numel() > 1) for t in tensors(example))
+                limit = size if len(tensors(example)) == len(example) and all(alone) else limit
         for same in filter(None, waiting.values()):
             add(same)
     return {n: totals[p] for n, p in parameters.items()}
