@@ -165,12 +165,13 @@ def start() -> str:
 
 @functools.cache
 def prepared_task(domain: str, stage: str, seed: int):
-    """The tokenised task: `tune` and `report` see halves of the training split that share no example."""
-    task = load_task(f"icwsm14/{domain}", max_eval_samples=EVAL_EXAMPLES[stage])
-    halves = task.train_dataset.train_test_split(test_size=0.5, seed=0)
-    half = halves["train" if stage == "tune" else "test"].shuffle(seed=seed).select(range(TRAIN_EXAMPLES))
+    """The tokenised task; `tune` and `report` share no training example, nor do `movie` and `movie/1`."""
+    name, _, part = domain.partition("/")
+    task, first = load_task(f"icwsm14/{name}", max_eval_samples=EVAL_EXAMPLES[stage]), int(part or 0) * TRAIN_EXAMPLES
+    rows = task.train_dataset.train_test_split(0.5, seed=0)["train" if stage == "tune" else "test"].shuffle(seed=seed)
+    rows = rows.select(range(first, first + TRAIN_EXAMPLES))
     measured = task.eval_dataset if stage == "tune" else task.test_dataset
-    task = replace(task, train_dataset=half, eval_dataset=measured, test_dataset=measured)
+    task = replace(task, name=f"icwsm14/{domain}", train_dataset=rows, eval_dataset=measured, test_dataset=measured)
     tokenizer = transformers.AutoTokenizer.from_pretrained(start())
     task = prepare_tasks([task], tokenizer, LABELS, max_length=32)[0]
     lengths = [len(ids) for ids in task.test_dataset["input_ids"]]  # sorted by them, batches need less padding
@@ -272,8 +273,7 @@ def run(job: Job, cache: Path) -> dict[str, Any]:
             "seconds_a_boundary": round(results["boundary_seconds"] / len(tasks), 2),
             "bytes_a_weight": round(watch.bytes_a_weight, 2),
             **{k: results[k] for k in ("optimizer", "method", "commit")},
-            "flags": f"{BASE} {flags}",
-            **{"model": MODEL, "precision": PRECISION},
+            **{"flags": f"{BASE} {flags}", "model": MODEL, "precision": PRECISION},
             "hardware": {k: results["hardware"][k] for k in ("cpu", "cpu_capability", "torch_threads", "gpus")},
             "torch": results["versions"]["torch"],
         }
@@ -315,7 +315,7 @@ def main() -> None:
     add("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM", help=", ".join(ARMS))
     add("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="of `report`")
     add("--tuning_seeds", nargs="+", type=int, default=[0], help="of `tune`")
-    add("--sequences", nargs="+", default=list(REPORTED), help="domains joined by '>'")
+    add("--sequences", nargs="+", default=list(REPORTED), help="domains joined by '>'; one of them again as movie/1")
     add("--processes", type=int, default=os.cpu_count(), help="runs at the same time")
     add("--output", type=Path, default=OUTPUT)
     add("--tuned", type=Path, nargs="*", default=TUNED, help="files of finished `tune` runs; a later line counts")

@@ -50,6 +50,10 @@ def test_tuned_and_reported_runs_share_no_example(small, monkeypatch):
     assert not texts(tuned.test_dataset) & texts(reported.test_dataset)
     assert texts(other.test_dataset) == texts(reported.test_dataset)
     assert texts(other.train_dataset) != texts(reported.train_dataset)
+    monkeypatch.setattr(compare_methods, "TRAIN_EXAMPLES", 600)
+    halves = [prepared(name, "report", 2) for name in ("amazon", "amazon/1")]
+    assert len(texts(halves[0].train_dataset) & texts(halves[1].train_dataset)) <= 2
+    assert texts(halves[0].test_dataset) == texts(halves[1].test_dataset) and halves[0].name != halves[1].name
 
 
 def run(job, cache):
