@@ -165,6 +165,8 @@ def main() -> None:
         command.print_usage(sys.stderr)
         sys.exit(2)
     if script[0] in COMMANDS and not os.path.isfile(script[0]):
+        if own:
+            command.error(f"{own[0]} stands before {script[0]!r}, which has options of its own: write them behind it")
         sys.argv = script
         importlib.import_module(COMMANDS[script[0]], __package__).main()
         return

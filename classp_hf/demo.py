@@ -160,7 +160,8 @@ def build_trainer(parser: Any, words: list[str], arm: str, tasks: list[Task], ou
     method = dict(zip(METHODS, configured))[method_name]
     set_seed(args.seed)
     model, tokenizer = build_model(recipe, label_names(tasks), method)
-    goes_on = args.memory is None and recipe.model_name_or_path and CLASSP_NAME in (args.optim, arm)
+    uses_memory = method_name != "none" or CLASSP_NAME in (args.optim, arm)
+    goes_on = args.memory is None and recipe.model_name_or_path and uses_memory
     if goes_on and memory_beside(model) is not None:
         args.memory, args.memory_revision = recipe.model_name_or_path, recipe.model_revision
     trainer_class = ClasspTrainer if arm == "classp" else ContinualTrainer

@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .compat import averages_loss, refuse_missing_weights, refuse_sharding, watch_saving
-from .live import BESIDE, CLASSP_LEARNING_RATE, CLASSP_NAME, NONE, LiveMemory, check_strength
+from .live import BESIDE, CLASSP_LEARNING_RATE, CLASSP_NAME, NONE, LiveMemory, check_strength, first_rate
 from .memory import MEMORY_NAME, ContinualMemory, warn_of_unused_memory
 from .methods import Context, Elastic, Merge, Method, make_methods
 from .names import bare_model, samples, trainable_parameters
@@ -267,9 +267,9 @@ class ContinualCallback(LiveMemory, TrainerCallback):
                 f"The checkpoint was written under {'another optimizer' if is_classp else 'CLASSP'}, and this run's "
                 f"is {name}. Resume with the same --optim, or start a new run from the checkpoint's model."
             )
-        if is_classp and args.learning_rate <= TOO_SMALL:
+        if is_classp and (rate := first_rate(self.optimizer)["lr"]) <= TOO_SMALL:
             logger.warning(
-                f"CLASSP trains with learning_rate={args.learning_rate:g}, which is far too small for it (AdamW's "
+                f"CLASSP trains with learning_rate={rate:g}, which is far too small for it (AdamW's "
                 f"are). Pass --learning_rate; {CLASSP_LEARNING_RATE} is a good start."
             )
 

@@ -256,7 +256,7 @@ class LiveMemory:
             return self._description
         power = self.adds_to(args)
         read = {k: v for k, v in self._description.items() if k in ("power", "state_dtype")}  # carried along
-        return describe_optimizer(self.optimizer, args) | (read if power is None else {"power": power})
+        return describe_optimizer(self.optimizer) | (read if power is None else {"power": power})
 
     def write(self, folder: str | Path, args: Any = None) -> None:
         """Write the memory into `folder`, from the main process, tensor by tensor: nothing makes a whole one of it. If
@@ -323,8 +323,14 @@ def check_strength(strength: float | None) -> float | None:
     return strength
 
 
-def describe_optimizer(optimizer: Any, args: Any) -> dict[str, Any]:
-    """Name and hyperparameters of an optimizer, for JSON."""
+def describe_optimizer(optimizer: Any) -> dict[str, Any]:
+    """Name and hyperparameters of an optimizer, for JSON; `lr` as it was before any schedule."""
     kinds = (int, float, str, bool, tuple, type(None))
     values = {k: v for k, v in optimizer.defaults.items() if isinstance(v, kinds)}
-    return {"name": type(optimizer).__name__, **values, **({"lr": args.learning_rate} if args is not None else {})}
+    return {"name": type(optimizer).__name__, **values, **first_rate(optimizer)}
+
+
+def first_rate(optimizer: Any) -> dict[str, float]:
+    """`{"lr": ...}` of the first group, before any schedule; empty for an optimizer without one."""
+    group = optimizer.param_groups[0]
+    return {"lr": float(group.get("initial_lr", group["lr"]))} if "lr" in group else {}

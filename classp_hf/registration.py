@@ -12,6 +12,8 @@ from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .zero import check_zero
 
+OPTIONS = {"method", "memory", "memory_strength", "optim", "learning_rate", "optim_args", "guard"}
+
 
 def register(**options: Any) -> None:
     """Add `classp` to the names `--optim` accepts, for this process, and give every Trainer a [`ContinualCallback`].
@@ -24,8 +26,11 @@ def register(**options: Any) -> None:
             of arguments, gives every Trainer a [`~classp_hf.guard.GuardCallback`]. Default: none of them.
 
     Raises:
+        TypeError: an option of another name.
         ImportError: the installed version of transformers lacks the private names that this needs.
     """
+    if unknown := sorted(options.keys() - OPTIONS):
+        raise TypeError(f"register() knows {', '.join(sorted(OPTIONS))}; got {', '.join(unknown)}.")
     guard = options.pop("guard", None)
     ContinualCallback.launched = {k: v for k, v in options.items() if v is not None}
     add_optimizer(CLASSP_NAME, _classp, ContinualCallback)

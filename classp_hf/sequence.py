@@ -214,7 +214,7 @@ class SequenceRun:
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         config = {
             "tasks": [[t.name, *map(len, (t.train_dataset, t.measured_dataset))] for t in self.tasks],
-            "data": [_digest(task.train_dataset) for task in self.tasks],
+            "data": [[_digest(t.train_dataset), _digest(t.measured_dataset)] for t in self.tasks],
             "model": model_source(self.trainer.model) or None,
             "method": describe_methods(self.engine.methods),
             "global_batch_size": batch_size,
@@ -277,7 +277,7 @@ class SequenceRun:
         engine.task, engine.task_dataset = task.name, task.train_dataset
         trainer.train(resume_from_checkpoint=self._checkpoint(self.folders[t]) if resumed else None)
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        self.state["optimizer"] = describe_optimizer(optimizer, self.args)
+        self.state["optimizer"] = describe_optimizer(optimizer)
 
     def _checkpoint(self, folder: Path) -> str | None:
         """The checkpoint of an interrupted task to go on from, if any. Others may be half-written: they go."""
@@ -437,6 +437,6 @@ def _auto_class(model: Any) -> str:
 
 
 def _digest(dataset: Any) -> str:
-    """Of the first and the last row, as they are stored; images and the like do not count."""
-    rows = dataset.with_format(None)[:: max(len(dataset) - 1, 1)]
+    """Of some 16 rows, as they are stored; images and the like do not count."""
+    rows = dataset.with_format(None)[:: max(len(dataset) // 16, 1)]
     return hashlib.sha256(json.dumps(rows, default=lambda value: type(value).__name__).encode()).hexdigest()[:16]

@@ -158,14 +158,14 @@ class ContinualTrainer(PatchedTrainer):
         for part in self.methods:
             part.excluded = self.engine.excluded
             adjusts = type(part).adjust_logits is not Method.adjust_logits
-            if adjusts and self.classifies and self.compute_loss_func != self.adjusted_loss:
+            if adjusts and self.compute_loss_func != self.adjusted_loss:
                 raise ValueError(
-                    f"The method {part.name!r} adjusts the logits of the trainer's own loss, which is for "
-                    "single-label classifiers: pass no compute_loss_func, or leave the method out."
+                    f"The method {part.name!r} adjusts the logits of the trainer's own loss, which single-label "
+                    "classifiers without a compute_loss_func have. Leave the method out."
                 )
         if args.memory not in (None, NONE, PRETRAINED):
             self.load_memory(ContinualMemory.load(args.memory, args.memory_revision), repr(args.memory))
-        elif args.memory is None and args.optim == CLASSP_NAME:
+        elif args.memory is None and (args.optim == CLASSP_NAME or self.methods or args.gather_memory):
             if tasks := getattr(engine_of(self.model), "tasks", None):
                 logger.warning(
                     f"This model was trained on {', '.join(tasks)} in this process; the memory of that is not used. "

@@ -82,6 +82,7 @@ def test_other_optimizers_and_modules_still_run(script, tmp_path):
         (["--method", "ewc", "--fisher_normalize", "False", "nowhere.py"], 2, "there is no script 'nowhere.py'"),
         (["--optim", "classp", "leaves.py"], 1, "--optim had no effect: 'leaves.py' trained no transformers.Trainer"),
         (["--optim", "classp", "fails.py"], 3, ""),
+        (["--memory", "kept", "demo"], 2, "error: --memory stands before 'demo', which has options of its own"),
     ],
 )
 def test_usage(arguments, code, message, tmp_path):
@@ -91,6 +92,11 @@ def test_usage(arguments, code, message, tmp_path):
     run = subprocess.run([python(), "-m", "classp_hf", *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == code
     assert message in run.stdout + run.stderr
+
+
+def test_options_that_register_does_not_know():
+    with pytest.raises(TypeError, match="register.. knows .*method.*; got metod"):
+        registration.register(metod="ewc")
 
 
 def test_without_register_the_name_is_unknown_and_with_it_argparse_lists_it():

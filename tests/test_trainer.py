@@ -458,6 +458,18 @@ def test_a_memory_that_is_not_used_is_said_so(make_model, make_tasks, make_args,
     trainer.train_sequence(make_tasks(1))
     ContinualTrainer(model=make_model(), args=make_args(optim="sgd"), memory=tmp_path / "run")
     assert "It also holds l2sp.anchor, logit_adjustment.frequencies, which this run does not use" in caplog.text
+    saved = make_model().from_pretrained(tmp_path / "run")
+    for method, said in ((None, False), ("ewc", True)):
+        caplog.clear()
+        ContinualTrainer(saved, make_args(optim="sgd"), method=method)
+        assert ("A continual memory lies beside this model" in caplog.text) == said
+
+
+def test_results_name_the_rate_of_a_given_optimizer(make_model, make_tasks, make_args, collator):
+    given = torch.optim.SGD, {"lr": 0.25}
+    trainer = ContinualTrainer(make_model(), make_args(optim="sgd"), collator, optimizer_cls_and_kwargs=given)
+    optimizer = trainer.train_sequence(make_tasks(1))["optimizer"]
+    assert optimizer["name"] == "SGD" and optimizer["lr"] == 0.25
 
 
 def test_a_second_run_with_per_task_heads_starts_a_new_head_where_the_first_run_did(

@@ -26,7 +26,8 @@ class LwF(Method):
     pass. If the model has logits for every token, only those that predict a token with a label count.
 
     Raises:
-        ValueError: a hyperparameter out of its range; before training, `heads="per_task"` and a model with one label.
+        ValueError: a hyperparameter out of its range; before training, `heads="per_task"` and a model with one label
+            or several an example.
     """
 
     name = "lwf"
