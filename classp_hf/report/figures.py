@@ -138,7 +138,7 @@ def save_figure(figure: Any, path: AnyPath) -> None:
 
 def series_style(i: int) -> dict[str, Any]:
     """Colour, marker and line of the `i`-th series, told apart without colours too."""
-    return {"color": _PALETTE[i % 7], "marker": "osD^vPX"[i % 7], "linestyle": ("-", ":", "-.")[i // 7 % 3]}
+    return {"color": _PALETTE[i % 7], "marker": "osD^vPX*"[i % 8], "linestyle": ("-", ":", "-.")[i // 7 % 3]}
 
 
 def _text(name: str) -> str:
