@@ -52,6 +52,7 @@ def many_tasks(make_tasks):
     return [dataclasses.replace(small[t % 3], name=f"task-{t}") for t in range(T)]
 
 
+@pytest.mark.slow
 def test_fifty_tasks(many_tasks, make_model, make_args, collator, tmp_path):
     evaluations = []
 

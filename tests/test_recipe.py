@@ -79,6 +79,7 @@ def test_one_process_shows_and_writes_everything(one_process):
     assert results(folder, "classp")["accuracy_matrix"][0] == results(folder, "ewc")["accuracy_matrix"][0]
 
 
+@pytest.mark.slow  # four interpreters; test_killed_runs.py kills two ranks of a small model anywhere
 def test_two_killed_processes_resume_to_the_result_of_one(one_process, tmp_path):
     """SIGKILL while the first arm trains its second task; the same command with the resume flag."""
     with open(tmp_path / "log", "w") as log:

@@ -105,7 +105,7 @@ def test_format_comparison_says_what_was_learned_and_what_was_kept():
     )
 
 
-@pytest.mark.parametrize("T", [1, 4, 25])
+@pytest.mark.parametrize("T", [1, 4, pytest.param(25, marks=pytest.mark.slow)])
 def test_figures_put_the_numbers_in_their_places(tmp_path, monkeypatch, T):
     """Of names that are formulas to matplotlib, too; and pyplot, whose backend is the caller's, is not touched."""
     drawn = []

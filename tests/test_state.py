@@ -56,6 +56,7 @@ def test_rounding_is_right_on_average_also_far_below_the_blocks_largest(name):
     assert ((mean - values.mean(1)).abs() <= 4 * noise / math.sqrt(200 * 255)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOW_BIT)
 def test_ten_thousand_small_increments_are_not_lost(name):
     """Each is far below the gap between codes; nearest rounding would stop the growth at about 16 (128) increments."""
