@@ -136,9 +136,9 @@ def for_register(own: argparse.Namespace, command: argparse.ArgumentParser) -> d
             raise ValueError(f"--{changed[0]} is for the method {cls.name!r}: pass {' or '.join(how)} with it")
     if own.optim == CLASSP_NAME:
         parse_optim_args(own.optim_args)
-    known = [CLASSP_NAME, *(optimizer.value for optimizer in OptimizerNames)]
+    known = {CLASSP_NAME, *(optimizer.value for optimizer in OptimizerNames)}
     if own.optim is not None and own.optim not in known:
-        raise ValueError(f"--optim {own.optim} is unknown. Known: {', '.join(sorted(set(known)))}")
+        raise ValueError(f"--optim {own.optim} is unknown. Known: {', '.join(sorted(known))}")
     if own.learning_rate is not None and not own.learning_rate > 0:
         raise ValueError(f"--learning_rate must be > 0, got {own.learning_rate}")
     check_strength(own.memory_strength)

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
-from .names import bare_model
+from .names import bare_model, model_class
 
 
 def classification_loss(
@@ -33,9 +32,7 @@ def classification_loss(
 
 
 def is_single_label_classifier(model: nn.Module) -> bool:
-    bare = bare_model(model)
-    # a user's own class may have a loss of its own; FSDP2's stands before it
-    kind = next(cls for cls in type(bare).__mro__ if not issubclass(cls, FSDPModule))
+    bare, kind = bare_model(model), model_class(model)  # a user's own class may have a loss of its own
     if not (kind.__module__.startswith("transformers.") and kind.__name__.endswith("ForSequenceClassification")):
         return False
     return bare.config.num_labels > 1 and bare.config.problem_type in (None, "single_label_classification")

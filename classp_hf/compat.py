@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import transformers
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 
 from .files import sync_folder
-from .names import bare_model, reshard
+from .names import model_class, reshard
 
 _FSDP_1 = "FSDP version 1 flattens parameters, and the memory is kept by parameter. Set fsdp_version: 2."
 
@@ -101,14 +101,19 @@ def averages_loss(model: Any) -> bool:
     ranks and accumulation steps (transformers 4.57 to 5.24): of encoders hardly any does, nor do sequence-to-sequence
     models that call `CrossEntropyLoss` themselves.
     """
-    # a user's own class may have a loss of its own; FSDP2's stands before it
-    kind: Any = next(cls for cls in type(bare_model(model)).__mro__ if not issubclass(cls, FSDPModule))
-    if not kind.__module__.startswith("transformers."):
+    kind = model_class(model)
+    if not kind.__module__.startswith("transformers."):  # a user's own may have a loss of its own
         return False
     source = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
     calls = [node for node in ast.walk(source) if isinstance(node, ast.Call)]
     losses = [call for call in calls if getattr(call.func, "attr", "") == "loss_function"]
     return not any(keyword.arg in (None, "num_items_in_batch") for call in losses for keyword in call.keywords)
+
+
+def scale_loss_once(trainer: Trainer) -> None:
+    """Have Trainer divide such a loss by the accumulation steps, and multiply it by nothing."""
+    if trainer.compute_loss_func is None and trainer.label_smoother is None:
+        trainer.model_accepts_loss_kwargs &= not averages_loss(trainer.model)
 
 
 def _announced(train: Callable[..., Any]) -> Callable[..., Any]:

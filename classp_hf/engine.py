@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .compat import averages_loss, refuse_missing_weights, refuse_sharding, watch_saving
+from .compat import refuse_missing_weights, refuse_sharding, scale_loss_once, watch_saving
 from .live import BESIDE, CLASSP_LEARNING_RATE, CLASSP_NAME, NONE, LiveMemory, check_strength, first_rate
 from .memory import MEMORY_NAME, ContinualMemory, warn_of_unused_memory
 from .methods import Context, Elastic, Merge, Method, make_methods
@@ -130,8 +130,8 @@ class ContinualCallback(LiveMemory, TrainerCallback):
     def on_train(self, trainer: Any) -> None:
         """Called by `Trainer.train`, once `register` was: take the place of other callbacks of this kind.
 
-        Trainer multiplies the loss of models that average it over the micro-batch by ranks and accumulation steps
-        (`averages_loss`): the memory would grow with both.
+        Of models that average their loss over the micro-batch the memory would grow with ranks and accumulation steps
+        (`averages_loss`).
         """
         for other in list(trainer.callback_handler.callbacks):
             if isinstance(other, ContinualCallback) and other is not self:
@@ -142,9 +142,8 @@ class ContinualCallback(LiveMemory, TrainerCallback):
                     )
                 ContinualCallback.applied |= bool(other.options)
                 trainer.remove_callback(other)
-        plain = trainer.compute_loss_func is None and trainer.label_smoother is None
-        if self._in_use(trainer.args) and plain:
-            trainer.model_accepts_loss_kwargs &= not averages_loss(trainer.model)
+        if self._in_use(trainer.args):
+            scale_loss_once(trainer)
 
     def keep_start(self, model: Any) -> None:
         """Keep the model's weights, with which a training begins, if a method needs them when it is resumed."""

@@ -186,10 +186,10 @@ class LiveMemory:
         self.tasks = [*memory.tasks, *unfinished]
         self.loaded = True
         if where and args.process_index == 0:
-            used = (
-                f"{len(match.accumulators)} parameters" if match.accumulators else "the method" if known else "nothing"
-            )
-            learn = [m.name for m in self.methods if type(m).after_task is not Method.after_task]
+            used = f"{len(match.accumulators)} parameters"
+            if not match.accumulators:
+                used = "the method" if known else "nothing"
+            learn = [m.name for m in self.methods if "anchor" in m.parts]  # set when a task ends
             if unfinished and learn:
                 match.notes.append(
                     f"the training on {unfinished[0]} was not finished, and {', '.join(learn)} learned nothing from it"

@@ -86,6 +86,11 @@ def bare_model(model: Any) -> Any:
     return _uncompiled(model.get_base_model()) if has_adapters(model) else model
 
 
+def model_class(model: Any) -> Any:
+    """The class of the bare model; FSDP2 puts one of its own before it."""
+    return next(cls for cls in type(bare_model(model)).__mro__ if not issubclass(cls, FSDPModule))
+
+
 def has_adapters(model: Any) -> bool:
     """Whether it is a PEFT model, compiled or not."""
     peft = sys.modules.get("peft")  # without it there is none

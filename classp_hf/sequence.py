@@ -25,7 +25,7 @@ from .live import CLASSP_NAME, describe_optimizer
 from .memory import MEMORY_NAME, ContinualMemory
 from .methods import describe_methods
 from .metrics import summarize
-from .names import bare_model, has_adapters, is_language_model, layer_means, model_source, samples
+from .names import bare_model, has_adapters, is_language_model, layer_means, model_class, model_source, samples
 from .redaction import public_arguments, public_command
 from .report import environment, peak_memory, showing_progress, write_figures, write_json, write_page
 from .resume import is_complete, last_complete_checkpoint, load_weights, optimizer_state, read_state
@@ -213,7 +213,7 @@ class SequenceRun:
     def _config(self) -> dict[str, Any]:
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         config = {
-            "tasks": [[t.name, *map(len, (t.train_dataset, t.measured_dataset))] for t in self.tasks],
+            "tasks": [[t.name, len(t.train_dataset), len(t.measured_dataset)] for t in self.tasks],
             "data": [[_digest(t.train_dataset), _digest(t.measured_dataset)] for t in self.tasks],
             "model": model_source(self.trainer.model) or None,
             "method": describe_methods(self.engine.methods),
@@ -428,10 +428,9 @@ class SequenceRun:
 
 def _auto_class(model: Any) -> str:
     """The class of Transformers to load the model with; its own where there is none for all such models."""
-    bare = bare_model(model)
     if is_language_model(model):
-        return "AutoModelForSeq2SeqLM" if bare.config.is_encoder_decoder else "AutoModelForCausalLM"
-    name = type(bare).__name__
+        return "AutoModelForSeq2SeqLM" if bare_model(model).config.is_encoder_decoder else "AutoModelForCausalLM"
+    name = model_class(model).__name__
     auto_class = f"AutoModelFor{name.rpartition('For')[2]}"
     return auto_class if hasattr(transformers, auto_class) else name
 

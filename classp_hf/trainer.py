@@ -18,7 +18,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from .classification import accuracy, classification_loss, is_single_label_classifier
-from .compat import PatchedTrainer, averages_loss
+from .compat import PatchedTrainer, scale_loss_once
 from .engine import ContinualCallback, engine_of
 from .files import explaining_full_disks
 from .guard import guards
@@ -137,8 +137,7 @@ class ContinualTrainer(PatchedTrainer):
         if self.classifies:
             self.compute_loss_func = self.compute_loss_func or self.adjusted_loss
             self.compute_metrics = self.compute_metrics or accuracy
-        elif self.compute_loss_func is None and self.label_smoother is None:
-            self.model_accepts_loss_kwargs &= not averages_loss(self.model)
+        scale_loss_once(self)
         if args.sequence_metric is None and task_metric is not None:
             args.sequence_metric = getattr(task_metric, "__name__", "metric")
         elif args.sequence_metric is None:

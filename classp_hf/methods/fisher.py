@@ -50,9 +50,6 @@ def sum_squared_gradients(
     layers, limit = {} if sharded else _layers(model, totals), 1
     waiting: dict[Any, list[tuple[Batch, list[int]]]] = defaultdict(list)
 
-    def tensors(example: Batch) -> list[Tensor]:
-        return [t for t in example.values() if isinstance(t, Tensor)]
-
     def add(group: list[tuple[Batch, list[int]]]) -> None:
         batch = group[0][0] if len(group) == 1 else {k: torch.cat([x[k] for x, _ in group]) for k in group[0][0]}
         if layers and _add_together(model, batch, [i for _, seed in group for i in seed], totals, layers):
@@ -77,8 +74,9 @@ def sum_squared_gradients(
                 add(same)
                 same.clear()
                 # in one example of several tokens, a first dimension of 1 can be the examples' only
-                alone = (t.shape[:1] == (1,) and (t.ndim == 1 or t[0].numel() > 1) for t in tensors(example))
-                limit = size if len(tensors(example)) == len(example) and all(alone) else limit
+                whole = [t for t in example.values() if isinstance(t, Tensor) and t.shape[:1] == (1,)]
+                alone = len(whole) == len(example) and all(t.ndim == 1 or t[0].numel() > 1 for t in whole)
+                limit = size if alone else limit
         for same in filter(None, waiting.values()):
             add(same)
     return {n: totals[p] for n, p in parameters.items()}

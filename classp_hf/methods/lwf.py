@@ -45,12 +45,11 @@ class LwF(Method):
 
     def check(self, context: Context, others: Sequence[Method]) -> None:
         config = getattr(context.model, "config", None)
-        labels, several = getattr(config, "num_labels", 2), "multi_label_classification"
         if context.per_task_heads:
             raise ValueError("The method 'lwf' compares the outputs of one head; heads='per_task' has several.")
-        if labels == 1 and not is_language_model(context.model):
+        if getattr(config, "num_labels", 2) == 1 and not is_language_model(context.model):
             raise ValueError("The method 'lwf' compares probabilities of labels, and the model has one label.")
-        if getattr(config, "problem_type", None) == several:
+        if getattr(config, "problem_type", None) == "multi_label_classification":
             raise ValueError("The method 'lwf' compares probabilities of labels that exclude each other.")
 
     def before_task(self, context: Context) -> None:
