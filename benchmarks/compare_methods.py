@@ -109,7 +109,7 @@ ARMS: dict[str, Arm] = {
     **{f"classp_{TEXTS}_{name}": Arm(KEPT, settings, f"{TEXTS}+{name}") for name, settings in MORE.items()},
     "classp_elastic": Arm(KEPT, grid("anchor_strength", *LAMBDA), "elastic"),
     "classp_logit_adjustment": Arm(KEPT, PRIOR, "logit_adjustment"),
-    "classp_logit_adjustment_pseudo_rehearsal": Arm(OURS, PSEUDO, f"{TEXTS}+logit_adjustment", f"classp_{TEXTS}"),
+    "classp_logit_adjustment_pseudo_rehearsal": Arm(OURS, PSEUDO, f"{TEXTS}+logit_adjustment"),
     # each claim's control: the memory dropped, or of another domain; texts like the new task's; the cost of rehearsal
     "classp_dropped": Arm(CLASSP, CLASSP_LR, "none", "classp", "control", memory=""),
     "classp_other_memory": Arm(CLASSP, CLASSP_LR, "none", "classp", "control", memory="amazon"),
