@@ -96,7 +96,6 @@ ARMS: dict[str, Arm] = {
     "lora": Arm(ADAMW, CLASSP_LR, peft="lora", alone=True),
     "olora": Arm(AT.replace("1e-4", "1e-3"), grid("olora_lambda", 0.05, 0.5, 5), "olora", peft="lora", alone=True),
     "osf": Arm(ADAMW, grid("learning_rate", 1e-4, 3e-4, 1e-3), "osf", peft="osf", alone=True),
-    # methods from papers, on AdamW
     "ewc": Arm(AT, grid("ewc_lambda", *LAMBDA), "ewc"),
     "ewc_summed": Arm(f"{AT} --ewc_mode summed", grid("ewc_lambda", *LAMBDA), "ewc", tuned_as="ewc"),
     "l2sp": Arm(AT, grid("l2sp_alpha", *LAMBDA), "l2sp"),
@@ -106,11 +105,12 @@ ARMS: dict[str, Arm] = {
     "pseudo_rehearsal": Arm(AT, PSEUDO, TEXTS),
     "classp": Arm(CLASSP, CLASSP_LR),
     "classp_pseudo_rehearsal": Arm(KEPT, PSEUDO, TEXTS),
+    "classp_pseudo_rehearsal_no_counts": Arm(f"{KEPT} --rehearse_counts off", PSEUDO, TEXTS),
     **{f"classp_{TEXTS}_{name}": Arm(KEPT, settings, f"{TEXTS}+{name}") for name, settings in MORE.items()},
     "classp_elastic": Arm(KEPT, grid("anchor_strength", *LAMBDA), "elastic"),
     "classp_logit_adjustment": Arm(KEPT, PRIOR, "logit_adjustment"),
     "classp_logit_adjustment_pseudo_rehearsal": Arm(OURS, PSEUDO, f"{TEXTS}+logit_adjustment"),
-    # each claim's control: the memory dropped, or of another domain; texts like the new task's; the cost of rehearsal
+    # controls: the memory dropped, or of another domain; texts like the new task's; the cost of rehearsal
     "classp_dropped": Arm(CLASSP, CLASSP_LR, "none", "classp", "control", memory=""),
     "classp_other_memory": Arm(CLASSP, CLASSP_LR, "none", "classp", "control", memory="amazon"),
     "pseudo_rehearsal_new_counts": Arm(AT, PSEUDO, TEXTS, TEXTS, "control", memory="new"),

@@ -19,7 +19,7 @@ from .compat import refuse_missing_weights, refuse_sharding, scale_loss_once, wa
 from .live import BESIDE, CLASSP_LEARNING_RATE, CLASSP_NAME, NONE, LiveMemory, check_strength, first_rate
 from .memory import MEMORY_NAME, ContinualMemory, warn_of_unused_memory
 from .methods import Context, Elastic, Merge, Method, make_methods
-from .names import bare_model, samples, trainable_parameters
+from .names import bare_model, samples, trainable_parameters, uncompiled_passes
 from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .redaction import UNPRINTABLE
@@ -349,8 +349,9 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         is_classp = isinstance(self.optimizer, CLASSP)
         if not is_classp and self.adds_to(args) is not None:
             self.gather_step(found)
-        for method in self.methods:
-            method.before_step(self.model)
+        with uncompiled_passes(self.model):
+            for method in self.methods:
+                method.before_step(self.model)
         if is_classp:
             step, every = state.global_step + 1, max(state.logging_steps, 1)
             logs = args.logging_strategy == "steps" and (step % every == 0 or (step == 1 and args.logging_first_step))

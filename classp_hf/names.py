@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -53,13 +53,19 @@ def reshard(model: nn.Module) -> bool:
     return bool(sharded)
 
 
+def uncompiled_passes(model: Any) -> Any:
+    """A context in which a compiled model runs as it is: for every new kind of pass it would be compiled again."""
+    return nullcontext() if _uncompiled(model) is model else torch.compiler.set_stance("force_eager")
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the block; then the mode of before, and, under FSDP2, sharded parameters."""
+    """Evaluation mode for the block, uncompiled; then the mode of before, and, under FSDP2, sharded parameters."""
     was_training = model.training
     model.eval()
     try:
-        yield
+        with uncompiled_passes(model):
+            yield
     finally:
         model.train(was_training)
         reshard(model)

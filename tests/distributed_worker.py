@@ -51,6 +51,8 @@ RUNS = {
     "lora": ({"optim": "classp", "learning_rate": 1e-2}, "lwf"),
 }
 """Arguments and method of the sequences that every number of ranks runs."""
+SHARDED = [run for run in RUNS if run != "compiled"]
+"""On four ranks; compiling takes each of them as long as all the others together, so two do it."""
 
 
 def arguments(folder, **changes):
@@ -210,7 +212,7 @@ def go_on(source, target, run, keep_checkpoint=None, **changes):
 
 def four_sharded(one, folder):
     """Four ranks; the launcher says FSDP2."""
-    for run in RUNS:
+    for run in SHARDED:
         saves = {"save_strategy": "steps", "save_steps": 2} if run in ("classp", "fisher") else {}
         made = trainer(folder / run, run, **saves)
         R = made.train_sequence(make_tasks())["accuracy_matrix"]
@@ -241,6 +243,9 @@ def two_copies(four, folder):
     write(folder, "adamw", go_on(four, folder / "adamw", "adamw"))
     plugin = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
     write(folder, "sharded", go_on(four, folder / "sharded", "classp", keep_checkpoint="checkpoint-2", **plugin))
+    made = trainer(folder / "compiled", "compiled", **plugin)
+    R = made.train_sequence(make_tasks())["accuracy_matrix"]
+    write(folder, "compiled", {"R": R, "sharded": bool(made.accelerator.is_fsdp2)})
 
 
 class Wide(torch.nn.Module):

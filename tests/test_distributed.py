@@ -92,7 +92,7 @@ def matrix(folder, run):
     return json.loads((folder / run / "results.json").read_text())["accuracy_matrix"]
 
 
-@pytest.mark.parametrize("run", worker.RUNS)
+@pytest.mark.parametrize("run", worker.SHARDED)
 def test_four_shards_train_as_one_process(one, four, run):
     ranks = found(four, run)
     assert all(rank["sharded"] for rank in ranks)
@@ -130,11 +130,12 @@ def test_two_copies_go_on_from_four_shards(one, two, run):
     assert_alike(two / run, one / run)
 
 
-def test_two_shards_go_on_from_a_checkpoint_of_four(one, two):
-    ranks = found(two, "sharded")
+@pytest.mark.parametrize(("run", "as_run"), [("sharded", "classp"), ("compiled", "compiled")])
+def test_two_shards_go_on_from_a_checkpoint_of_four_and_train_compiled(run, as_run, one, two):
+    ranks = found(two, run)
     assert all(rank["sharded"] for rank in ranks)
-    assert all(rank["R"] == matrix(one, "classp") for rank in ranks)
-    assert_alike(two / "sharded", one / "classp")
+    assert all(rank["R"] == matrix(one, as_run) for rank in ranks)
+    assert_alike(two / run, one / as_run)
 
 
 def test_one_process_goes_on_from_four_shards(one, four, tmp_path):

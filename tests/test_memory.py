@@ -13,7 +13,7 @@ from warm_python import python
 
 from classp_hf import ContinualMemory
 from classp_hf.memory import FORMAT, MEMORY_NAME, write_memory
-from classp_hf.names import Accumulators, bare_model, canonical_name, has_adapters, trainable_parameters
+from classp_hf.names import Accumulators, bare_model, canonical_name, evaluating, has_adapters, trainable_parameters
 
 
 @pytest.fixture
@@ -160,6 +160,16 @@ def test_names_survive_every_wrapper(make_model):
     assert [has_adapters(m) for m in (bare, torch.compile(bare), adapted, compiled, inner)] == [False, False] + [
         True
     ] * 3
+
+
+def test_passes_of_methods_are_not_compiled():
+    compiled: list[object] = []
+    model = torch.compile(nn.Linear(2, 1), backend=lambda graph, inputs: compiled.append(graph) or graph)
+    with evaluating(model):
+        model(torch.ones(3, 2))
+    assert not compiled
+    model(torch.ones(3, 2))
+    assert len(compiled) == 1
 
 
 def test_metadata_is_json_and_tied_weights_do_not_stop_saving(tmp_path):
