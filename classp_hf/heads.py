@@ -1,7 +1,5 @@
 """One output head a task (task-incremental learning), swapped in and out of the model's own parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tasks of causal and sequence-to-sequence language models: tokenised, with the loss on what the model is to write."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

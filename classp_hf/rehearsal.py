@@ -3,8 +3,6 @@
 Token ids are lists of int. Answers are what a model said of the next token, or of the label, at every position.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 python -m classp_hf remember MODEL --output_dir DIR [--texts FILE|hub_id[:column]] [--samples 512] [--power 2]
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

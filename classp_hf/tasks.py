@@ -1,7 +1,5 @@
 """Tasks: what a task is, loading one from a spec, aligning labels by name over a sequence."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -6,8 +6,6 @@ its `ds_shape` ([`names.full_shape`]). Each rank looks at its own gradients:
 with DeepSpeed's clipping, Trainer's default, one that is not finite makes those of all ranks so.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from typing import Any

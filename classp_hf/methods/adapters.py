@@ -1,7 +1,5 @@
 """What methods on PEFT adapters share: the task's adapter is folded into the base weights when the task ends."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """The interface of a continual-learning method: hooks into a training, every one a no-op; and what the hooks see."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -144,7 +142,7 @@ class Method:
         """`(canonical name, parameter)` of the trainable parameters that the tasks share."""
         return ((n, p) for n, p in trainable_parameters(model) if n not in self.excluded)
 
-    def check(self, context: Context, others: Sequence[Method]) -> None:
+    def check(self, context: Context, others: Sequence["Method"]) -> None:
         """Called before anything is trained: raise a ValueError if the method cannot run in this set-up.
 
         Args:

@@ -1,7 +1,5 @@
 """Elastic Weight Consolidation (Kirkpatrick et al. 2017) with a true per-example diagonal Fisher."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass

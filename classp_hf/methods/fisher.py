@@ -1,7 +1,5 @@
 """The diagonal Fisher: squared per-example gradients, from one backward pass a batch where the layers allow it."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

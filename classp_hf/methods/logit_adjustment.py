@@ -1,7 +1,5 @@
 """Logit adjustment: tasks differ in how often each label occurs; the model need not unlearn the old frequencies."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field

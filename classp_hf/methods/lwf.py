@@ -1,8 +1,6 @@
 """Learning without Forgetting: the new model answers as the old one did, on the new task's inputs (Li & Hoiem
 2016)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field

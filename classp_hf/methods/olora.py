@@ -1,7 +1,5 @@
 """O-LoRA: a LoRA a task, each in directions orthogonal to the earlier ones' (Wang et al. 2023)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Orthogonal subspace fine-tuning: a task trains the weights' small singular directions only (Nayak et al. 2025)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version

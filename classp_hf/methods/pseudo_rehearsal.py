@@ -1,7 +1,5 @@
 """Pseudo-rehearsal: the model keeps its own answers to texts that need no earlier data (Robins 1995)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal

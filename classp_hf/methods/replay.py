@@ -1,7 +1,5 @@
 """Replay: a share of every earlier task's training examples is mixed into the new task (Robins 1995)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The CLASSP optimizer: Algorithm 1 of arXiv 2405.09637. With p = 2 the step is PyTorch's fused Adagrad."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterable

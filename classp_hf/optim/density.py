@@ -1,7 +1,5 @@
 """The threshold that lets a stated share of a gradient's nonzero coordinates through, from a sample of them."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A step of CLASSP on tensors: what must not go in, what goes into one call, and Algorithm 1 itself."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -34,7 +32,7 @@ class _Piece(NamedTuple):
     def is_contiguous(self) -> bool:
         return self.weight.is_contiguous() and self.grad.is_contiguous() and self.accumulator.is_contiguous()
 
-    def split(self, most: int) -> list[_Piece]:
+    def split(self, most: int) -> list["_Piece"]:
         """Pieces of at most `most` weights, if they can be views."""
         count = self.weight.numel()
         if count <= most or not self.is_contiguous():
