@@ -259,14 +259,18 @@ class Answers:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def whole(self) -> bool:
-        """Whether shapes, kinds and ranges of the tensors belong together, as in every file that a run wrote."""
+    def whole(self, vocabulary: int = 2**31, outcomes: int = 2**31) -> bool:
+        """Whether shapes, kinds and ranges of the tensors belong together, as in every file that a run of a model with
+        so many tokens and outcomes wrote."""
         ids, lengths, values, indices = self.ids, self.lengths, self.values, self.indices
-        integers = not any(t.is_floating_point() for t in (ids, lengths, indices)) and values.is_floating_point()
         shapes = ids.ndim == 2 and lengths.shape == ids.shape[:1] and values.shape == indices.shape
-        if not (integers and shapes and values.shape[:-1] in (ids.shape, ids.shape[:1]) and ids.numel()):
+        if not (shapes and values.shape[:-1] in (ids.shape, ids.shape[:1]) and values.is_floating_point()):
             return False
-        return min(int(ids.min()), int(indices.min())) >= 0 < int(lengths.min()) <= int(lengths.max()) <= ids.shape[1]
+        ranges = ((ids, 0, vocabulary), (indices, 0, outcomes), (lengths, 1, ids.shape[1] + 1))
+        return all(
+            not t.is_floating_point() and t.numel() > 0 and least <= int(t.min()) <= int(t.max()) < end
+            for t, least, end in ranges
+        )
 
     def positions(self, rows: Tensor) -> int:
         """How many answers these rows have: one a token, or one a text."""

@@ -98,12 +98,9 @@ class PseudoRehearsal(Method):
                 )
 
     def before_task(self, context: Context) -> None:
-        args = context.args
+        self.args = args = context.args
         self.kind, self.seed = rehearsal.kind_of_model(context.model), args.seed + 7919 * len(context.seen_tasks)
-        self.batch = args.train_batch_size
-        self.count = max(round(self.rehearse_fraction * self.batch * args.gradient_accumulation_steps), 1)
-        self.max_norm, self.half = args.max_grad_norm, args.fp16
-        self.ranks, self.rank = args.world_size, args.process_index
+        self.count = max(round(self.rehearse_fraction * args.train_batch_size * args.gradient_accumulation_steps), 1)
         self.temperature = 1.0 if self.kind in ("causal", "masked") else self.rehearse_temperature
         self.answers, resumed = None, context.resumed and "values" in self.pool
         texts = self._texts(context) if self.rehearse_lambda and not (resumed and "ids" in self.pool) else []
@@ -118,48 +115,40 @@ class PseudoRehearsal(Method):
                 self.pool = vars(rehearsal.answer(context.model, texts, self.rehearse_top_k, self.temperature))
         if self.pool:
             self.answers = rehearsal.Answers(**self.pool)
-            tokens, texts_a_step = int(self.answers.lengths.sum()), self.count * self.ranks
+            tokens, texts_a_step = int(self.answers.lengths.sum()), self.count * args.world_size
             logger.info(
                 f"Pseudo-rehearsal: {texts_a_step} of {len(self.answers)} texts a step, "
                 f"{texts_a_step * tokens / len(self.answers):.0f} tokens."
             )
 
     def _texts(self, context: Context) -> list[list[int]]:
-        tokenizer, needed = context.processing_class, self.count * self.ranks * max(context.max_steps, 1)
+        tokenizer, needed = context.processing_class, self.count * self.args.world_size * max(context.max_steps, 1)
         count, most = self.rehearse_samples, rehearsal.readable(context.model, self.rehearse_length)
         if self.rehearse_texts is not None:
             return rehearsal.read_texts(self.rehearse_texts, tokenizer, count, most)
         if self.kind == "causal":
-            ids, lengths = (
-                (self.pool[part].tolist() for part in ("ids", "lengths")) if "ids" in self.pool else ([], [])
-            )
-            texts = [row[:length] for row, length in zip(ids, lengths, strict=True)][-3 * count :]
+            ids, sizes = (self.pool[part].tolist() if "ids" in self.pool else [] for part in ("ids", "lengths"))
+            texts = [row[:length] for row, length in zip(ids, sizes, strict=True)][-3 * count :]
             if texts and context.fisher_steps and len(context.seen_tasks) == 1:  # of `remember`, of this very model
                 return texts
             return texts + rehearsal.draw_samples(context.model, tokenizer, count, most, self.seed)
         special, padding = self._special(context)
         example = context.task_dataset[0]["input_ids"]
         generator = torch.Generator().manual_seed(self.seed)
-        known = [(self.tokens[n], self.lengths[n]) for n in self.tokens if self.tokens[n].any()]
-        tokens, lengths = [t for t, _ in known], [sizes for _, sizes in known]
+        known = [(counts, self.lengths[n]) for n, counts in self.tokens.items() if counts.any()]
         if self.rehearse_counts == "off":
             rows = self._embedding_rows(context, special)
-            own = rehearsal.count_tokens(context.task_dataset, special, self._vocabulary(context))[1]
-            tokens, lengths = ([rows], [own]) if rows is not None else ([], [])
-        if not tokens:
+            known = [(rows, self._counted(context)[1])] if rows is not None else []
+        if not known:
             logger.warning("Nothing to rehearse yet: this model has learned no task that its memory counts tokens of.")
             return []
         ends = rehearsal.frame(example, special, padding)
         room = rehearsal.readable(context.model, 2**31) - len(ends[0]) - len(ends[1])
-        lengths = [sizes[: room + 1] for sizes in lengths]
+        tokens, lengths = zip(*((counts, own[: room + 1]) for counts, own in known), strict=True)
         texts = rehearsal.pseudo_texts(min(needed, POOL), tokens, lengths, ends, generator)
-        if self.kind == "masked":
-            mask = tokenizer.mask_token_id
-            hidden = [torch.rand(len(t), generator=generator) < 0.15 for t in texts]
-            texts = [
-                [mask if m and i not in special else i for i, m in zip(t, h.tolist(), strict=True)]
-                for t, h in zip(texts, hidden, strict=True)
-            ]
+        for text in texts if self.kind == "masked" else ():
+            hidden, mask = (torch.rand(len(text), generator=generator) < 0.15).tolist(), tokenizer.mask_token_id
+            text[:] = [mask if h and i not in special else i for i, h in zip(text, hidden, strict=True)]
         return texts
 
     def _special(self, context: Context) -> tuple[list[int], int | None]:
@@ -169,8 +158,8 @@ class PseudoRehearsal(Method):
             return [padding] if isinstance(padding, int) else [], padding
         return sorted(tokenizer.all_special_ids), padding
 
-    def _vocabulary(self, context: Context) -> int:
-        return bare_model(context.model).get_input_embeddings().weight.shape[0]
+    def _counted(self, context: Context) -> tuple[Tensor, Tensor]:
+        return rehearsal.count_tokens(context.task_dataset, self._special(context)[0], _vocabulary(context.model))
 
     def _embedding_rows(self, context: Context, special: list[int]) -> Tensor | None:
         weight = bare_model(context.model).get_input_embeddings().weight
@@ -185,29 +174,29 @@ class PseudoRehearsal(Method):
     def before_step(self, model: nn.Module) -> None:
         if self.answers is None:
             return
-        everyones = self.ranks * self.count
+        args = self.args
+        everyones = args.world_size * self.count
         rows = rehearsal.permuted(everyones, self.steps * everyones, len(self.answers), self.seed)
-        own = rows[self.rank * self.count :][: self.count]
+        own = rows[args.process_index * self.count :][: self.count]
         self.steps += 1
         named = list(trainable_parameters(model))
         grads = [p.grad for _, p in named]
-        for _, p in named:
-            p.grad = None
-        scale = 1024.0 if self.half else 1.0  # of float16's small gradients
+        model.zero_grad()
+        scale = 1024.0 if args.fp16 else 1.0  # of float16's small gradients
         # the mean over the positions of all ranks, whose gradients are averaged
-        weight = scale * self.rehearse_lambda * self.temperature**2 * self.ranks / self.answers.positions(rows)
+        weight = scale * self.rehearse_lambda * self.temperature**2 * args.world_size / self.answers.positions(rows)
         with torch.enable_grad():
-            for part in own.split(self.batch):
+            for part in own.split(args.train_batch_size):
                 (rehearsal.divergence(model, self.answers, part, self.temperature) * weight).backward()
         named = list(trainable_parameters(model))  # once more: FSDP2 may hold others now
         added = [p for n, p in named if p.grad is not None and n not in self.excluded]
-        if self.ranks > 1 and not reshard(model):  # FSDP2 has averaged them
+        if args.world_size > 1 and not reshard(model):  # FSDP2 has averaged them
             for p in added:
                 p.grad = reduce(p.grad, "mean")
         for p in added if scale != 1 else ():
             p.grad.div_(scale)  # type: ignore[union-attr]
-        norm = nn.utils.clip_grad_norm_(added, self.max_norm or torch.inf)
-        overflowed = self.half and not torch.isfinite(norm)
+        norm = nn.utils.clip_grad_norm_(added, args.max_grad_norm or torch.inf)
+        overflowed = args.fp16 and not torch.isfinite(norm)
         for (n, p), grad in zip(named, grads, strict=True):
             if overflowed or p.grad is None or n in self.excluded:
                 p.grad = grad
@@ -219,28 +208,23 @@ class PseudoRehearsal(Method):
         own = self.kind == "causal" and self.rehearse_texts is None  # given texts are nobody's to keep
         self.pool = {k: v for k, v in self.pool.items() if own and k in ("ids", "lengths")}
         if self.kind != "causal" and self.rehearse_counts == "on" and self.rehearse_texts is None:
-            special, _ = self._special(context)
-            counted = rehearsal.count_tokens(context.task_dataset, special, self._vocabulary(context))
-            self.tokens[context.task], self.lengths[context.task] = counted
+            self.tokens[context.task], self.lengths[context.task] = self._counted(context)
 
     def check_state(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
-        vocabulary = bare_model(model).get_input_embeddings().weight.shape[0]
-        tokens, lengths, pool = (state.get(part, {}) for part in ("tokens", "lengths", "pool"))
-        right = tokens.keys() == lengths.keys() and all(
-            _integers(t, (None,)) for t in (*tokens.values(), *lengths.values())
-        )
-        right = right and all(len(t) <= vocabulary for t in tokens.values())
+        vocabulary = _vocabulary(model)
+        tokens, lengths, pool = (dict(state.get(part, {})) for part in ("tokens", "lengths", "pool"))
+        counts = [*tokens.values(), *lengths.values()]
+        right = all(t.ndim == 1 and not t.is_floating_point() and bool((t >= 0).all()) for t in counts)
+        right = right and tokens.keys() == lengths.keys() and all(len(t) <= vocabulary for t in tokens.values())
+        pool.pop("steps", None)
         if pool and right:
-            ids, sizes, values, indices = (
-                pool.get(part, torch.empty(0)) for part in ("ids", "lengths", "values", "indices")
-            )
-            right = _integers(sizes, (None,)) and int(sizes.min()) > 0 and _integers(pool.get("steps", sizes[0]), ())
-            if right and "ids" in pool:
-                right = _integers(ids, (len(sizes), None), vocabulary) and int(sizes.max()) <= ids.shape[1]
-            if right and not pool.keys() <= {"ids", "lengths", "steps"}:
-                outcomes = max(vocabulary, getattr(bare_model(model).config, "num_labels", 0))
-                right = values.shape == indices.shape and _integers(indices, indices.shape, outcomes)
-                right = right and values.shape[:-1] in ((len(sizes),), (len(sizes), int(sizes.max())))
+            count = len(pool.setdefault("lengths", torch.zeros(1)))
+            if "ids" not in pool:  # of given texts
+                pool["ids"] = torch.zeros(count, int(pool["lengths"].max()), dtype=torch.int32)
+            if not pool.keys() & {"values", "indices"}:  # between tasks
+                pool |= {"values": torch.zeros(count, 1), "indices": torch.zeros(count, 1, dtype=torch.int32)}
+            outcomes = max(vocabulary, getattr(bare_model(model).config, "num_labels", 0))
+            right = len(pool) == 4 and rehearsal.Answers(**pool).whole(vocabulary, outcomes)
         if not right:
             raise ValueError(
                 "The continual memory's samples or counts of tokens are not of this model and its tokenizer. Use the "
@@ -259,7 +243,5 @@ class PseudoRehearsal(Method):
         self.steps = int(self.pool.pop("steps", 0))
 
 
-def _integers(t: Tensor, shape: Sequence[int | None], below: int = 2**62) -> bool:
-    """Whether `t` has that shape and holds integers from 0 to `below` - 1."""
-    fits = t.ndim == len(shape) and all(n in (None, size) for n, size in zip(shape, t.shape, strict=True))
-    return fits and not t.is_floating_point() and t.numel() > 0 and 0 <= int(t.min()) <= int(t.max()) < below
+def _vocabulary(model: nn.Module) -> int:
+    return bare_model(model).get_input_embeddings().weight.shape[0]
