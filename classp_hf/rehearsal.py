@@ -6,15 +6,15 @@ Token ids are lists of int. Answers are what a model said of the next token, or 
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import tqdm
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -24,11 +24,6 @@ from .names import bare_model, evaluating, is_language_model, reshard
 logger = logging.get_logger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".md", *READERS)
-
-
-def bar(*args: Any, **kwargs: Any) -> Any:
-    """A progress bar of the first process of a machine."""
-    return tqdm(*args, disable=os.environ.get("LOCAL_RANK", "0") != "0", **kwargs)
 
 
 def kind_of_model(model: Any) -> str:
@@ -54,14 +49,9 @@ def kind_of_model(model: Any) -> str:
     )
 
 
-# ---- Pseudo-texts: independent tokens with the frequencies of earlier tasks ----
-
-
 def count_tokens(examples: Any, special: Sequence[int], vocabulary: int) -> tuple[Tensor, Tensor]:
-    """How often each token occurs in the `input_ids` of `examples`, and how often each length; without special tokens.
-
-    Returns two int64 tensors: (vocabulary,) and (longest text + 1,).
-    """
+    """How often each token occurs in the `input_ids` of `examples`, int64, (vocabulary,), and how often each length,
+    (longest text + 1,); without special tokens."""
     special_ids = np.fromiter(special, dtype=np.int64)
     tokens, lengths = np.zeros(vocabulary, dtype=np.int64), []
     for row in examples["input_ids"]:
@@ -86,13 +76,8 @@ def pseudo_texts(
     ends: tuple[list[int], list[int]],
     generator: torch.Generator,
 ) -> list[list[int]]:
-    """`count` texts of independent tokens. Each takes the frequencies of one task, chosen at random.
-
-    Args:
-        tokens: for each task, the weight of every token, (vocabulary,).
-        lengths: for each task, the weight of every length.
-        ends: special tokens at the start and at the end.
-    """
+    """`count` texts of independent tokens, between the special tokens `ends`. Each takes the weights of all `tokens`
+    and `lengths` that one task has, chosen at random."""
     chosen = torch.randint(len(tokens), (count,), generator=generator)
     texts: list[list[int]] = [[] for _ in range(count)]
     for task, (frequencies, sizes) in enumerate(zip(tokens, lengths, strict=True)):
@@ -104,9 +89,6 @@ def pseudo_texts(
         for row, text in zip(rows, ids[: int(drawn.sum())].split(drawn.tolist()), strict=True):
             texts[row] = [*ends[0], *text.tolist(), *ends[1]]
     return texts
-
-
-# ---- A language model's own samples, and given texts ----
 
 
 def draw_samples(
@@ -130,7 +112,7 @@ def draw_samples(
     ends = getattr(own, "eos_token_id", None)
     ends = [ends] if isinstance(ends, int) else list(ends or [])
     texts: list[list[int]] = []
-    drawn = bar(total=count, desc="Drawing the model's own samples")
+    drawn = tqdm(total=count, desc="Drawing the model's own samples")
     try:
         bare.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0)
         with evaluating(model), torch.random.fork_rng(**forked), drawn:
@@ -237,24 +219,20 @@ def read_texts(source: str, tokenizer: Any, count: int, length: int, seed: int =
     return found
 
 
-# ---- Answers ----
-
-
 @dataclass
 class Answers:
     """A model's answers to some texts.
 
     Attributes:
-        ids: (texts, longest) int32, padded with 0 on the right.
-        lengths: (texts,) int32.
+        ids: (texts, longest) int32, padded with 0 on the right; lengths: (texts,) int32.
         values: log-probabilities of the most probable outcomes, (texts[, longest], k) float16.
         indices: which outcomes these are, int32, in the same shape.
     """
 
     ids: Tensor
     lengths: Tensor
-    values: Tensor
-    indices: Tensor
+    values: Tensor = field(default_factory=lambda: torch.empty(0))
+    indices: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -296,36 +274,24 @@ def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 def answer(
     model: nn.Module, texts: Sequence[Sequence[int]], k: int, temperature: float = 1.0, batch_size: int = 16
 ) -> Answers:
-    """What `model` answers to `texts`, in evaluation mode: the `k` most probable outcomes at each position.
-
-    Args:
-        temperature: the logits are divided by it.
-    """
-    ids, lengths = padded(texts)
-    result = Answers(ids, lengths, torch.empty(0), torch.empty(0))
-    values: list[Tensor] = []
-    indices: list[Tensor] = []
+    """What `model` answers to `texts`, in evaluation mode: the `k` most probable outcomes at each position, of the
+    logits divided by `temperature`."""
+    result, found = Answers(*padded(texts)), []
     with evaluating(model):
-        for rows in bar(torch.arange(len(ids)).split(batch_size), desc="The model's answers", leave=False):
+        for rows in tqdm(torch.arange(len(result)).split(batch_size), desc="The model's answers", leave=False):
             logits = model(**result.inputs(rows, model))["logits"].float() / temperature
             top = F.log_softmax(logits, -1).topk(min(k, logits.shape[-1]))
-            extra = (0, 0, 0, ids.shape[1] - logits.shape[1]) if logits.ndim == 3 else (0, 0)
-            values.append(F.pad(top.values, extra).half().cpu())
-            indices.append(F.pad(top.indices, extra).int().cpu())
-    result.values, result.indices = torch.cat(values), torch.cat(indices)
+            extra = (0, 0, 0, result.ids.shape[1] - logits.shape[1]) if logits.ndim == 3 else (0, 0)
+            found.append((F.pad(top.values, extra).half().cpu(), F.pad(top.indices, extra).int().cpu()))
+    result.values, result.indices = map(torch.cat, zip(*found))
     return result
 
 
 def divergence(
     model: nn.Module, answers: Answers, rows: Tensor, temperature: float = 1.0, logits: Tensor | None = None
 ) -> Tensor:
-    """`KL(answers || model)` in nats, the sum over the positions of `rows`, with its graph; a 0-dim tensor.
-
-    Outcomes beyond the stored ones count as one.
-
-    Args:
-        logits: what the model says of these rows, where it is known already.
-    """
+    """`KL(answers || model)` in nats, the sum over the positions of `rows`, with its graph; a 0-dim tensor. Outcomes
+    beyond the stored ones count as one. `logits`: what the model says of these rows, where it is known already."""
     inputs = answers.inputs(rows, model)
     logits = (model(**inputs)["logits"] if logits is None else logits).float() / temperature
     new = F.log_softmax(logits, -1)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, tqdm
 from huggingface_hub import ModelCardData
 
 from .embedded import cache_folder
@@ -23,7 +23,7 @@ from .memory import ContinualMemory, NoMemoryError
 from .methods import PseudoRehearsal, describe_methods
 from .names import bare_model, evaluating, has_adapters, loss_gradients, mean_over_weights, trainable_parameters
 from .names import samples as weight_samples
-from .rehearsal import Answers, bar, count_tokens, draw_samples, kind_of_model, padded, read_texts, readable
+from .rehearsal import Answers, count_tokens, draw_samples, kind_of_model, padded, read_texts, readable
 
 PRETRAINED = "pretrained"  # the task that such a memory is of; as `memory`, that of the model as it is loaded
 _CARD = """---
@@ -114,12 +114,12 @@ def drawn_gradients(model: Any, tokenizer: Any, texts: list[list[int]], batch_si
     kind = kind_of_model(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("No parameter of this model requires a gradient: there is nothing to remember.")
-    held = Answers(*padded(texts), torch.empty(0), torch.empty(0))
+    held = Answers(*padded(texts))
     device = next(model.parameters()).device
     order = torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))
     generator = torch.Generator(device).manual_seed(seed)
     with evaluating(model):
-        for rows in bar(order.split(batch_size), desc="The model's memory"):
+        for rows in tqdm(order.split(batch_size), desc="The model's memory"):
             inputs = held.inputs(rows, model)
             asked = inputs["attention_mask"].bool()
             if kind == "masked":

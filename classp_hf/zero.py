@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from .compat import linked_states
 from .names import Accumulators, canonical_name
 
-_KEY = "accumulator"
-
 
 def zero_optimizer(optimizer: Any) -> Any | None:
     """`optimizer` if it is ZeRO's, around the one that takes the steps, which is its attribute `optimizer`."""
@@ -64,7 +62,7 @@ def get_accumulators(zero: Any, model: nn.Module) -> Accumulators:
     offset = zero.optimizer.param_groups[0]["offset"]
 
     def make(p: Tensor) -> Tensor:
-        return (safe_get_full_optimizer_state(p, _KEY) - offset).clamp_(min=0).cpu()
+        return (safe_get_full_optimizer_state(p, "accumulator") - offset).clamp_(min=0).cpu()
 
     known = {canonical_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     return Accumulators({n: p for n, p in known.items() if hasattr(p, "ds_id") or hasattr(p, "_hp_mapping")}, make)
@@ -82,6 +80,6 @@ def set_accumulators(zero: Any, model: nn.Module, values: Mapping[str, Tensor]) 
             if hasattr(p, "ds_id"):  # stage 3: padded to parts of one size, which the other call does not do (0.19)
                 size, rank = p.ds_tensor.numel(), torch.distributed.get_rank(p.ds_process_group)
                 own = whole.flatten()[rank * size :][:size]
-                safe_set_local_optimizer_state(p, nn.functional.pad(own, (0, size - len(own))), _KEY)
+                safe_set_local_optimizer_state(p, nn.functional.pad(own, (0, size - len(own))), "accumulator")
             else:
-                safe_set_full_optimizer_state(p, whole, _KEY)
+                safe_set_full_optimizer_state(p, whole, "accumulator")

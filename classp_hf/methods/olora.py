@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..names import bare_model
 from .adapters import FoldedAdapters
 from .base import Context, Method, flag
 
@@ -66,10 +65,9 @@ class OLoRA(FoldedAdapters):
             layer.lora_B[adapter].weight.zero_()
 
     def check_state(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
-        modules = dict(bare_model(model).named_modules())
+        widths = {name: layer.in_features for name, layer, _ in self.layers(model)}
         for name, old in state.get("directions", {}).items():
-            layer: Any = modules.get(name)
-            width = layer.in_features if hasattr(layer, "get_base_layer") else None
+            width = widths.get(name)
             if old.ndim != 2 or old.shape[1] != width:
                 raise ValueError(
                     f"The continual memory holds LoRA directions of shape {tuple(old.shape)} for {name!r}, where the "
