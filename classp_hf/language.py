@@ -23,11 +23,9 @@ def prepare_language_tasks(
         tasks: their rows have `messages` (a list of `{"role": ..., "content": ...}`: the loss is on the assistant's
             turns), `prompt` and `completion` (texts, or lists of messages: the loss is on the completion), or `text`
             (the loss is on all of it). Prepared tasks are returned as they are.
-        tokenizer: with a chat template if there are messages; training needs its pad token, too. Unused if all tasks
-            are prepared.
+        tokenizer: with a chat template if there are messages, and a pad token. Unused if all tasks are prepared.
         encoder_decoder: whether the prompt goes into an encoder, and a decoder writes the completion; both are texts.
-        max_length: in tokens. Longer examples are truncated; those without a label left are dropped. Default: the
-            tokenizer's limit.
+        max_length: in tokens. Longer examples are cut; without a label left, dropped. Default: the tokenizer's limit.
 
     Raises:
         ValueError: other columns, no tokenizer, a chat template that writes a message differently when others follow,

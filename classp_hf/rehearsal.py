@@ -94,12 +94,10 @@ def pseudo_texts(
 def draw_samples(
     model: Any, tokenizer: PreTrainedTokenizerBase | None, count: int, length: int, seed: int, batch_size: int = 32
 ) -> list[list[int]]:
-    """`count` texts of at most `length` tokens that a causal language model writes at temperature 1, up to its
-    end-of-text token.
+    """`count` texts of at most `length` tokens that a causal language model writes at temperature 1.
 
     Half of a chat model's begin where its template has the user speak: the model writes the question and the answer
-    (Xu et al. 2024, arXiv 2406.08464), in `length` tokens beside the template's. All others begin with the
-    beginning-of-text token.
+    (Xu et al. 2024, arXiv 2406.08464), in `length` tokens beside the template's.
     """
     begin, length = _first_token(model, tokenizer), readable(model, length)
     chat = _chat_frame(tokenizer)
@@ -155,10 +153,9 @@ def _chat_frame(tokenizer: Any) -> tuple[list[int], list[int]] | None:
     from jinja2 import TemplateError
 
     marker = "\u2603"
+    turn = [{"role": "user", "content": marker}]
     try:
-        whole = tokenizer.apply_chat_template(
-            [{"role": "user", "content": marker}], tokenize=False, add_generation_prompt=True
-        )
+        whole = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     except (TemplateError, ValueError, TypeError, LookupError) as error:  # it asks for more than a user's turn
         logger.warning(f"No chats are drawn: the tokenizer's chat template takes no user's turn alone ({error}).")
         return None
@@ -207,9 +204,7 @@ def read_texts(source: str, tokenizer: Any, count: int, length: int, seed: int =
         rows = read_table(name)["train"] if suffix else load_dataset(name, split="train", streaming=True)
         first: dict[str, Any] = next(iter(rows), {})
         if not isinstance(first.get(column), str):
-            raise ValueError(
-                f"{name!r} has no column {column!r} of texts, but {', '.join(first)}. Name one: {name}:COLUMN."
-            )
+            raise ValueError(f"{name!r} has no column {column!r} of texts, but {', '.join(first)}. Use {name}:COLUMN.")
         texts = [row[column] for row in itertools.islice(rows.shuffle(seed=seed), 4 * count)]
     encoded = [tokenizer(t, truncation=True, max_length=length)["input_ids"] for t in texts if t and t.strip()]
     order = np.random.default_rng(seed).permutation(len(encoded))
@@ -238,8 +233,7 @@ class Answers:
         return len(self.ids)
 
     def whole(self, vocabulary: int = 2**31, outcomes: int = 2**31) -> bool:
-        """Whether shapes, kinds and ranges of the tensors belong together, as in every file that a run of a model with
-        so many tokens and outcomes wrote."""
+        """Whether the tensors fit each other and a model of so many tokens and outcomes, in shape, kind and range."""
         ids, lengths, values, indices = self.ids, self.lengths, self.values, self.indices
         shapes = ids.ndim == 2 and lengths.shape == ids.shape[:1] and values.shape == indices.shape
         if not (shapes and values.shape[:-1] in (ids.shape, ids.shape[:1]) and values.is_floating_point()):
@@ -271,11 +265,8 @@ def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def answer(
-    model: nn.Module, texts: Sequence[Sequence[int]], k: int, temperature: float = 1.0, batch_size: int = 16
-) -> Answers:
-    """What `model` answers to `texts`, in evaluation mode: the `k` most probable outcomes at each position, of the
-    logits divided by `temperature`."""
+def answer(model: Any, texts: list[list[int]], k: int, temperature: float = 1.0, batch_size: int = 16) -> Answers:
+    """What `model` answers in evaluation mode: the `k` best outcomes at each position, of `logits / temperature`."""
     result, found = Answers(*padded(texts)), []
     with evaluating(model):
         for rows in tqdm(torch.arange(len(result)).split(batch_size), desc="The model's answers", leave=False):
@@ -309,8 +300,7 @@ def divergence(
 
 @torch.no_grad()
 def measure(model: nn.Module, answers: Answers, batch_size: int = 8) -> tuple[float, float]:
-    """A causal model's loss on the texts of `answers`, nats a token, and `KL(answers || model)`, nats a position; in
-    evaluation mode."""
+    """A causal model's loss on the texts of `answers`, nats a token, and `KL(answers || model)`, nats a position."""
     loss = kl = 0.0
     with evaluating(model):
         for rows in torch.arange(len(answers)).split(batch_size):

@@ -1,8 +1,7 @@
 """CLASSP's memory under DeepSpeed's ZeRO, whose flat buffers hold the states of many parameters.
 
 CLASSP's update is elementwise: a flat buffer is to it one more parameter. What of it belongs to which parameter
-DeepSpeed's accessors tell (`deepspeed.utils.safe_get_full_optimizer_state`). Under stage 3 a parameter's own shape is
-its `ds_shape` ([`names.full_shape`]). Each rank looks at its own gradients:
+DeepSpeed's accessors tell (`deepspeed.utils.safe_get_full_optimizer_state`). Each rank looks at its own gradients:
 with DeepSpeed's clipping, Trainer's default, one that is not finite makes those of all ranks so.
 """
 

@@ -18,11 +18,8 @@ COMPANIONS = ("replay", "lwf", "logit_adjustment")  # methods that do not look a
 
 @dataclass
 class FoldedAdapters(Method):
-    """One set of adapters that every task uses afresh: added to the base weights after the task, renewed before the
-    next.
-
-    What is saved between tasks and at the end is therefore a plain model without adapters.
-    """
+    """Adapters that every task uses afresh: added to the base weights after it, and renewed before the next. What is
+    saved between tasks and at the end is a plain model without adapters."""
 
     folds_adapters = True
     adapter_type: ClassVar[str]
@@ -89,8 +86,7 @@ class FoldedAdapters(Method):
 
 
 def folded_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """State of the bare model inside a PEFT model whose adapters have no effect; heads that were trained in PEFT's
-    copy."""
+    """State of the bare model inside a PEFT model whose adapters have no effect, with heads trained in PEFT's copy."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     bare = bare_model(model)

@@ -34,8 +34,7 @@ class Context:
         max_steps: optimizer steps of this training in all; 0 before it.
         fisher_steps: if this run began with a memory of `remember` with power 2: how many steps' squared gradients
             that memory counts as. Otherwise, and in a resumed run, None.
-        start: of a resumed task, canonical name -> weights at its start, on the CPU; {} if no method needs them. None
-            if the task is not resumed.
+        start: of a resumed task, canonical name -> weights at its start, on the CPU; {} if not needed. Otherwise None.
     """
 
     model: Any
@@ -110,15 +109,13 @@ class Method:
     """Hyperparameter -> the values it takes, in words and as a test."""
 
     uses_accumulators: ClassVar[bool] = False
-    """Whether the method reads `context.accumulators()`, which are then gathered under optimizers other than
-    CLASSP."""
+    """Whether the method reads `context.accumulators()`, which are then gathered under any optimizer but CLASSP."""
 
     needs_start: ClassVar[bool] = False
     """Whether a resumed run needs the weights that its task began with."""
 
     folds_adapters: ClassVar[bool] = False
-    """Whether a task's PEFT adapter is merged into the base weights when the task ends, so that a plain model is
-    saved."""
+    """Whether a task's PEFT adapter is merged into the base weights when the task ends: a plain model is saved."""
 
     parts: ClassVar[tuple[str, ...]] = ()
     """Attributes that are the state: canonical name -> float32 tensor each."""
@@ -181,8 +178,7 @@ class Method:
     def before_step(self, model: nn.Module) -> None:
         """Add to `.grad`, without a graph, before an optimizer step that will be taken.
 
-        Called once a step, whatever the accumulation, on every rank, after the gradients were averaged over ranks,
-        unscaled and clipped.
+        Called once a step, on every rank, with gradients that were accumulated, averaged, unscaled and clipped.
         """
 
     def after_step(self, model: nn.Module) -> None:

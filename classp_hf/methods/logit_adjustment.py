@@ -36,9 +36,7 @@ class LogitAdjustment(Method):
     positive = {"frequencies": "frequency"}
     ranges = {"prior_strength": ("in [0, 1]", lambda v: 0 <= v <= 1)}
 
-    prior_strength: float = flag(
-        0.25, "tau, in [0, 1]: how much of the drop in label frequencies the logits are spared."
-    )
+    prior_strength: float = flag(0.25, "tau, in [0, 1]: how much of the drop in frequencies the logits are spared.")
 
     frequencies: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     """Label -> its frequency, summed over the tasks that have ended."""

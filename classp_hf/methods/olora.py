@@ -16,8 +16,7 @@ class OLoRA(FoldedAdapters):
     """Penalty `lambda * sum_{i<t} ||A_i A_t^T||_F^2` on the LoRA factors A of every layer (arXiv 2310.14152, eq. 9).
 
     It is applied as a gradient term. An adapter is merged into the base weights when its task ends; only its A's are
-    kept, rank x in_features numbers a layer and task. The authors' code sums absolute values; this is the paper's
-    form.
+    kept, rank x in_features numbers a layer and task. The authors' code sums absolute values, unlike the paper.
 
     Raises:
         ValueError: `olora_lambda` out of its range; before training, a model without exactly one LoRA adapter

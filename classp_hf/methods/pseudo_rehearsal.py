@@ -58,9 +58,7 @@ class PseudoRehearsal(Method):
     rehearse_fraction: float = flag(0.25, "Texts rehearsed in a step, as a share of the batch.")
     rehearse_lambda: float = flag(1.0, "Strength of the rehearsal; no more than max_grad_norm allows its gradient.")
     rehearse_temperature: float = flag(2.0, "Temperature T of a classifier's answers; language models answer at 1.")
-    rehearse_samples: int = flag(
-        256, "Samples that a language model draws of itself before a task, beside older ones."
-    )
+    rehearse_samples: int = flag(256, "Samples a language model draws of itself before a task, beside older ones.")
     rehearse_length: int = flag(128, "Tokens of a sample or a given text at most.")
     rehearse_top_k: int = flag(32, "Outcomes kept of an answer; all others count as one.")
     rehearse_counts: Literal["on", "off"] = flag(
@@ -81,9 +79,7 @@ class PseudoRehearsal(Method):
 
     def check(self, context: Context, others: Sequence[Method]) -> None:
         if context.per_task_heads:
-            raise ValueError(
-                "The method 'pseudo_rehearsal' compares answers of one head; heads='per_task' has several."
-            )
+            raise ValueError("Method 'pseudo_rehearsal' compares answers of one head; heads='per_task' has several.")
         kind = rehearsal.kind_of_model(context.model)
         if self.rehearse_texts is None and kind != "causal" and context.task_dataset is not None:
             columns = getattr(context.task_dataset, "column_names", None) or ()
@@ -93,14 +89,13 @@ class PseudoRehearsal(Method):
                     "`input_ids`, and a length. Tokenise it, or give texts to rehearse (rehearse_texts)."
                 )
             if kind == "masked" and getattr(context.processing_class, "mask_token_id", None) is None:
-                raise ValueError(
-                    "Rehearsing a masked language model needs its tokenizer as Trainer's processing_class."
-                )
+                raise ValueError("Rehearsing a masked language model needs its tokenizer as the processing_class.")
 
     def before_task(self, context: Context) -> None:
         self.args = args = context.args
         self.kind, self.seed = rehearsal.kind_of_model(context.model), args.seed + 7919 * len(context.seen_tasks)
         self.count = max(round(self.rehearse_fraction * args.train_batch_size * args.gradient_accumulation_steps), 1)
+        self.ranks, self.rank = args.world_size, args.process_index
         self.temperature = 1.0 if self.kind in ("causal", "masked") else self.rehearse_temperature
         self.answers, resumed = None, context.resumed and "values" in self.pool
         texts = self._texts(context) if self.rehearse_lambda and not (resumed and "ids" in self.pool) else []
@@ -115,14 +110,14 @@ class PseudoRehearsal(Method):
                 self.pool = vars(rehearsal.answer(context.model, texts, self.rehearse_top_k, self.temperature))
         if self.pool:
             self.answers = rehearsal.Answers(**self.pool)
-            tokens, texts_a_step = int(self.answers.lengths.sum()), self.count * args.world_size
+            tokens, texts_a_step = int(self.answers.lengths.sum()), self.count * self.ranks
             logger.info(
                 f"Pseudo-rehearsal: {texts_a_step} of {len(self.answers)} texts a step, "
                 f"{texts_a_step * tokens / len(self.answers):.0f} tokens."
             )
 
     def _texts(self, context: Context) -> list[list[int]]:
-        tokenizer, needed = context.processing_class, self.count * self.args.world_size * max(context.max_steps, 1)
+        tokenizer, needed = context.processing_class, self.count * self.ranks * max(context.max_steps, 1)
         count, most = self.rehearse_samples, rehearsal.readable(context.model, self.rehearse_length)
         if self.rehearse_texts is not None:
             return rehearsal.read_texts(self.rehearse_texts, tokenizer, count, most)
@@ -174,23 +169,22 @@ class PseudoRehearsal(Method):
     def before_step(self, model: nn.Module) -> None:
         if self.answers is None:
             return
-        args = self.args
-        everyones = args.world_size * self.count
+        args, everyones = self.args, self.ranks * self.count
         rows = rehearsal.permuted(everyones, self.steps * everyones, len(self.answers), self.seed)
-        own = rows[args.process_index * self.count :][: self.count]
+        own = rows[self.rank * self.count :][: self.count]
         self.steps += 1
         named = list(trainable_parameters(model))
         grads = [p.grad for _, p in named]
         model.zero_grad()
         scale = 1024.0 if args.fp16 else 1.0  # of float16's small gradients
         # the mean over the positions of all ranks, whose gradients are averaged
-        weight = scale * self.rehearse_lambda * self.temperature**2 * args.world_size / self.answers.positions(rows)
+        weight = scale * self.rehearse_lambda * self.temperature**2 * self.ranks / self.answers.positions(rows)
         with torch.enable_grad():
             for part in own.split(args.train_batch_size):
                 (rehearsal.divergence(model, self.answers, part, self.temperature) * weight).backward()
         named = list(trainable_parameters(model))  # once more: FSDP2 may hold others now
         added = [p for n, p in named if p.grad is not None and n not in self.excluded]
-        if args.world_size > 1 and not reshard(model):  # FSDP2 has averaged them
+        if self.ranks > 1 and not reshard(model):  # FSDP2 has averaged them
             for p in added:
                 p.grad = reduce(p.grad, "mean")
         for p in added if scale != 1 else ():

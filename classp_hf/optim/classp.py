@@ -44,10 +44,8 @@ class CLASSP(Optimizer):
         power: the p of Algorithm 1, > 0. The paper's experiments use 1 and 2; with an empty memory 1 underfits.
         eps: added to the accumulator inside the root, > 0. In units of |g|^p: near the accumulator's mean it erases
             the memory, far below it the first steps are sign steps on every weight.
-        apply_decay: if False, gradients are accumulated but the step is plain SGD ("learn and remember", before
-            "suppress").
-        weight_decay: decoupled (arXiv 1711.05101), >= 0: `w <- w * (1 - lr * weight_decay)` for every coordinate of a
-            parameter that has a gradient.
+        apply_decay: if False, gradients are accumulated, but the step is plain SGD ("learn and remember").
+        weight_decay: decoupled (arXiv 1711.05101), >= 0: `w <- w * (1 - lr * weight_decay)` where there is a gradient.
         density: the fraction, in (0, 1], of a tensor's nonzero gradients that may update: the threshold becomes the
             (1 - density) quantile of g^2 over them, estimated per tensor and step from up to 4,096 of them
             (`cuts_for_density` gives the error). Excludes `threshold`. Sharded gradients are gathered, one at a time.
@@ -139,8 +137,7 @@ class CLASSP(Optimizer):
 
     @torch.no_grad()
     def set_accumulator(self, p: Tensor, values: Tensor) -> None:
-        """Set the accumulator s of `p`, a parameter of this optimizer, to `values`: >= 0, of its shape, device and
-        sharding."""
+        """Set the accumulator s of parameter `p` to `values`, which are >= 0 and of its shape, device and sharding."""
         group = self._group_of(p)
         state = self.state[p] = _new_state(p, group)
         accumulator, values = local(state["accumulator"]), local(values).float()
