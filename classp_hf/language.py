@@ -28,8 +28,7 @@ def prepare_language_tasks(
         max_length: in tokens. Longer examples are cut; without a label left, dropped. Default: the tokenizer's limit.
 
     Raises:
-        ValueError: other columns, no tokenizer, a chat template that writes a message differently when others follow,
-            or a split without any label left.
+        ValueError: other columns, no tokenizer, a chat template that rewrites earlier messages, a split with no label.
     """
     validate_tasks(tasks)
     return [t if is_prepared(t) else _prepare(t, tokenizer, encoder_decoder, max_length) for t in tasks]

@@ -27,11 +27,8 @@ TEXT_SUFFIXES = (".txt", ".md", *READERS)
 
 
 def kind_of_model(model: Any) -> str:
-    """`"causal"`, `"masked"`, `"sequence"` (a label a text) or `"token"` (a label a token).
-
-    Raises:
-        ValueError: another kind, which has no answers that could be compared.
-    """
+    """`"causal"`, `"masked"`, `"sequence"` (a label a text) or `"token"` (a label a token); a ValueError for others,
+    which have no answers that could be compared."""
     bare = bare_model(model)
     config, name = getattr(bare, "config", None), type(bare).__name__
     if config is not None and not getattr(config, "is_encoder_decoder", False):
@@ -100,10 +97,9 @@ def draw_samples(
     (Xu et al. 2024, arXiv 2406.08464), in `length` tokens beside the template's.
     """
     begin, length = _first_token(model, tokenizer), readable(model, length)
-    chat = _chat_frame(tokenizer)
-    if chat is not None and sum(map(len, chat)) + length > readable(model, 2**62):
-        chat = None
-    answered = count // 2 if chat is not None else 0
+    before, between = _chat_frame(tokenizer)
+    fits = len(before) + len(between) + length <= readable(model, 2**62)
+    answered = count // 2 if before and fits else 0
     bare, device = bare_model(model), next(model.parameters()).device
     forked = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "xpu") else {"devices": []}
     own = bare.generation_config  # whatever is not asked for comes from there, a repetition penalty too
@@ -116,10 +112,9 @@ def draw_samples(
         with evaluating(model), torch.random.fork_rng(**forked), drawn:
             torch.manual_seed(seed)
             while len(texts) < count:
-                chatting = chat is not None and len(texts) < answered
+                chatting = len(texts) < answered
                 size = min(batch_size, (answered if chatting else count) - len(texts))
                 if chatting:
-                    before, between = chat  # type: ignore[misc]
                     asked = _generate(model, [before] * size, max(length // 2, 1), ends)
                     asked = [[*(ids[:-1] if ids[-1] in ends else ids), *between] for ids in asked]
                     written = max(map(len, asked)) - len(before) - len(between)
@@ -146,10 +141,10 @@ def _first_token(model: Any, tokenizer: Any) -> int:
     return begin
 
 
-def _chat_frame(tokenizer: Any) -> tuple[list[int], list[int]] | None:
-    """The template's tokens before what the user says, and between that and the answer; None without such a one."""
+def _chat_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The template's tokens before what the user says, and between that and the answer; none without such a one."""
     if getattr(tokenizer, "chat_template", None) is None:
-        return None
+        return [], []
     from jinja2 import TemplateError
 
     marker = "\u2603"
@@ -158,10 +153,10 @@ def _chat_frame(tokenizer: Any) -> tuple[list[int], list[int]] | None:
         whole = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     except (TemplateError, ValueError, TypeError, LookupError) as error:  # it asks for more than a user's turn
         logger.warning(f"No chats are drawn: the tokenizer's chat template takes no user's turn alone ({error}).")
-        return None
+        return [], []
     before, found, between = whole.partition(marker)
     parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, between)]
-    return (parts[0], parts[1]) if found and all(parts) else None
+    return (parts[0], parts[1]) if found and all(parts) else ([], [])
 
 
 @torch.no_grad()
@@ -177,16 +172,9 @@ def _generate(model: Any, prompts: list[list[int]], new: int, ends: list[int]) -
 
 
 def read_texts(source: str, tokenizer: Any, count: int, length: int, seed: int = 0) -> list[list[int]]:
-    """Token ids of up to `count` texts, at most `length` tokens each.
-
-    Args:
-        source: a file (.txt: a text a paragraph; .json, .jsonl, .csv, .tsv, .parquet) or a dataset's Hub id; of
-            columns the one after the colon (`wiki.jsonl:body`), default `text`.
-
-    Raises:
-        ValueError: no tokenizer, no such column or no texts.
-        FileNotFoundError: a file that is not there.
-    """
+    """Token ids of up to `count` texts, at most `length` tokens each, from `source`: a file (.txt: a text a paragraph;
+    .json, .jsonl, .csv, .tsv, .parquet) or a dataset's Hub id; of columns the one after the colon (`wiki.jsonl:body`),
+    default `text`. ValueError: no tokenizer, no such column or no texts; FileNotFoundError: no such file."""
     if tokenizer is None:
         raise ValueError(f"Texts ({source!r}) need the tokenizer: pass it to Trainer as processing_class.")
     name, column = source, "text"

@@ -52,10 +52,9 @@ def remember(
     """Compute the memory of what a model knows: `sum |g|^power` over batches, g the gradient of a batch's mean loss.
 
     Labels are drawn from the model: the label of a text or token, the next token at every position, or, of masked
-    models, 15% of the tokens. With power 2 the sum estimates the diagonal Fisher up to a factor: the Fisher, not the
-    empirical one, in the words of Kunstner et al. (2019, arXiv 1905.12558). Such labels are independent and their
-    gradients have mean 0, so that the squared gradient of a batch may stand for the sum of squares. The model runs in
-    evaluation mode and is not changed.
+    models, 15% of the tokens. With power 2 the sum estimates the diagonal Fisher up to a factor (not the "empirical"
+    one: Kunstner et al. 2019, arXiv 1905.12558). Such labels are independent and their gradients have mean 0: the
+    squared gradient of a batch may stand for the sum of squares. The model, in evaluation mode, is not changed.
 
     Args:
         model: a causal language model; with `texts` also a masked one, or a classifier of texts or tokens.

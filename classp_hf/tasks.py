@@ -168,8 +168,7 @@ def with_test_split(task: Task) -> Task:
 def label_names(tasks: list[Task]) -> list[str]:
     """Return the label names of a sequence, in order of first appearance: index = the model's class id.
 
-    Within a task the order is that of `label_names`, else the ClassLabel's, else alphabetical. Prepared tasks hold
-    ids, not names, and add none.
+    Within a task the order is that of `label_names`, else the ClassLabel's, else alphabetical. Prepared ones add none.
 
     Raises:
         ValueError: labels without usable names.

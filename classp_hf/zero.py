@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .compat import linked_states
-from .names import Accumulators, canonical_name
+from .names import Accumulators, trainable_parameters
 
 
 def zero_optimizer(optimizer: Any) -> Any | None:
@@ -23,13 +23,9 @@ def zero_optimizer(optimizer: Any) -> Any | None:
 
 
 def check_zero(plugin: Any, group: Mapping[str, Any], needs_gradients: str | None = None) -> None:
-    """Raise a ValueError for what does not run under DeepSpeed.
-
-    Args:
-        plugin: accelerate's, of the training arguments.
-        group: hyperparameters of CLASSP.
-        needs_gradients: what was asked for that reads or changes gradients or weights by parameter.
-    """
+    """Raise a ValueError for what does not run under DeepSpeed: in accelerate's `plugin`, in the hyperparameters
+    `group` of CLASSP, and what was asked for that reads or changes gradients or weights by parameter
+    (`needs_gradients`)."""
     config = plugin.deepspeed_config
     zero = config.get("zero_optimization") or {}
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") or "none"
@@ -63,8 +59,8 @@ def get_accumulators(zero: Any, model: nn.Module) -> Accumulators:
     def make(p: Tensor) -> Tensor:
         return (safe_get_full_optimizer_state(p, "accumulator") - offset).clamp_(min=0).cpu()
 
-    known = {canonical_name(n): p for n, p in model.named_parameters() if p.requires_grad}
-    return Accumulators({n: p for n, p in known.items() if hasattr(p, "ds_id") or hasattr(p, "_hp_mapping")}, make)
+    named = trainable_parameters(model)
+    return Accumulators({n: p for n, p in named if hasattr(p, "ds_id") or hasattr(p, "_hp_mapping")}, make)
 
 
 def set_accumulators(zero: Any, model: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -73,9 +69,9 @@ def set_accumulators(zero: Any, model: nn.Module, values: Mapping[str, Tensor]) 
 
     offset = zero.optimizer.param_groups[0]["offset"]
     p: Any  # with DeepSpeed's own attributes
-    for n, p in model.named_parameters():
-        if (name := canonical_name(n)) in values and p.requires_grad:
-            whole = values[name].to(p.device, torch.float32) + offset
+    for n, p in trainable_parameters(model):
+        if n in values:
+            whole = values[n].to(p.device, torch.float32) + offset
             if hasattr(p, "ds_id"):  # stage 3: padded to parts of one size, which the other call does not do (0.19)
                 size, rank = p.ds_tensor.numel(), torch.distributed.get_rank(p.ds_process_group)
                 own = whole.flatten()[rank * size :][:size]

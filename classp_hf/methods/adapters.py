@@ -62,8 +62,7 @@ class FoldedAdapters(Method):
                 raise ValueError(f"The method {self.name!r} {problem}")
         if low := [d for d in dtypes if d.itemsize < 4]:
             logger.warning(
-                f"Adding adapters to base weights in {low[0]} rounds away much of what a task learned. Load the model "
-                "in float32."
+                f"Adding to base weights in {low[0]} rounds away much of what a task learned. Load them in float32."
             )
 
     @torch.no_grad()

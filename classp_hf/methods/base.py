@@ -140,12 +140,8 @@ class Method:
         return ((n, p) for n, p in trainable_parameters(model) if n not in self.excluded)
 
     def check(self, context: Context, others: Sequence["Method"]) -> None:
-        """Called before anything is trained: raise a ValueError if the method cannot run in this set-up.
-
-        Args:
-            context: `train_dataset`, `task_dataset` and `optimizer` may still be None.
-            others: the methods it is combined with.
-        """
+        """Raise a ValueError if the method cannot run in this set-up, combined with `others`: called before anything
+        is trained, when the context's `train_dataset`, `task_dataset` and `optimizer` may still be None."""
 
     def extend_train_dataset(self, dataset: Any, earlier: Sequence[Any]) -> Any:
         """Return the dataset to train on, given the task's training dataset and those of the earlier tasks."""

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import reduce, tqdm
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..names import bare_model, mean_over_weights, reshard
@@ -106,8 +105,7 @@ class EWC(AnchoredMethod):
         mine = list(enumerate(chosen))
         mine = mine if sharded else mine[args.process_index :: args.world_size]
         seeds = [args.seed + number for number, _ in mine] if self.fisher_labels == "sampled" else ()
-        hidden = args.disable_tqdm or args.local_process_index > 0
-        shown = tqdm([i for _, i in mine], desc=f"Fisher of {context.task}", disable=hidden, leave=False)
+        shown = tqdm([i for _, i in mine], desc=f"Fisher of {context.task}", disable=args.disable_tqdm, leave=False)
         # a forward pass in evaluation mode does not checkpoint
         checkpoints = (getattr(args, f"{kind}_checkpointing", False) for kind in ("activation", "gradient"))
         size = 1 if any(checkpoints) else args.per_device_train_batch_size

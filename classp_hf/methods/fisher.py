@@ -83,15 +83,11 @@ def sum_squared_gradients(
 def log_likelihood(model: nn.Module, batch: Batch, seeds: Sequence[int] = ()) -> Tensor:
     """The sum over the examples of `batch` of log p(y|x), as the model's own cross-entropy has it.
 
-    Args:
-        model: its `logits` have the classes in the last dimension and one row a label: an example's (sequence
-            classifiers), a token's (token classifiers, masked language models), or the next token's (causal ones).
-            log p(y|x) is the sum over an example's rows.
-        batch: inputs, examples first, with integer `labels`; -100 marks a row without one.
-        seeds: one an example: draw labels from the model's p(y|x), of language models each token given those before.
-
-    Raises:
-        ValueError: regression, several labels an example, or other outputs that are no rows of classes.
+    Its `logits` have the classes in the last dimension and one row a label: an example's (sequence classifiers), a
+    token's (token classifiers, masked language models), or the next token's (causal ones). log p(y|x) is the sum over
+    an example's rows; the label -100 marks one that does not count. `seeds`, one an example: draw the labels from the
+    model's p(y|x), of language models every token given those before. ValueError: regression, several labels an
+    example, or other outputs that are no rows of classes.
     """
     inputs = dict(batch)
     labels = inputs.pop("labels", torch.empty(0))

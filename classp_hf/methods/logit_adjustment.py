@@ -76,9 +76,8 @@ def _frequencies(dataset: Any, model: nn.Module) -> tuple[dict[str, Tensor], Ten
     column = label_column(dataset)
     if column is None:
         raise ValueError(
-            "The method 'logit_adjustment' counts labels: it needs a dataset of known length with a column 'labels' "
-            f"or 'label', got a {type(dataset).__name__} with the columns {getattr(dataset, 'column_names', None)}. "
-            "Leave it out of --method."
+            "Method 'logit_adjustment' needs a dataset of known length with a column 'labels' or 'label', got a "
+            f"{type(dataset).__name__} with the columns {getattr(dataset, 'column_names', None)}. Drop the method."
         )
     id2label = bare_model(model).config.id2label
     counts = torch.bincount(torch.as_tensor(dataset[column][:]), minlength=len(id2label)).float() + 1

@@ -69,7 +69,6 @@ class OLoRA(FoldedAdapters):
             width = widths.get(name)
             if old.ndim != 2 or old.shape[1] != width:
                 raise ValueError(
-                    f"The continual memory holds LoRA directions of shape {tuple(old.shape)} for {name!r}, where the "
-                    f"model has {'no adapter' if width is None else f'inputs of width {width}'}. Load the model it "
-                    "was saved with."
+                    f"The memory holds LoRA directions of shape {tuple(old.shape)} for {name!r}, where the model has "
+                    f"{'no adapter' if width is None else f'inputs of width {width}'}. Load the model it is of."
                 )

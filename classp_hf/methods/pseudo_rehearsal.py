@@ -28,15 +28,13 @@ class PseudoRehearsal(Method):
 
     - for classifiers and masked language models: independent tokens with the frequencies that tokens had in earlier
       tasks (Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal"). The memory keeps only counts: how
-      often each token and each length occurred. A first task has nothing to rehearse, unless `remember` made its
-      memory;
+      often tokens and lengths occurred. A first task has nothing to rehearse, unless `remember` made its memory;
     - for causal language models: samples of the model itself, at the first training too (LAMOL, arXiv 1909.03329;
       self-synthesized rehearsal, arXiv 2403.01244). Each later task adds new ones;
     - or `rehearse_texts`.
 
-    A step costs a forward and a backward pass over `rehearse_fraction` times the batch's number of texts, at least
-    one; each task begins with a forward pass over the pool, on every process. The gradient is clipped by
-    `max_grad_norm`, apart from the task's.
+    A step costs a forward and a backward pass over `rehearse_fraction` times the batch's texts, at least one; each
+    task begins with a forward pass over the pool. The gradient is clipped by `max_grad_norm`, apart from the task's.
 
     Raises:
         ValueError: a hyperparameter out of its range; before training, encoder-decoders, regression, several labels

@@ -14,9 +14,8 @@ class Replay(Method):
     """Experience replay with a fixed random buffer (Robins 1995): `replay_fraction` of each earlier task's examples.
 
     `replay_seed` and the task's position determine which examples, at least one a task, so a resumed run has the same
-    buffer. The buffer holds users' texts and is therefore never written into the continual memory: a run that starts
-    from a memory has to be given the earlier tasks' examples again. The epochs are longer: their extra gradient steps
-    are part of the method's cost.
+    buffer. It holds users' texts and is never written into the continual memory: a run that starts from a memory has
+    to be given the earlier tasks' examples again. The epochs are longer, which is part of the method's cost.
 
     Raises:
         ValueError: a hyperparameter out of its range; before training, `heads="per_task"`.

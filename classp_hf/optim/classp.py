@@ -27,9 +27,8 @@ class CLASSP(Optimizer):
         w_i   <- w_i - lr * g_i / (eps + s_i)^(1/p)        where mask_i and apply_decay
         w_i   <- w_i - lr * g_i                            where mask_i and not apply_decay
 
-    The current gradient enters s before it scales the step (in the paper's equation 1 it does not). With
-    `power=2, threshold=0` this is `torch.optim.Adagrad(initial_accumulator_value=eps, eps=0)`, whose fused step is
-    taken.
+    The current gradient enters s before it scales the step (not so in the paper's equation 1). With power 2
+    and threshold 0 this is `torch.optim.Adagrad(initial_accumulator_value=eps, eps=0)` and its fused step.
 
     The math runs in float32, or float64 for such parameters, and is cast to the parameter's dtype once, at the end.
     `state[p]["accumulator"]`, of the parameter's shape and of `state_dtype`, after `load_state_dict` too, holds
