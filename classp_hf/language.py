@@ -64,7 +64,7 @@ def _encoder(where: str, dataset: Dataset, tokenizer: Any, encoder_decoder: bool
     if not pair and (encoder_decoder or not columns & {"messages", "text"}):
         needed = "'prompt' and 'completion'" + ("" if encoder_decoder else ", 'messages' (a chat), or 'text'")
         raise ValueError(f"{where} needs the columns {needed}; it has {sorted(columns)}. {PREPARE}")
-    chat = "messages" in columns or (pair and not isinstance(dataset[0]["prompt"], str))
+    chat = not isinstance(dataset[0]["prompt"], str) if pair else "messages" in columns
     if chat and encoder_decoder:
         raise ValueError(f"{where} holds messages, but an encoder-decoder is given texts.")
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .shards import is_sharded, local, over_shards, sharding
 from .state import BLOCK, STATE_DTYPES, expand, random_bits, store
-from .step import batches, cuts, find_bad, may_fuse, update
+from .step import batches, cuts, find_bad, hardshrink, may_fuse, update
 
 
 class CLASSP(Optimizer):
@@ -153,10 +153,8 @@ class CLASSP(Optimizer):
         """
         updated = []
         for group, params in self._alike():
-            passing = [
-                (local(p.grad).float().abs() > (0.0 if cut is None else cut)).sum()  # type: ignore[arg-type]
-                for p, cut in zip(params, cuts(params, group))
-            ]
+            grads = (local(p.grad).float() for p in params)  # type: ignore[arg-type]
+            passing = [hardshrink(g, cut).count_nonzero() for g, cut in zip(grads, cuts(params, group))]
             updated.append(over_shards(torch.stack(passing).sum(), params[0], "sum"))
         total = sum(p.numel() for group in self.param_groups for p in group["params"])
         return sum(map(int, updated)) / total if updated else 0.0

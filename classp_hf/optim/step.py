@@ -118,7 +118,7 @@ def update(batch: list[_Piece], group: dict[str, Any], found_inf: Tensor | None)
         decay = lr * group["weight_decay"] * (1 - found_inf)
         if not fused:
             g = [x.masked_fill(found_inf > 0, 0.0) for x in g]
-    g = [_hardshrink(x, piece.cut) for x, piece in zip(g, batch)]
+    g = [hardshrink(x, piece.cut) for x, piece in zip(g, batch)]
 
     if group["weight_decay"]:
         torch._foreach_mul_(w, 1 - decay)
@@ -172,7 +172,8 @@ def cuts(params: list[Tensor], group: dict[str, Any]) -> list[Any]:
     return found.tolist() if reads_back(found.device) else list(found.unbind())
 
 
-def _hardshrink(g: Tensor, cut: float | Tensor | None) -> Tensor:
+def hardshrink(g: Tensor, cut: float | Tensor | None) -> Tensor:
+    """`g`, and 0 where |g| does not exceed `cut`."""
     if isinstance(cut, Tensor):
         return torch.where(g.abs() > cut, g, 0.0)
     return g if cut is None else torch.hardshrink(g, cut)
