@@ -23,9 +23,8 @@ def zero_optimizer(optimizer: Any) -> Any | None:
 
 
 def check_zero(plugin: Any, group: Mapping[str, Any], needs_gradients: str | None = None) -> None:
-    """Raise a ValueError for what does not run under DeepSpeed: in accelerate's `plugin`, in the hyperparameters
-    `group` of CLASSP, and what was asked for that reads or changes gradients or weights by parameter
-    (`needs_gradients`)."""
+    """Raise a ValueError for what does not run under DeepSpeed: in accelerate's `plugin`, in CLASSP's hyperparameters
+    `group`, or what was asked for that reads or changes gradients or weights by parameter, `needs_gradients`."""
     config = plugin.deepspeed_config
     zero = config.get("zero_optimization") or {}
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") or "none"

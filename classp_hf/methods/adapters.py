@@ -61,9 +61,7 @@ class FoldedAdapters(Method):
             if found_it:
                 raise ValueError(f"The method {self.name!r} {problem}")
         if low := [d for d in dtypes if d.itemsize < 4]:
-            logger.warning(
-                f"Adding to base weights in {low[0]} rounds away much of what a task learned. Load them in float32."
-            )
+            logger.warning(f"Adding to {low[0]} weights rounds away much of what a task learned. Load it in float32.")
 
     @torch.no_grad()
     def prepare_model(self, model: nn.Module, seen_tasks: Sequence[str]) -> None:

@@ -39,8 +39,7 @@ class OLoRA(FoldedAdapters):
         for name, layer, adapter in self.layers(context.model):
             if adapter not in layer.lora_A or layer.lora_bias.get(adapter):
                 raise ValueError(
-                    f"The method 'olora' adapts linear layers without lora_bias, and {name!r} is an embedding or has "
-                    "one. Leave it out of target_modules."
+                    f"{name!r} is an embedding or has lora_bias; 'olora' takes none: leave it out of target_modules."
                 )
 
     @torch.no_grad()

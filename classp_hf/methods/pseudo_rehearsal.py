@@ -108,11 +108,8 @@ class PseudoRehearsal(Method):
                 self.pool = vars(rehearsal.answer(context.model, texts, self.rehearse_top_k, self.temperature))
         if self.pool:
             self.answers = rehearsal.Answers(**self.pool)
-            tokens, texts_a_step = int(self.answers.lengths.sum()), self.count * self.ranks
-            logger.info(
-                f"Pseudo-rehearsal: {texts_a_step} of {len(self.answers)} texts a step, "
-                f"{texts_a_step * tokens / len(self.answers):.0f} tokens."
-            )
+            a_step, length = self.count * self.ranks, float(self.answers.lengths.double().mean())
+            logger.info(f"Rehearsing {a_step} of {len(self.answers)} texts a step, {a_step * length:.0f} tokens.")
 
     def _texts(self, context: Context) -> list[list[int]]:
         tokenizer, needed = context.processing_class, self.count * self.ranks * max(context.max_steps, 1)

@@ -29,10 +29,7 @@ class Replay(Method):
 
     def check(self, context: Context, others: Sequence[Method]) -> None:
         if context.per_task_heads:
-            raise ValueError(
-                "The method 'replay' mixes earlier tasks' examples into the new task's, which has one head; "
-                "heads='per_task' has several."
-            )
+            raise ValueError("'replay' mixes earlier tasks' examples into the new task's: leave heads='per_task' out.")
 
     def extend_train_dataset(self, dataset: Any, earlier: Sequence[Any]) -> Any:
         from datasets import concatenate_datasets

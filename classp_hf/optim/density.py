@@ -20,9 +20,8 @@ def cuts_for_density(grads: list[Tensor], density: float) -> Tensor:
     The sample are at least 1,024 of the nonzero ones among them, evenly spread; where there are fewer, each with
     others of its row. If m coordinates of the sample are not 0, the standard error of the share that passes is about
     sqrt(density (1 - density) / m): 0.009 for density 0.1 where touched rows are dense. Where fewer than 1,024 were
-    found, rows with more nonzeros count for more. Where none was found c is infinite, and nothing passes. The
-    gradients are of one device, from which nothing is read back; DTensors are gathered, one at a time, in a collective
-    call. The cuts are float32."""
+    found, rows with more nonzeros count for more. Where none was found c is infinite, and nothing passes. Gradients
+    (of one device) and cuts (float32) stay on the device; DTensors are gathered, one at a time: a collective call."""
     share = min(density + 1e-6, 1 - 1e-6)  # so that rounding takes nothing from a product that is whole
     given: list[Any] = grads
     samples = [_sample(g.full_tensor() if is_sharded(g) else g.detach()).abs() for g in given]
