@@ -66,7 +66,7 @@ class TaskHeads:
         return dict(self.saved)
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take back what `state_dict` gave; the active head stays. ValueError: not the model's names, shapes."""
+        """Take back what `state_dict` gave; the active head stays. ValueError: names or shapes of another model."""
         shapes = {n: tuple(p.shape) for n, p in self._parameters().items()}
         for task, head in state.items():
             if (stored := {n: tuple(t.shape) for n, t in head.items()}) != shapes:

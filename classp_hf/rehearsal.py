@@ -27,7 +27,7 @@ TEXT_SUFFIXES = (".txt", ".md", *READERS)
 
 
 def kind_of_model(model: Any) -> str:
-    """`"causal"`, `"masked"`, `"sequence"` (a label a text) or `"token"` (a label a token). ValueError: no such kind."""
+    """`"causal"`, `"masked"`, `"sequence"` (a label a text) or `"token"` (a label a token). ValueError: others."""
     bare = bare_model(model)
     config, name = getattr(bare, "config", None), type(bare).__name__
     if config is not None and not getattr(config, "is_encoder_decoder", False):
