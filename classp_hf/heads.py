@@ -1,7 +1,5 @@
 """One output head a task (task-incremental learning), swapped in and out of the model's own parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +12,7 @@ from .names import bare_model, full_tensor, like_parameter, trainable_parameters
 class TaskHeads:
     """Keeps one copy of the head's weights a task; the model's own parameters hold the active one.
 
-    Values are copied into the same `Parameter` objects, so optimizers and wrappers keep working. Every head starts
-    from the values the model came with.
-
-    Raises:
-        ValueError: the model has no parameters outside its base model.
+    Values are copied into the same `Parameter` objects, as optimizers need it. Heads start as the model's own was.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -72,11 +66,7 @@ class TaskHeads:
         return dict(self.saved)
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take back what `state_dict` gave. The head in the model, and which task's it is, stay as they are.
-
-        Raises:
-            ValueError: a head of other names or shapes than the model's.
-        """
+        """Take back what `state_dict` gave; the active head stays. ValueError: names or shapes of another model."""
         shapes = {n: tuple(p.shape) for n, p in self._parameters().items()}
         for task, head in state.items():
             if (stored := {n: tuple(t.shape) for n, t in head.items()}) != shapes:

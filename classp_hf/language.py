@@ -1,7 +1,5 @@
 """Tasks of causal and sequence-to-sequence language models: tokenised, with the loss on what the model is to write."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -25,15 +23,12 @@ def prepare_language_tasks(
         tasks: their rows have `messages` (a list of `{"role": ..., "content": ...}`: the loss is on the assistant's
             turns), `prompt` and `completion` (texts, or lists of messages: the loss is on the completion), or `text`
             (the loss is on all of it). Prepared tasks are returned as they are.
-        tokenizer: with a chat template if there are messages; training needs its pad token, too. Unused if all tasks
-            are prepared.
+        tokenizer: with a chat template if there are messages, and a pad token. Unused if all tasks are prepared.
         encoder_decoder: whether the prompt goes into an encoder, and a decoder writes the completion; both are texts.
-        max_length: in tokens. Longer examples are truncated; those without a label left are dropped. Default: the
-            tokenizer's limit.
+        max_length: in tokens. Longer examples are cut; without a label left, dropped. Default: the tokenizer's limit.
 
     Raises:
-        ValueError: other columns, no tokenizer, a chat template that writes a message differently when others follow,
-            or a split without any label left.
+        ValueError: other columns, no tokenizer, a chat template that rewrites earlier messages, a split with no label.
     """
     validate_tasks(tasks)
     return [t if is_prepared(t) else _prepare(t, tokenizer, encoder_decoder, max_length) for t in tasks]
@@ -69,7 +64,7 @@ def _encoder(where: str, dataset: Dataset, tokenizer: Any, encoder_decoder: bool
     if not pair and (encoder_decoder or not columns & {"messages", "text"}):
         needed = "'prompt' and 'completion'" + ("" if encoder_decoder else ", 'messages' (a chat), or 'text'")
         raise ValueError(f"{where} needs the columns {needed}; it has {sorted(columns)}. {PREPARE}")
-    chat = "messages" in columns or (pair and not isinstance(dataset[0]["prompt"], str))
+    chat = not isinstance(dataset[0]["prompt"], str) if pair else "messages" in columns
     if chat and encoder_decoder:
         raise ValueError(f"{where} holds messages, but an encoder-decoder is given texts.")
 

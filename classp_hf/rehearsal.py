@@ -3,20 +3,18 @@
 Token ids are lists of int. Answers are what a model said of the next token, or of the label, at every position.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import tqdm
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -28,17 +26,8 @@ logger = logging.get_logger(__name__)
 TEXT_SUFFIXES = (".txt", ".md", *READERS)
 
 
-def bar(*args: Any, **kwargs: Any) -> Any:
-    """A progress bar of the first process of a machine."""
-    return tqdm(*args, disable=os.environ.get("LOCAL_RANK", "0") != "0", **kwargs)
-
-
 def kind_of_model(model: Any) -> str:
-    """`"causal"`, `"masked"`, `"sequence"` (a label a text) or `"token"` (a label a token).
-
-    Raises:
-        ValueError: another kind, which has no answers that could be compared.
-    """
+    """`"causal"`, `"masked"`, `"sequence"` (a label a text) or `"token"` (a label a token). ValueError: others."""
     bare = bare_model(model)
     config, name = getattr(bare, "config", None), type(bare).__name__
     if config is not None and not getattr(config, "is_encoder_decoder", False):
@@ -56,14 +45,9 @@ def kind_of_model(model: Any) -> str:
     )
 
 
-# ---- Pseudo-texts: independent tokens with the frequencies of earlier tasks ----
-
-
 def count_tokens(examples: Any, special: Sequence[int], vocabulary: int) -> tuple[Tensor, Tensor]:
-    """How often each token occurs in the `input_ids` of `examples`, and how often each length; without special tokens.
-
-    Returns two int64 tensors: (vocabulary,) and (longest text + 1,).
-    """
+    """How often each token occurs in the `input_ids` of `examples`, int64, (vocabulary,), and how often each length,
+    (longest text + 1,); without special tokens."""
     special_ids = np.fromiter(special, dtype=np.int64)
     tokens, lengths = np.zeros(vocabulary, dtype=np.int64), []
     for row in examples["input_ids"]:
@@ -88,13 +72,8 @@ def pseudo_texts(
     ends: tuple[list[int], list[int]],
     generator: torch.Generator,
 ) -> list[list[int]]:
-    """`count` texts of independent tokens. Each takes the frequencies of one task, chosen at random.
-
-    Args:
-        tokens: for each task, the weight of every token, (vocabulary,).
-        lengths: for each task, the weight of every length.
-        ends: special tokens at the start and at the end.
-    """
+    """`count` texts of independent tokens, between the special tokens `ends`. Each takes the weights of all `tokens`
+    and `lengths` that one task has, chosen at random."""
     chosen = torch.randint(len(tokens), (count,), generator=generator)
     texts: list[list[int]] = [[] for _ in range(count)]
     for task, (frequencies, sizes) in enumerate(zip(tokens, lengths, strict=True)):
@@ -108,40 +87,33 @@ def pseudo_texts(
     return texts
 
 
-# ---- A language model's own samples, and given texts ----
-
-
 def draw_samples(
     model: Any, tokenizer: PreTrainedTokenizerBase | None, count: int, length: int, seed: int, batch_size: int = 32
 ) -> list[list[int]]:
-    """`count` texts of at most `length` tokens that a causal language model writes at temperature 1, up to its
-    end-of-text token.
+    """`count` texts of at most `length` tokens that a causal language model writes at temperature 1.
 
     Half of a chat model's begin where its template has the user speak: the model writes the question and the answer
-    (Xu et al. 2024, arXiv 2406.08464), in `length` tokens beside the template's. All others begin with the
-    beginning-of-text token.
+    (Xu et al. 2024, arXiv 2406.08464), in `length` tokens beside the template's.
     """
     begin, length = _first_token(model, tokenizer), readable(model, length)
-    chat = _chat_frame(tokenizer)
-    if chat is not None and sum(map(len, chat)) + length > readable(model, 2**62):
-        chat = None
-    answered = count // 2 if chat is not None else 0
+    before, between = _chat_frame(tokenizer)
+    fits = len(before) + len(between) + length <= readable(model, 2**62)
+    answered = count // 2 if before and fits else 0
     bare, device = bare_model(model), next(model.parameters()).device
     forked = {"devices": [device], "device_type": device.type} if device.type in ("cuda", "xpu") else {"devices": []}
     own = bare.generation_config  # whatever is not asked for comes from there, a repetition penalty too
     ends = getattr(own, "eos_token_id", None)
     ends = [ends] if isinstance(ends, int) else list(ends or [])
     texts: list[list[int]] = []
-    drawn = bar(total=count, desc="Drawing the model's own samples")
+    drawn = tqdm(total=count, desc="Drawing the model's own samples")
     try:
         bare.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0)
         with evaluating(model), torch.random.fork_rng(**forked), drawn:
             torch.manual_seed(seed)
             while len(texts) < count:
-                chatting = chat is not None and len(texts) < answered
+                chatting = len(texts) < answered
                 size = min(batch_size, (answered if chatting else count) - len(texts))
                 if chatting:
-                    before, between = chat  # type: ignore[misc]
                     asked = _generate(model, [before] * size, max(length // 2, 1), ends)
                     asked = [[*(ids[:-1] if ids[-1] in ends else ids), *between] for ids in asked]
                     written = max(map(len, asked)) - len(before) - len(between)
@@ -168,23 +140,22 @@ def _first_token(model: Any, tokenizer: Any) -> int:
     return begin
 
 
-def _chat_frame(tokenizer: Any) -> tuple[list[int], list[int]] | None:
-    """The template's tokens before what the user says, and between that and the answer; None without such a one."""
+def _chat_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The template's tokens before what the user says, and between that and the answer; none without such a one."""
     if getattr(tokenizer, "chat_template", None) is None:
-        return None
+        return [], []
     from jinja2 import TemplateError
 
     marker = "\u2603"
+    turn = [{"role": "user", "content": marker}]
     try:
-        whole = tokenizer.apply_chat_template(
-            [{"role": "user", "content": marker}], tokenize=False, add_generation_prompt=True
-        )
+        whole = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     except (TemplateError, ValueError, TypeError, LookupError) as error:  # it asks for more than a user's turn
         logger.warning(f"No chats are drawn: the tokenizer's chat template takes no user's turn alone ({error}).")
-        return None
+        return [], []
     before, found, between = whole.partition(marker)
     parts = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, between)]
-    return (parts[0], parts[1]) if found and all(parts) else None
+    return (parts[0], parts[1]) if found and all(parts) else ([], [])
 
 
 @torch.no_grad()
@@ -200,16 +171,9 @@ def _generate(model: Any, prompts: list[list[int]], new: int, ends: list[int]) -
 
 
 def read_texts(source: str, tokenizer: Any, count: int, length: int, seed: int = 0) -> list[list[int]]:
-    """Token ids of up to `count` texts, at most `length` tokens each.
-
-    Args:
-        source: a file (.txt: a text a paragraph; .json, .jsonl, .csv, .tsv, .parquet) or a dataset's Hub id; of
-            columns the one after the colon (`wiki.jsonl:body`), default `text`.
-
-    Raises:
-        ValueError: no tokenizer, no such column or no texts.
-        FileNotFoundError: a file that is not there.
-    """
+    """Token ids of up to `count` texts, at most `length` tokens each, from `source`: a file (.txt: a text a paragraph;
+    .json, .jsonl, .csv, .tsv, .parquet) or a dataset's Hub id; of columns the one after the colon (`wiki.jsonl:body`),
+    default `text`. ValueError: no tokenizer, no such column or no texts; FileNotFoundError: no such file."""
     if tokenizer is None:
         raise ValueError(f"Texts ({source!r}) need the tokenizer: pass it to Trainer as processing_class.")
     name, column = source, "text"
@@ -227,9 +191,7 @@ def read_texts(source: str, tokenizer: Any, count: int, length: int, seed: int =
         rows = read_table(name)["train"] if suffix else load_dataset(name, split="train", streaming=True)
         first: dict[str, Any] = next(iter(rows), {})
         if not isinstance(first.get(column), str):
-            raise ValueError(
-                f"{name!r} has no column {column!r} of texts, but {', '.join(first)}. Name one: {name}:COLUMN."
-            )
+            raise ValueError(f"{name!r} has no column {column!r} of texts, but {', '.join(first)}. Use {name}:COLUMN.")
         texts = [row[column] for row in itertools.islice(rows.shuffle(seed=seed), 4 * count)]
     encoded = [tokenizer(t, truncation=True, max_length=length)["input_ids"] for t in texts if t and t.strip()]
     order = np.random.default_rng(seed).permutation(len(encoded))
@@ -239,36 +201,35 @@ def read_texts(source: str, tokenizer: Any, count: int, length: int, seed: int =
     return found
 
 
-# ---- Answers ----
-
-
 @dataclass
 class Answers:
     """A model's answers to some texts.
 
     Attributes:
-        ids: (texts, longest) int32, padded with 0 on the right.
-        lengths: (texts,) int32.
+        ids: (texts, longest) int32, padded with 0 on the right; lengths: (texts,) int32.
         values: log-probabilities of the most probable outcomes, (texts[, longest], k) float16.
         indices: which outcomes these are, int32, in the same shape.
     """
 
     ids: Tensor
     lengths: Tensor
-    values: Tensor
-    indices: Tensor
+    values: Tensor = field(default_factory=lambda: torch.empty(0))
+    indices: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def whole(self) -> bool:
-        """Whether shapes, kinds and ranges of the tensors belong together, as in every file that a run wrote."""
+    def whole(self, vocabulary: int = 2**31, outcomes: int = 2**31) -> bool:
+        """Whether the tensors fit each other and a model of so many tokens and outcomes, in shape, kind and range."""
         ids, lengths, values, indices = self.ids, self.lengths, self.values, self.indices
-        integers = not any(t.is_floating_point() for t in (ids, lengths, indices)) and values.is_floating_point()
         shapes = ids.ndim == 2 and lengths.shape == ids.shape[:1] and values.shape == indices.shape
-        if not (integers and shapes and values.shape[:-1] in (ids.shape, ids.shape[:1]) and ids.numel()):
+        if not (shapes and values.shape[:-1] in (ids.shape, ids.shape[:1]) and values.is_floating_point()):
             return False
-        return min(int(ids.min()), int(indices.min())) >= 0 < int(lengths.min()) <= int(lengths.max()) <= ids.shape[1]
+        ranges = ((ids, 0, vocabulary), (indices, 0, outcomes), (lengths, 1, ids.shape[1] + 1))
+        return all(
+            not t.is_floating_point() and t.numel() > 0 and least <= int(t.min()) <= int(t.max()) < end
+            for t, least, end in ranges
+        )
 
     def positions(self, rows: Tensor) -> int:
         """How many answers these rows have: one a token, or one a text."""
@@ -291,39 +252,24 @@ def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def answer(
-    model: nn.Module, texts: Sequence[Sequence[int]], k: int, temperature: float = 1.0, batch_size: int = 16
-) -> Answers:
-    """What `model` answers to `texts`, in evaluation mode: the `k` most probable outcomes at each position.
-
-    Args:
-        temperature: the logits are divided by it.
-    """
-    ids, lengths = padded(texts)
-    result = Answers(ids, lengths, torch.empty(0), torch.empty(0))
-    values: list[Tensor] = []
-    indices: list[Tensor] = []
+def answer(model: Any, texts: list[list[int]], k: int, temperature: float = 1.0, batch_size: int = 16) -> Answers:
+    """What `model` answers in evaluation mode: the `k` best outcomes at each position, of `logits / temperature`."""
+    result, found = Answers(*padded(texts)), []
     with evaluating(model):
-        for rows in bar(torch.arange(len(ids)).split(batch_size), desc="The model's answers", leave=False):
+        for rows in tqdm(torch.arange(len(result)).split(batch_size), desc="The model's answers", leave=False):
             logits = model(**result.inputs(rows, model))["logits"].float() / temperature
             top = F.log_softmax(logits, -1).topk(min(k, logits.shape[-1]))
-            extra = (0, 0, 0, ids.shape[1] - logits.shape[1]) if logits.ndim == 3 else (0, 0)
-            values.append(F.pad(top.values, extra).half().cpu())
-            indices.append(F.pad(top.indices, extra).int().cpu())
-    result.values, result.indices = torch.cat(values), torch.cat(indices)
+            extra = (0, 0, 0, result.ids.shape[1] - logits.shape[1]) if logits.ndim == 3 else (0, 0)
+            found.append((F.pad(top.values, extra).half().cpu(), F.pad(top.indices, extra).int().cpu()))
+    result.values, result.indices = map(torch.cat, zip(*found))
     return result
 
 
 def divergence(
     model: nn.Module, answers: Answers, rows: Tensor, temperature: float = 1.0, logits: Tensor | None = None
 ) -> Tensor:
-    """`KL(answers || model)` in nats, the sum over the positions of `rows`, with its graph; a 0-dim tensor.
-
-    Outcomes beyond the stored ones count as one.
-
-    Args:
-        logits: what the model says of these rows, where it is known already.
-    """
+    """`KL(answers || model)` in nats, the sum over the positions of `rows`, with its graph; a 0-dim tensor. Outcomes
+    beyond the stored ones count as one. `logits`: what the model says of these rows, where it is known already."""
     inputs = answers.inputs(rows, model)
     logits = (model(**inputs)["logits"] if logits is None else logits).float() / temperature
     new = F.log_softmax(logits, -1)
@@ -341,8 +287,7 @@ def divergence(
 
 @torch.no_grad()
 def measure(model: nn.Module, answers: Answers, batch_size: int = 8) -> tuple[float, float]:
-    """A causal model's loss on the texts of `answers`, nats a token, and `KL(answers || model)`, nats a position; in
-    evaluation mode."""
+    """A causal model's loss on the texts of `answers`, nats a token, and `KL(answers || model)`, nats a position."""
     loss = kl = 0.0
     with evaluating(model):
         for rows in torch.arange(len(answers)).split(batch_size):

@@ -3,8 +3,6 @@
 python -m classp_hf remember MODEL --output_dir DIR [--texts FILE|hub_id[:column]] [--samples 512] [--power 2]
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
@@ -17,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, tqdm
 from huggingface_hub import ModelCardData
 
 from .embedded import cache_folder
@@ -25,7 +23,7 @@ from .memory import ContinualMemory, NoMemoryError
 from .methods import PseudoRehearsal, describe_methods
 from .names import bare_model, evaluating, has_adapters, loss_gradients, mean_over_weights, trainable_parameters
 from .names import samples as weight_samples
-from .rehearsal import Answers, bar, count_tokens, draw_samples, kind_of_model, padded, read_texts, readable
+from .rehearsal import Answers, count_tokens, draw_samples, kind_of_model, padded, read_texts, readable
 
 PRETRAINED = "pretrained"  # the task that such a memory is of; as `memory`, that of the model as it is loaded
 _CARD = """---
@@ -54,10 +52,9 @@ def remember(
     """Compute the memory of what a model knows: `sum |g|^power` over batches, g the gradient of a batch's mean loss.
 
     Labels are drawn from the model: the label of a text or token, the next token at every position, or, of masked
-    models, 15% of the tokens. With power 2 the sum estimates the diagonal Fisher up to a factor: the Fisher, not the
-    empirical one, in the words of Kunstner et al. (2019, arXiv 1905.12558). Such labels are independent and their
-    gradients have mean 0, so that the squared gradient of a batch may stand for the sum of squares. The model runs in
-    evaluation mode and is not changed.
+    models, 15% of the tokens. With power 2 the sum estimates the diagonal Fisher up to a factor (not the "empirical"
+    one: Kunstner et al. 2019, arXiv 1905.12558). Such labels are independent and their gradients have mean 0: the
+    squared gradient of a batch may stand for the sum of squares. The model, in evaluation mode, is not changed.
 
     Args:
         model: a causal language model; with `texts` also a masked one, or a classifier of texts or tokens.
@@ -116,12 +113,12 @@ def drawn_gradients(model: Any, tokenizer: Any, texts: list[list[int]], batch_si
     kind = kind_of_model(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("No parameter of this model requires a gradient: there is nothing to remember.")
-    held = Answers(*padded(texts), torch.empty(0), torch.empty(0))
+    held = Answers(*padded(texts))
     device = next(model.parameters()).device
     order = torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))
     generator = torch.Generator(device).manual_seed(seed)
     with evaluating(model):
-        for rows in bar(order.split(batch_size), desc="The model's memory"):
+        for rows in tqdm(order.split(batch_size), desc="The model's memory"):
             inputs = held.inputs(rows, model)
             asked = inputs["attention_mask"].bool()
             if kind == "masked":

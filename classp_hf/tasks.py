@@ -1,7 +1,5 @@
 """Tasks: what a task is, loading one from a spec, aligning labels by name over a sequence."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -170,8 +168,7 @@ def with_test_split(task: Task) -> Task:
 def label_names(tasks: list[Task]) -> list[str]:
     """Return the label names of a sequence, in order of first appearance: index = the model's class id.
 
-    Within a task the order is that of `label_names`, else the ClassLabel's, else alphabetical. Prepared tasks hold
-    ids, not names, and add none.
+    Within a task the order is that of `label_names`, else the ClassLabel's, else alphabetical. Prepared ones add none.
 
     Raises:
         ValueError: labels without usable names.

@@ -1,12 +1,9 @@
 """CLASSP's memory under DeepSpeed's ZeRO, whose flat buffers hold the states of many parameters.
 
 CLASSP's update is elementwise: a flat buffer is to it one more parameter. What of it belongs to which parameter
-DeepSpeed's accessors tell (`deepspeed.utils.safe_get_full_optimizer_state`). Under stage 3 a parameter's own shape is
-its `ds_shape` ([`names.full_shape`]). Each rank looks at its own gradients:
+DeepSpeed's accessors tell (`deepspeed.utils.safe_get_full_optimizer_state`). Each rank looks at its own gradients:
 with DeepSpeed's clipping, Trainer's default, one that is not finite makes those of all ranks so.
 """
-
-from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
@@ -16,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .compat import linked_states
-from .names import Accumulators, canonical_name
-
-_KEY = "accumulator"
+from .names import Accumulators, trainable_parameters
 
 
 def zero_optimizer(optimizer: Any) -> Any | None:
@@ -28,13 +23,8 @@ def zero_optimizer(optimizer: Any) -> Any | None:
 
 
 def check_zero(plugin: Any, group: Mapping[str, Any], needs_gradients: str | None = None) -> None:
-    """Raise a ValueError for what does not run under DeepSpeed.
-
-    Args:
-        plugin: accelerate's, of the training arguments.
-        group: hyperparameters of CLASSP.
-        needs_gradients: what was asked for that reads or changes gradients or weights by parameter.
-    """
+    """Raise a ValueError for what does not run under DeepSpeed: in accelerate's `plugin`, in CLASSP's hyperparameters
+    `group`, or what was asked for that reads or changes gradients or weights by parameter, `needs_gradients`."""
     config = plugin.deepspeed_config
     zero = config.get("zero_optimization") or {}
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") or "none"
@@ -66,10 +56,10 @@ def get_accumulators(zero: Any, model: nn.Module) -> Accumulators:
     offset = zero.optimizer.param_groups[0]["offset"]
 
     def make(p: Tensor) -> Tensor:
-        return (safe_get_full_optimizer_state(p, _KEY) - offset).clamp_(min=0).cpu()
+        return (safe_get_full_optimizer_state(p, "accumulator") - offset).clamp_(min=0).cpu()
 
-    known = {canonical_name(n): p for n, p in model.named_parameters() if p.requires_grad}
-    return Accumulators({n: p for n, p in known.items() if hasattr(p, "ds_id") or hasattr(p, "_hp_mapping")}, make)
+    named = trainable_parameters(model)
+    return Accumulators({n: p for n, p in named if hasattr(p, "ds_id") or hasattr(p, "_hp_mapping")}, make)
 
 
 def set_accumulators(zero: Any, model: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -78,12 +68,12 @@ def set_accumulators(zero: Any, model: nn.Module, values: Mapping[str, Tensor]) 
 
     offset = zero.optimizer.param_groups[0]["offset"]
     p: Any  # with DeepSpeed's own attributes
-    for n, p in model.named_parameters():
-        if (name := canonical_name(n)) in values and p.requires_grad:
-            whole = values[name].to(p.device, torch.float32) + offset
+    for n, p in trainable_parameters(model):
+        if n in values:
+            whole = values[n].to(p.device, torch.float32) + offset
             if hasattr(p, "ds_id"):  # stage 3: padded to parts of one size, which the other call does not do (0.19)
                 size, rank = p.ds_tensor.numel(), torch.distributed.get_rank(p.ds_process_group)
                 own = whole.flatten()[rank * size :][:size]
-                safe_set_local_optimizer_state(p, nn.functional.pad(own, (0, size - len(own))), _KEY)
+                safe_set_local_optimizer_state(p, nn.functional.pad(own, (0, size - len(own))), "accumulator")
             else:
-                safe_set_full_optimizer_state(p, whole, _KEY)
+                safe_set_full_optimizer_state(p, whole, "accumulator")

@@ -14,7 +14,6 @@ from transformers import AutoModelForSequenceClassification
 import classp_hf  # ContinualTrainer is used by name: this file is about methods
 from classp_hf.methods import METHODS, OSF, Context, OLoRA, make_methods
 from classp_hf.methods.adapters import folded_state_dict
-from classp_hf.methods.osf import refuse_old_peft
 
 CONFIGS = {
     "olora": LoraConfig(task_type=TaskType.SEQ_CLS, r=4, lora_alpha=8, target_modules="all-linear"),
@@ -137,7 +136,7 @@ def test_osf_keeps_the_large_singular_directions_of_every_boundary(adapted):
                 assert kept.abs().max() < 1e-5
 
 
-def test_models_and_arguments_that_do_not_fit(adapted, make_model, caplog):
+def test_models_and_arguments_that_do_not_fit(adapted, make_model, caplog, monkeypatch):
     def check(methods, model, **args):
         context = Context(model, SimpleNamespace(**{"reset_optimizer": True, "fsdp": None, **args}))
         first, *others = make_methods(methods)
@@ -163,9 +162,11 @@ def test_models_and_arguments_that_do_not_fit(adapted, make_model, caplog):
     assert "rounds away" not in caplog.text
     check("olora", adapted("olora").bfloat16())
     assert "rounds away much of what a task learned" in caplog.text
-    refuse_old_peft("0.21.0rc1")
-    with pytest.raises(ValueError, match=r"'osf' needs peft >= 0.21, got 0.19.1. Upgrade it"):
-        refuse_old_peft("0.19.1")
+    monkeypatch.setattr("classp_hf.methods.osf.version", {"peft": "0.21.0rc1"}.get)
+    check("osf", adapted("osf"))
+    monkeypatch.setattr("classp_hf.methods.osf.version", {"peft": "0.19.1"}.get)
+    with pytest.raises(ValueError, match=r"'osf' needs peft >= 0.21, got 0.19.1: pip install -U peft"):
+        check("osf", adapted("osf"))
 
 
 # ---- In ContinualTrainer ----

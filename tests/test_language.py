@@ -145,6 +145,16 @@ def test_the_loss_is_on_what_the_model_is_to_write(tokenizer):
     assert labels([pair, long], max_length=4) == [["-", "-", "b", "c"]]
 
 
+def test_a_pair_of_texts_counts_where_messages_stand_beside_it(tokenizer):
+    """Chat datasets keep `prompt` and `completion` beside `messages`: as texts they are no list of messages."""
+    (plain,) = tasks("pair", 4)[:1]
+    messages = [[{"role": "user", "content": "up say b"}, {"role": "assistant", "content": "c"}]] * 4
+    both = Task("both", *(plain.train_dataset.add_column("messages", messages) for _ in range(2)))
+    for encoder_decoder in (False, True):
+        found, expected = (prepare_language_tasks([t], tokenizer, encoder_decoder)[0] for t in (both, plain))
+        assert found.train_dataset.to_list() == expected.train_dataset.to_list()
+
+
 def test_columns_and_tokenizers_that_do_not_fit(tokenizer):
     def prepare(row, encoder_decoder=False, **kwargs):
         rows = Dataset.from_list([row])

@@ -1,7 +1,5 @@
 """What methods on PEFT adapters share: the task's adapter is folded into the base weights when the task ends."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,11 +18,8 @@ COMPANIONS = ("replay", "lwf", "logit_adjustment")  # methods that do not look a
 
 @dataclass
 class FoldedAdapters(Method):
-    """One set of adapters that every task uses afresh: added to the base weights after the task, renewed before the
-    next.
-
-    What is saved between tasks and at the end is therefore a plain model without adapters.
-    """
+    """Adapters that every task uses afresh: added to the base weights after it, and renewed before the next. What is
+    saved between tasks and at the end is a plain model without adapters."""
 
     folds_adapters = True
     adapter_type: ClassVar[str]
@@ -66,10 +61,7 @@ class FoldedAdapters(Method):
             if found_it:
                 raise ValueError(f"The method {self.name!r} {problem}")
         if low := [d for d in dtypes if d.itemsize < 4]:
-            logger.warning(
-                f"Adding adapters to base weights in {low[0]} rounds away much of what a task learned. Load the model "
-                "in float32."
-            )
+            logger.warning(f"Adding to {low[0]} weights rounds away much of what a task learned. Load it in float32.")
 
     @torch.no_grad()
     def prepare_model(self, model: nn.Module, seen_tasks: Sequence[str]) -> None:
@@ -91,8 +83,7 @@ class FoldedAdapters(Method):
 
 
 def folded_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """State of the bare model inside a PEFT model whose adapters have no effect; heads that were trained in PEFT's
-    copy."""
+    """State of the bare model inside a PEFT model whose adapters have no effect, with heads trained in PEFT's copy."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     bare = bare_model(model)

@@ -1,7 +1,5 @@
 """The interface of a continual-learning method: hooks into a training, every one a no-op; and what the hooks see."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -36,8 +34,7 @@ class Context:
         max_steps: optimizer steps of this training in all; 0 before it.
         fisher_steps: if this run began with a memory of `remember` with power 2: how many steps' squared gradients
             that memory counts as. Otherwise, and in a resumed run, None.
-        start: of a resumed task, canonical name -> weights at its start, on the CPU; {} if no method needs them. None
-            if the task is not resumed.
+        start: of a resumed task, canonical name -> weights at its start, on the CPU; {} if not needed. Otherwise None.
     """
 
     model: Any
@@ -112,15 +109,13 @@ class Method:
     """Hyperparameter -> the values it takes, in words and as a test."""
 
     uses_accumulators: ClassVar[bool] = False
-    """Whether the method reads `context.accumulators()`, which are then gathered under optimizers other than
-    CLASSP."""
+    """Whether the method reads `context.accumulators()`, which are then gathered under any optimizer but CLASSP."""
 
     needs_start: ClassVar[bool] = False
     """Whether a resumed run needs the weights that its task began with."""
 
     folds_adapters: ClassVar[bool] = False
-    """Whether a task's PEFT adapter is merged into the base weights when the task ends, so that a plain model is
-    saved."""
+    """Whether a task's PEFT adapter is merged into the base weights when the task ends: a plain model is saved."""
 
     parts: ClassVar[tuple[str, ...]] = ()
     """Attributes that are the state: canonical name -> float32 tensor each."""
@@ -144,13 +139,9 @@ class Method:
         """`(canonical name, parameter)` of the trainable parameters that the tasks share."""
         return ((n, p) for n, p in trainable_parameters(model) if n not in self.excluded)
 
-    def check(self, context: Context, others: Sequence[Method]) -> None:
-        """Called before anything is trained: raise a ValueError if the method cannot run in this set-up.
-
-        Args:
-            context: `train_dataset`, `task_dataset` and `optimizer` may still be None.
-            others: the methods it is combined with.
-        """
+    def check(self, context: Context, others: Sequence["Method"]) -> None:
+        """Raise a ValueError if the method cannot run in this set-up, combined with `others`: called before anything
+        is trained, when the context's `train_dataset`, `task_dataset` and `optimizer` may still be None."""
 
     def extend_train_dataset(self, dataset: Any, earlier: Sequence[Any]) -> Any:
         """Return the dataset to train on, given the task's training dataset and those of the earlier tasks."""
@@ -183,8 +174,7 @@ class Method:
     def before_step(self, model: nn.Module) -> None:
         """Add to `.grad`, without a graph, before an optimizer step that will be taken.
 
-        Called once a step, whatever the accumulation, on every rank, after the gradients were averaged over ranks,
-        unscaled and clipped.
+        Called once a step, on every rank, with gradients that were accumulated, averaged, unscaled and clipped.
         """
 
     def after_step(self, model: nn.Module) -> None:

@@ -1,7 +1,5 @@
 """Elastic memory: the optimizer's memory of gradients as the importance of a pull back to the last boundary."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Exponential moving average of the weights over the steps of a task (Polyak & Juditsky 1992; Qiao et al. 2025)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

@@ -1,16 +1,13 @@
 """Elastic Weight Consolidation (Kirkpatrick et al. 2017) with a true per-example diagonal Fisher."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import reduce, tqdm
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..names import bare_model, mean_over_weights, reshard
@@ -29,12 +26,10 @@ class EWC(AnchoredMethod):
 
     - `online` (Schwarz et al. 2018, arXiv 1805.06370): F <- gamma F + F_t, one anchor, the weights of the last task.
     - `summed`: one term and one anchor a task, as in the original. Their sum has the same gradient as one term with
-      F = sum_t F_t and the F-weighted mean of the anchors. Only these are kept: two numbers a weight, however many
-      tasks.
+      F = sum_t F_t and the F-weighted mean of the anchors. Only these two numbers a weight are kept.
 
     If a first fine-tuning begins with a memory of the pretrained model (`memory="pretrained"`, `remember`) of power 2,
-    F is that memory, and a are the weights as loaded. `fisher_normalize` divides it by its mean; otherwise it is
-    divided by its number of batches.
+    F is that memory, divided by its mean (`fisher_normalize`) or its number of batches, and a the weights as loaded.
 
     Raises:
         ValueError: a hyperparameter out of its range; when training begins, a dataset that is empty or has no length,
@@ -51,17 +46,13 @@ class EWC(AnchoredMethod):
     }
 
     ewc_lambda: float = flag(0.1, "Strength of the EWC penalty. Its scale depends on `fisher_normalize`.")
-    ewc_mode: Literal["online", "summed"] = flag(
-        "online", "Decay old importance and keep the last anchor, or sum over tasks."
-    )
+    ewc_mode: Literal["online", "summed"] = flag("online", "Decay old importance with one anchor, or sum over tasks.")
     ewc_gamma: float = flag(1.0, "Online EWC: decay of old importance a task, in [0, 1].")
     fisher_samples: int = flag(256, "Examples of each task that its Fisher is estimated on (all, if fewer).")
     fisher_labels: Literal["empirical", "sampled"] = flag(
         "empirical", "Labels of log p(y|x): from the data (empirical Fisher) or drawn from the model (sampled)."
     )
-    fisher_normalize: bool = flag(
-        True, "Divide each task's Fisher by its mean over all weights, so that lambda is scale-free."
-    )
+    fisher_normalize: bool = flag(True, "Divide each task's Fisher by its mean, so that lambda is scale-free.")
 
     def strength(self) -> float:
         return self.ewc_lambda
@@ -114,8 +105,7 @@ class EWC(AnchoredMethod):
         mine = list(enumerate(chosen))
         mine = mine if sharded else mine[args.process_index :: args.world_size]
         seeds = [args.seed + number for number, _ in mine] if self.fisher_labels == "sampled" else ()
-        hidden = args.disable_tqdm or args.local_process_index > 0
-        shown = tqdm([i for _, i in mine], desc=f"Fisher of {context.task}", disable=hidden, leave=False)
+        shown = tqdm([i for _, i in mine], desc=f"Fisher of {context.task}", disable=args.disable_tqdm, leave=False)
         # a forward pass in evaluation mode does not checkpoint
         checkpoints = (getattr(args, f"{kind}_checkpointing", False) for kind in ("activation", "gradient"))
         size = 1 if any(checkpoints) else args.per_device_train_batch_size

@@ -1,7 +1,5 @@
 """The diagonal Fisher: squared per-example gradients, from one backward pass a batch where the layers allow it."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -31,8 +29,7 @@ def sum_squared_gradients(
     layer (a module without modules in it), called once, with one input that has the examples in the first dimension:
     each example's gradients then follow from the layer's input and its output's gradient. Otherwise (tied weights,
     functions of a weight) every example takes a pass of its own. Both are exact; which it has to be shows in every
-    batch. Of a model that FSDP2 shards every rank gives the same examples, each of which takes a pass; the sums are
-    sharded as the model is.
+    batch. Under FSDP2 every rank gives the same examples, each takes a pass, and the sums are sharded.
 
     Args:
         model: as `log_likelihood` needs it. It runs in evaluation mode; no example's logits may depend on the others'.
@@ -86,16 +83,11 @@ def sum_squared_gradients(
 def log_likelihood(model: nn.Module, batch: Batch, seeds: Sequence[int] = ()) -> Tensor:
     """The sum over the examples of `batch` of log p(y|x), as the model's own cross-entropy has it.
 
-    Args:
-        model: its `logits` have the classes in the last dimension and one row a label: an example's (sequence
-            classifiers), a token's (token classifiers, masked language models), or the next token's (causal ones).
-            log p(y|x) is the sum over an example's rows.
-        batch: inputs, examples first, with integer `labels`; -100 marks a row without one.
-        seeds: one an example: draw the labels from the model's p(y|x), of a language model every token given the
-            example's tokens before it.
-
-    Raises:
-        ValueError: regression, several labels an example, or other outputs that are no rows of classes.
+    Its `logits` have the classes in the last dimension and one row a label: an example's (sequence classifiers), a
+    token's (token classifiers, masked language models), or the next token's (causal ones). log p(y|x) is the sum over
+    an example's rows; the label -100 marks one that does not count. `seeds`, one an example: draw the labels from the
+    model's p(y|x), of language models every token given those before. ValueError: regression, several labels an
+    example, or other outputs that are no rows of classes.
     """
     inputs = dict(batch)
     labels = inputs.pop("labels", torch.empty(0))
@@ -129,10 +121,8 @@ def _layers(model: nn.Module, totals: Totals) -> Layers:
     """Layer -> its parameters by name; empty unless every parameter is that of one module without modules in it."""
     owned = {m: {n: p for n, p in m.named_parameters(recurse=False) if p in totals} for m in model.modules()}
     layers = {m: own for m, own in owned.items() if own}
-    simple = not any(
-        [*m.children()] or "forward" in vars(m) or getattr(m, "scale_grad_by_freq", False) for m in layers
-    )
-    return layers if simple and sum(map(len, layers.values())) == len(totals) else {}
+    plain = not any([*m.children()] or "forward" in vars(m) or getattr(m, "scale_grad_by_freq", False) for m in layers)
+    return layers if plain and sum(map(len, layers.values())) == len(totals) else {}
 
 
 def _add_together(model: nn.Module, batch: Batch, seeds: Sequence[int], totals: Totals, layers: Layers) -> bool:

@@ -1,7 +1,5 @@
 """Interpolation towards the old weights after each task: WiSE-FT (Wortsman et al. 2022), used in sequence."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

@@ -1,7 +1,5 @@
 """L2-SP: every weight is pulled back to where the last task left it (Li, Grandvalet & Davoine 2018)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from .base import AnchoredMethod, Context, flag

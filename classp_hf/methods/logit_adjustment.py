@@ -1,7 +1,5 @@
 """Logit adjustment: tasks differ in how often each label occurs; the model need not unlearn the old frequencies."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
@@ -38,9 +36,7 @@ class LogitAdjustment(Method):
     positive = {"frequencies": "frequency"}
     ranges = {"prior_strength": ("in [0, 1]", lambda v: 0 <= v <= 1)}
 
-    prior_strength: float = flag(
-        0.25, "tau, in [0, 1]: how much of the drop in label frequencies the logits are spared."
-    )
+    prior_strength: float = flag(0.25, "tau, in [0, 1]: how much of the drop in frequencies the logits are spared.")
 
     frequencies: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     """Label -> its frequency, summed over the tasks that have ended."""
@@ -80,9 +76,8 @@ def _frequencies(dataset: Any, model: nn.Module) -> tuple[dict[str, Tensor], Ten
     column = label_column(dataset)
     if column is None:
         raise ValueError(
-            "The method 'logit_adjustment' counts labels: it needs a dataset of known length with a column 'labels' "
-            f"or 'label', got a {type(dataset).__name__} with the columns {getattr(dataset, 'column_names', None)}. "
-            "Leave it out of --method."
+            "Method 'logit_adjustment' needs a dataset of known length with a column 'labels' or 'label', got a "
+            f"{type(dataset).__name__} with the columns {getattr(dataset, 'column_names', None)}. Drop the method."
         )
     id2label = bare_model(model).config.id2label
     counts = torch.bincount(torch.as_tensor(dataset[column][:]), minlength=len(id2label)).float() + 1

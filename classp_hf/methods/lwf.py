@@ -1,7 +1,4 @@
-"""Learning without Forgetting: the new model answers as the old one did, on the new task's inputs (Li & Hoiem
-2016)."""
-
-from __future__ import annotations
+"""Learning without Forgetting: the model answers as the old one did, on the new task's inputs (Li & Hoiem 2016)."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -26,8 +23,7 @@ class LwF(Method):
     pass. If the model has logits for every token, only those that predict a token with a label count.
 
     Raises:
-        ValueError: a hyperparameter out of its range; before training, `heads="per_task"` and a model with one label
-            or several an example.
+        ValueError: a hyperparameter out of its range; before training, `heads="per_task"`, one label, or several.
     """
 
     name = "lwf"

@@ -1,7 +1,5 @@
 """Consolidation merge: at the boundary, old and new weights are averaged by how much each task needed them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

@@ -1,7 +1,5 @@
 """O-LoRA: a LoRA a task, each in directions orthogonal to the earlier ones' (Wang et al. 2023)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..names import bare_model
 from .adapters import FoldedAdapters
 from .base import Context, Method, flag
 
@@ -19,8 +16,7 @@ class OLoRA(FoldedAdapters):
     """Penalty `lambda * sum_{i<t} ||A_i A_t^T||_F^2` on the LoRA factors A of every layer (arXiv 2310.14152, eq. 9).
 
     It is applied as a gradient term. An adapter is merged into the base weights when its task ends; only its A's are
-    kept, rank x in_features numbers a layer and task. The authors' code sums absolute values; this is the paper's
-    form.
+    kept, rank x in_features numbers a layer and task. The authors' code sums absolute values, unlike the paper.
 
     Raises:
         ValueError: `olora_lambda` out of its range; before training, a model without exactly one LoRA adapter
@@ -43,8 +39,7 @@ class OLoRA(FoldedAdapters):
         for name, layer, adapter in self.layers(context.model):
             if adapter not in layer.lora_A or layer.lora_bias.get(adapter):
                 raise ValueError(
-                    f"The method 'olora' adapts linear layers without lora_bias, and {name!r} is an embedding or has "
-                    "one. Leave it out of target_modules."
+                    f"{name!r} is an embedding or has lora_bias; 'olora' takes none: leave it out of target_modules."
                 )
 
     @torch.no_grad()
@@ -68,13 +63,11 @@ class OLoRA(FoldedAdapters):
             layer.lora_B[adapter].weight.zero_()
 
     def check_state(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
-        modules = dict(bare_model(model).named_modules())
+        widths = {name: layer.in_features for name, layer, _ in self.layers(model)}
         for name, old in state.get("directions", {}).items():
-            layer: Any = modules.get(name)
-            width = layer.in_features if hasattr(layer, "get_base_layer") else None
+            width = widths.get(name)
             if old.ndim != 2 or old.shape[1] != width:
                 raise ValueError(
-                    f"The continual memory holds LoRA directions of shape {tuple(old.shape)} for {name!r}, where the "
-                    f"model has {'no adapter' if width is None else f'inputs of width {width}'}. Load the model it "
-                    "was saved with."
+                    f"The memory holds LoRA directions of shape {tuple(old.shape)} for {name!r}, where the model has "
+                    f"{'no adapter' if width is None else f'inputs of width {width}'}. Load the model it is of."
                 )

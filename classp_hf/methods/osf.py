@@ -1,7 +1,5 @@
 """Orthogonal subspace fine-tuning: a task trains the weights' small singular directions only (Nayak et al. 2025)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,7 +29,8 @@ class OSF(FoldedAdapters):
     adapter_type = "OSF"
 
     def check(self, context: Context, others: Sequence[Method]) -> None:
-        refuse_old_peft(version("peft"))
+        if Version(version("peft")).release < (0, 21):  # its layers do not keep the factors they began with
+            raise ValueError(f"The method 'osf' needs peft >= 0.21, got {version('peft')}: pip install -U peft.")
         super().check(context, others)
 
     def renew(self, layer: Any, adapter: str) -> None:
@@ -48,9 +47,3 @@ class OSF(FoldedAdapters):
     def neutralise(self, layer: Any, adapter: str, name: str) -> None:
         for part in ("U_low", "S_low", "V_low"):
             getattr(layer, f"_osf_{part}_init")[adapter].copy_(layer.osf_svd_params[adapter][part])
-
-
-def refuse_old_peft(installed: str) -> None:
-    """Raise a ValueError for a version of PEFT whose OSF layers do not keep the factors they began with."""
-    if Version(installed).release < (0, 21):
-        raise ValueError(f"The method 'osf' needs peft >= 0.21, got {installed}. Upgrade it: pip install -U peft.")

@@ -1,7 +1,5 @@
 """Pseudo-rehearsal: the model keeps its own answers to texts that need no earlier data (Robins 1995)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -30,15 +28,13 @@ class PseudoRehearsal(Method):
 
     - for classifiers and masked language models: independent tokens with the frequencies that tokens had in earlier
       tasks (Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal"). The memory keeps only counts: how
-      often each token and each length occurred. A first task has nothing to rehearse, unless `remember` made its
-      memory;
+      often tokens and lengths occurred. A first task has nothing to rehearse, unless `remember` made its memory;
     - for causal language models: samples of the model itself, at the first training too (LAMOL, arXiv 1909.03329;
       self-synthesized rehearsal, arXiv 2403.01244). Each later task adds new ones;
     - or `rehearse_texts`.
 
-    A step costs a forward and a backward pass over `rehearse_fraction` times the batch's number of texts, at least
-    one; each task begins with a forward pass over the pool, on every process. The gradient is clipped by
-    `max_grad_norm`, apart from the task's.
+    A step costs a forward and a backward pass over `rehearse_fraction` times the batch's texts, at least one; each
+    task begins with a forward pass over the pool. The gradient is clipped by `max_grad_norm`, apart from the task's.
 
     Raises:
         ValueError: a hyperparameter out of its range; before training, encoder-decoders, regression, several labels
@@ -60,9 +56,7 @@ class PseudoRehearsal(Method):
     rehearse_fraction: float = flag(0.25, "Texts rehearsed in a step, as a share of the batch.")
     rehearse_lambda: float = flag(1.0, "Strength of the rehearsal; no more than max_grad_norm allows its gradient.")
     rehearse_temperature: float = flag(2.0, "Temperature T of a classifier's answers; language models answer at 1.")
-    rehearse_samples: int = flag(
-        256, "Samples that a language model draws of itself before a task, beside older ones."
-    )
+    rehearse_samples: int = flag(256, "Samples a language model draws of itself before a task, beside older ones.")
     rehearse_length: int = flag(128, "Tokens of a sample or a given text at most.")
     rehearse_top_k: int = flag(32, "Outcomes kept of an answer; all others count as one.")
     rehearse_counts: Literal["on", "off"] = flag(
@@ -83,9 +77,7 @@ class PseudoRehearsal(Method):
 
     def check(self, context: Context, others: Sequence[Method]) -> None:
         if context.per_task_heads:
-            raise ValueError(
-                "The method 'pseudo_rehearsal' compares answers of one head; heads='per_task' has several."
-            )
+            raise ValueError("Method 'pseudo_rehearsal' compares answers of one head; heads='per_task' has several.")
         kind = rehearsal.kind_of_model(context.model)
         if self.rehearse_texts is None and kind != "causal" and context.task_dataset is not None:
             columns = getattr(context.task_dataset, "column_names", None) or ()
@@ -95,16 +87,12 @@ class PseudoRehearsal(Method):
                     "`input_ids`, and a length. Tokenise it, or give texts to rehearse (rehearse_texts)."
                 )
             if kind == "masked" and getattr(context.processing_class, "mask_token_id", None) is None:
-                raise ValueError(
-                    "Rehearsing a masked language model needs its tokenizer as Trainer's processing_class."
-                )
+                raise ValueError("Rehearsing a masked language model needs its tokenizer as the processing_class.")
 
     def before_task(self, context: Context) -> None:
-        args = context.args
+        self.args = args = context.args
         self.kind, self.seed = rehearsal.kind_of_model(context.model), args.seed + 7919 * len(context.seen_tasks)
-        self.batch = args.train_batch_size
-        self.count = max(round(self.rehearse_fraction * self.batch * args.gradient_accumulation_steps), 1)
-        self.max_norm, self.half = args.max_grad_norm, args.fp16
+        self.count = max(round(self.rehearse_fraction * args.train_batch_size * args.gradient_accumulation_steps), 1)
         self.ranks, self.rank = args.world_size, args.process_index
         self.temperature = 1.0 if self.kind in ("causal", "masked") else self.rehearse_temperature
         self.answers, resumed = None, context.resumed and "values" in self.pool
@@ -120,11 +108,8 @@ class PseudoRehearsal(Method):
                 self.pool = vars(rehearsal.answer(context.model, texts, self.rehearse_top_k, self.temperature))
         if self.pool:
             self.answers = rehearsal.Answers(**self.pool)
-            tokens, texts_a_step = int(self.answers.lengths.sum()), self.count * self.ranks
-            logger.info(
-                f"Pseudo-rehearsal: {texts_a_step} of {len(self.answers)} texts a step, "
-                f"{texts_a_step * tokens / len(self.answers):.0f} tokens."
-            )
+            a_step, length = self.count * self.ranks, float(self.answers.lengths.double().mean())
+            logger.info(f"Rehearsing {a_step} of {len(self.answers)} texts a step, {a_step * length:.0f} tokens.")
 
     def _texts(self, context: Context) -> list[list[int]]:
         tokenizer, needed = context.processing_class, self.count * self.ranks * max(context.max_steps, 1)
@@ -132,36 +117,28 @@ class PseudoRehearsal(Method):
         if self.rehearse_texts is not None:
             return rehearsal.read_texts(self.rehearse_texts, tokenizer, count, most)
         if self.kind == "causal":
-            ids, lengths = (
-                (self.pool[part].tolist() for part in ("ids", "lengths")) if "ids" in self.pool else ([], [])
-            )
-            texts = [row[:length] for row, length in zip(ids, lengths, strict=True)][-3 * count :]
+            ids, sizes = (self.pool[part].tolist() if "ids" in self.pool else [] for part in ("ids", "lengths"))
+            texts = [row[:length] for row, length in zip(ids, sizes, strict=True)][-3 * count :]
             if texts and context.fisher_steps and len(context.seen_tasks) == 1:  # of `remember`, of this very model
                 return texts
             return texts + rehearsal.draw_samples(context.model, tokenizer, count, most, self.seed)
         special, padding = self._special(context)
         example = context.task_dataset[0]["input_ids"]
         generator = torch.Generator().manual_seed(self.seed)
-        known = [(self.tokens[n], self.lengths[n]) for n in self.tokens if self.tokens[n].any()]
-        tokens, lengths = [t for t, _ in known], [sizes for _, sizes in known]
+        known = [(counts, self.lengths[n]) for n, counts in self.tokens.items() if counts.any()]
         if self.rehearse_counts == "off":
             rows = self._embedding_rows(context, special)
-            own = rehearsal.count_tokens(context.task_dataset, special, self._vocabulary(context))[1]
-            tokens, lengths = ([rows], [own]) if rows is not None else ([], [])
-        if not tokens:
+            known = [(rows, self._counted(context)[1])] if rows is not None else []
+        if not known:
             logger.warning("Nothing to rehearse yet: this model has learned no task that its memory counts tokens of.")
             return []
         ends = rehearsal.frame(example, special, padding)
         room = rehearsal.readable(context.model, 2**31) - len(ends[0]) - len(ends[1])
-        lengths = [sizes[: room + 1] for sizes in lengths]
+        tokens, lengths = zip(*((counts, own[: room + 1]) for counts, own in known), strict=True)
         texts = rehearsal.pseudo_texts(min(needed, POOL), tokens, lengths, ends, generator)
-        if self.kind == "masked":
-            mask = tokenizer.mask_token_id
-            hidden = [torch.rand(len(t), generator=generator) < 0.15 for t in texts]
-            texts = [
-                [mask if m and i not in special else i for i, m in zip(t, h.tolist(), strict=True)]
-                for t, h in zip(texts, hidden, strict=True)
-            ]
+        for text in texts if self.kind == "masked" else ():
+            hidden, mask = (torch.rand(len(text), generator=generator) < 0.15).tolist(), tokenizer.mask_token_id
+            text[:] = [mask if h and i not in special else i for i, h in zip(text, hidden, strict=True)]
         return texts
 
     def _special(self, context: Context) -> tuple[list[int], int | None]:
@@ -171,8 +148,8 @@ class PseudoRehearsal(Method):
             return [padding] if isinstance(padding, int) else [], padding
         return sorted(tokenizer.all_special_ids), padding
 
-    def _vocabulary(self, context: Context) -> int:
-        return bare_model(context.model).get_input_embeddings().weight.shape[0]
+    def _counted(self, context: Context) -> tuple[Tensor, Tensor]:
+        return rehearsal.count_tokens(context.task_dataset, self._special(context)[0], _vocabulary(context.model))
 
     def _embedding_rows(self, context: Context, special: list[int]) -> Tensor | None:
         weight = bare_model(context.model).get_input_embeddings().weight
@@ -187,19 +164,18 @@ class PseudoRehearsal(Method):
     def before_step(self, model: nn.Module) -> None:
         if self.answers is None:
             return
-        everyones = self.ranks * self.count
+        args, everyones = self.args, self.ranks * self.count
         rows = rehearsal.permuted(everyones, self.steps * everyones, len(self.answers), self.seed)
         own = rows[self.rank * self.count :][: self.count]
         self.steps += 1
         named = list(trainable_parameters(model))
         grads = [p.grad for _, p in named]
-        for _, p in named:
-            p.grad = None
-        scale = 1024.0 if self.half else 1.0  # of float16's small gradients
+        model.zero_grad()
+        scale = 1024.0 if args.fp16 else 1.0  # of float16's small gradients
         # the mean over the positions of all ranks, whose gradients are averaged
         weight = scale * self.rehearse_lambda * self.temperature**2 * self.ranks / self.answers.positions(rows)
         with torch.enable_grad():
-            for part in own.split(self.batch):
+            for part in own.split(args.train_batch_size):
                 (rehearsal.divergence(model, self.answers, part, self.temperature) * weight).backward()
         named = list(trainable_parameters(model))  # once more: FSDP2 may hold others now
         added = [p for n, p in named if p.grad is not None and n not in self.excluded]
@@ -208,8 +184,8 @@ class PseudoRehearsal(Method):
                 p.grad = reduce(p.grad, "mean")
         for p in added if scale != 1 else ():
             p.grad.div_(scale)  # type: ignore[union-attr]
-        norm = nn.utils.clip_grad_norm_(added, self.max_norm or torch.inf)
-        overflowed = self.half and not torch.isfinite(norm)
+        norm = nn.utils.clip_grad_norm_(added, args.max_grad_norm or torch.inf)
+        overflowed = args.fp16 and not torch.isfinite(norm)
         for (n, p), grad in zip(named, grads, strict=True):
             if overflowed or p.grad is None or n in self.excluded:
                 p.grad = grad
@@ -221,28 +197,23 @@ class PseudoRehearsal(Method):
         own = self.kind == "causal" and self.rehearse_texts is None  # given texts are nobody's to keep
         self.pool = {k: v for k, v in self.pool.items() if own and k in ("ids", "lengths")}
         if self.kind != "causal" and self.rehearse_counts == "on" and self.rehearse_texts is None:
-            special, _ = self._special(context)
-            counted = rehearsal.count_tokens(context.task_dataset, special, self._vocabulary(context))
-            self.tokens[context.task], self.lengths[context.task] = counted
+            self.tokens[context.task], self.lengths[context.task] = self._counted(context)
 
     def check_state(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
-        vocabulary = bare_model(model).get_input_embeddings().weight.shape[0]
-        tokens, lengths, pool = (state.get(part, {}) for part in ("tokens", "lengths", "pool"))
-        right = tokens.keys() == lengths.keys() and all(
-            _integers(t, (None,)) for t in (*tokens.values(), *lengths.values())
-        )
-        right = right and all(len(t) <= vocabulary for t in tokens.values())
+        vocabulary = _vocabulary(model)
+        tokens, lengths, pool = (dict(state.get(part, {})) for part in ("tokens", "lengths", "pool"))
+        counts = [*tokens.values(), *lengths.values()]
+        right = all(t.ndim == 1 and not t.is_floating_point() and bool((t >= 0).all()) for t in counts)
+        right = right and tokens.keys() == lengths.keys() and all(len(t) <= vocabulary for t in tokens.values())
+        pool.pop("steps", None)
         if pool and right:
-            ids, sizes, values, indices = (
-                pool.get(part, torch.empty(0)) for part in ("ids", "lengths", "values", "indices")
-            )
-            right = _integers(sizes, (None,)) and int(sizes.min()) > 0 and _integers(pool.get("steps", sizes[0]), ())
-            if right and "ids" in pool:
-                right = _integers(ids, (len(sizes), None), vocabulary) and int(sizes.max()) <= ids.shape[1]
-            if right and not pool.keys() <= {"ids", "lengths", "steps"}:
-                outcomes = max(vocabulary, getattr(bare_model(model).config, "num_labels", 0))
-                right = values.shape == indices.shape and _integers(indices, indices.shape, outcomes)
-                right = right and values.shape[:-1] in ((len(sizes),), (len(sizes), int(sizes.max())))
+            count = len(pool.setdefault("lengths", torch.zeros(1)))
+            if "ids" not in pool:  # of given texts
+                pool["ids"] = torch.zeros(count, int(pool["lengths"].max()), dtype=torch.int32)
+            if not pool.keys() & {"values", "indices"}:  # between tasks
+                pool |= {"values": torch.zeros(count, 1), "indices": torch.zeros(count, 1, dtype=torch.int32)}
+            outcomes = max(vocabulary, getattr(bare_model(model).config, "num_labels", 0))
+            right = len(pool) == 4 and rehearsal.Answers(**pool).whole(vocabulary, outcomes)
         if not right:
             raise ValueError(
                 "The continual memory's samples or counts of tokens are not of this model and its tokenizer. Use the "
@@ -261,7 +232,5 @@ class PseudoRehearsal(Method):
         self.steps = int(self.pool.pop("steps", 0))
 
 
-def _integers(t: Tensor, shape: Sequence[int | None], below: int = 2**62) -> bool:
-    """Whether `t` has that shape and holds integers from 0 to `below` - 1."""
-    fits = t.ndim == len(shape) and all(n in (None, size) for n, size in zip(shape, t.shape, strict=True))
-    return fits and not t.is_floating_point() and t.numel() > 0 and 0 <= int(t.min()) <= int(t.max()) < below
+def _vocabulary(model: nn.Module) -> int:
+    return bare_model(model).get_input_embeddings().weight.shape[0]

@@ -1,7 +1,5 @@
 """Replay: a share of every earlier task's training examples is mixed into the new task (Robins 1995)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +14,8 @@ class Replay(Method):
     """Experience replay with a fixed random buffer (Robins 1995): `replay_fraction` of each earlier task's examples.
 
     `replay_seed` and the task's position determine which examples, at least one a task, so a resumed run has the same
-    buffer. The buffer holds users' texts and is therefore never written into the continual memory: a run that starts
-    from a memory has to be given the earlier tasks' examples again. The epochs are longer: their extra gradient steps
-    are part of the method's cost.
+    buffer. It holds users' texts and is never written into the continual memory: a run that starts from a memory has
+    to be given the earlier tasks' examples again. The epochs are longer, which is part of the method's cost.
 
     Raises:
         ValueError: a hyperparameter out of its range; before training, `heads="per_task"`.
@@ -32,10 +29,7 @@ class Replay(Method):
 
     def check(self, context: Context, others: Sequence[Method]) -> None:
         if context.per_task_heads:
-            raise ValueError(
-                "The method 'replay' mixes earlier tasks' examples into the new task's, which has one head; "
-                "heads='per_task' has several."
-            )
+            raise ValueError("'replay' mixes earlier tasks' examples into the new task's: leave heads='per_task' out.")
 
     def extend_train_dataset(self, dataset: Any, earlier: Sequence[Any]) -> Any:
         from datasets import concatenate_datasets

@@ -1,7 +1,5 @@
 """The CLASSP optimizer: Algorithm 1 of arXiv 2405.09637. With p = 2 the step is PyTorch's fused Adagrad."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -13,7 +11,7 @@ from torch.optim import Optimizer
 
 from .shards import is_sharded, local, over_shards, sharding
 from .state import BLOCK, STATE_DTYPES, expand, random_bits, store
-from .step import batches, cuts, find_bad, may_fuse, update
+from .step import batches, cuts, find_bad, hardshrink, may_fuse, update
 
 
 class CLASSP(Optimizer):
@@ -29,9 +27,8 @@ class CLASSP(Optimizer):
         w_i   <- w_i - lr * g_i / (eps + s_i)^(1/p)        where mask_i and apply_decay
         w_i   <- w_i - lr * g_i                            where mask_i and not apply_decay
 
-    The current gradient enters s before it scales the step (in the paper's equation 1 it does not). With
-    `power=2, threshold=0` this is `torch.optim.Adagrad(initial_accumulator_value=eps, eps=0)`, whose fused step is
-    taken.
+    The current gradient enters s before it scales the step (not so in the paper's equation 1). With power 2
+    and threshold 0 this is `torch.optim.Adagrad(initial_accumulator_value=eps, eps=0)` and its fused step.
 
     The math runs in float32, or float64 for such parameters, and is cast to the parameter's dtype once, at the end.
     `state[p]["accumulator"]`, of the parameter's shape and of `state_dtype`, after `load_state_dict` too, holds
@@ -46,10 +43,8 @@ class CLASSP(Optimizer):
         power: the p of Algorithm 1, > 0. The paper's experiments use 1 and 2; with an empty memory 1 underfits.
         eps: added to the accumulator inside the root, > 0. In units of |g|^p: near the accumulator's mean it erases
             the memory, far below it the first steps are sign steps on every weight.
-        apply_decay: if False, gradients are accumulated but the step is plain SGD ("learn and remember", before
-            "suppress").
-        weight_decay: decoupled (arXiv 1711.05101), >= 0: `w <- w * (1 - lr * weight_decay)` for every coordinate of a
-            parameter that has a gradient.
+        apply_decay: if False, gradients are accumulated, but the step is plain SGD ("learn and remember").
+        weight_decay: decoupled (arXiv 1711.05101), >= 0: `w <- w * (1 - lr * weight_decay)` where there is a gradient.
         density: the fraction, in (0, 1], of a tensor's nonzero gradients that may update: the threshold becomes the
             (1 - density) quantile of g^2 over them, estimated per tensor and step from up to 4,096 of them
             (`cuts_for_density` gives the error). Excludes `threshold`. Sharded gradients are gathered, one at a time.
@@ -141,8 +136,7 @@ class CLASSP(Optimizer):
 
     @torch.no_grad()
     def set_accumulator(self, p: Tensor, values: Tensor) -> None:
-        """Set the accumulator s of `p`, a parameter of this optimizer, to `values`: >= 0, of its shape, device and
-        sharding."""
+        """Set the accumulator s of parameter `p` to `values`, which are >= 0 and of its shape, device and sharding."""
         group = self._group_of(p)
         state = self.state[p] = _new_state(p, group)
         accumulator, values = local(state["accumulator"]), local(values).float()
@@ -159,10 +153,8 @@ class CLASSP(Optimizer):
         """
         updated = []
         for group, params in self._alike():
-            passing = [
-                (local(p.grad).float().abs() > (0.0 if cut is None else cut)).sum()  # type: ignore[arg-type]
-                for p, cut in zip(params, cuts(params, group))
-            ]
+            grads = (local(p.grad).float() for p in params)  # type: ignore[arg-type]
+            passing = [hardshrink(g, cut).count_nonzero() for g, cut in zip(grads, cuts(params, group))]
             updated.append(over_shards(torch.stack(passing).sum(), params[0], "sum"))
         total = sum(p.numel() for group in self.param_groups for p in group["params"])
         return sum(map(int, updated)) / total if updated else 0.0

@@ -1,7 +1,5 @@
 """The threshold that lets a stated share of a gradient's nonzero coordinates through, from a sample of them."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -22,15 +20,8 @@ def cuts_for_density(grads: list[Tensor], density: float) -> Tensor:
     The sample are at least 1,024 of the nonzero ones among them, evenly spread; where there are fewer, each with
     others of its row. If m coordinates of the sample are not 0, the standard error of the share that passes is about
     sqrt(density (1 - density) / m): 0.009 for density 0.1 where touched rows are dense. Where fewer than 1,024 were
-    found, rows with more nonzeros count for more. Where none was found c is infinite, and nothing passes.
-
-    Args:
-        grads: of one device. DTensors are gathered for it, one at a time: a collective call.
-        density: in (0, 1).
-
-    Returns:
-        float32, one cut a gradient. On a GPU nothing is read back to the host.
-    """
+    found, rows with more nonzeros count for more. Where none was found c is infinite, and nothing passes. Gradients
+    (of one device) and cuts (float32) stay on the device; DTensors are gathered, one at a time: a collective call."""
     share = min(density + 1e-6, 1 - 1e-6)  # so that rounding takes nothing from a product that is whole
     given: list[Any] = grads
     samples = [_sample(g.full_tensor() if is_sharded(g) else g.detach()).abs() for g in given]

@@ -1,7 +1,5 @@
 """MoFO: Adam that updates only the weights with the largest momenta (Chen et al. 2024, arXiv 2407.20999)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """DTensors, of which every rank holds a part (FSDP2)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -12,8 +12,6 @@ so an accumulator's relative standard deviation is at most `sqrt(1 / 32) = 0.18`
 The random bits are a hash of gradient, weight and index, not a generator's: the same run rounds alike, resumed or not.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """A step of CLASSP on tensors: what must not go in, what goes into one call, and Algorithm 1 itself."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -34,7 +32,7 @@ class _Piece(NamedTuple):
     def is_contiguous(self) -> bool:
         return self.weight.is_contiguous() and self.grad.is_contiguous() and self.accumulator.is_contiguous()
 
-    def split(self, most: int) -> list[_Piece]:
+    def split(self, most: int) -> list["_Piece"]:
         """Pieces of at most `most` weights, if they can be views."""
         count = self.weight.numel()
         if count <= most or not self.is_contiguous():
@@ -120,7 +118,7 @@ def update(batch: list[_Piece], group: dict[str, Any], found_inf: Tensor | None)
         decay = lr * group["weight_decay"] * (1 - found_inf)
         if not fused:
             g = [x.masked_fill(found_inf > 0, 0.0) for x in g]
-    g = [_hardshrink(x, piece.cut) for x, piece in zip(g, batch)]
+    g = [hardshrink(x, piece.cut) for x, piece in zip(g, batch)]
 
     if group["weight_decay"]:
         torch._foreach_mul_(w, 1 - decay)
@@ -174,7 +172,8 @@ def cuts(params: list[Tensor], group: dict[str, Any]) -> list[Any]:
     return found.tolist() if reads_back(found.device) else list(found.unbind())
 
 
-def _hardshrink(g: Tensor, cut: float | Tensor | None) -> Tensor:
+def hardshrink(g: Tensor, cut: float | Tensor | None) -> Tensor:
+    """`g`, and 0 where |g| does not exceed `cut`."""
     if isinstance(cut, Tensor):
         return torch.where(g.abs() > cut, g, 0.0)
     return g if cut is None else torch.hardshrink(g, cut)
