@@ -23,7 +23,8 @@ class LwF(Method):
     pass. If the model has logits for every token, only those that predict a token with a label count.
 
     Raises:
-        ValueError: a hyperparameter out of its range; before training, `heads="per_task"`, one label, or several.
+        ValueError: a hyperparameter out of its range; before training, `heads="per_task"`, regression, and several
+            labels an example.
     """
 
     name = "lwf"
