@@ -1,7 +1,5 @@
 """What the trainers assume of a single-label text classifier: its loss, and the metric that fills R."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

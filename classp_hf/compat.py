@@ -3,8 +3,6 @@
 docs/compatibility.md says which versions were run.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import inspect

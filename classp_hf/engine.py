@@ -1,7 +1,5 @@
 """The engine: one callback that does all that happens to a memory and a method while any Trainer trains."""
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Sequence

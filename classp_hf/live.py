@@ -1,7 +1,5 @@
 """The memory while training: read into the optimizer or gathered beside it, and written as it stands."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,7 +109,7 @@ class LiveMemory:
         """The folder of the present training."""
         return Path(args.output_dir)
 
-    def find(self, previous: LiveMemory | None, args: Any, state: Any, tokenizer: Any) -> None:
+    def find(self, previous: "LiveMemory | None", args: Any, state: Any, tokenizer: Any) -> None:
         """Read the memory that this training goes on from; `previous` trained the model before, in this process."""
         if state.global_step:
             step = self.folder(args) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

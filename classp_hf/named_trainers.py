@@ -1,7 +1,5 @@
 """`ClasspTrainer` and `EWCTrainer`: `ContinualTrainer` with an optimizer or a method of their own."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """Parameters by canonical name, whole or sharded, and the model inside its wrappers."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Makes `--optim classp` and the memory known to every Trainer of a process."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from .compat import add_optimizer, set_default_callback

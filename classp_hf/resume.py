@@ -1,8 +1,6 @@
 """What a run leaves to be gone on from, and reads back: state file, checkpoints, weights and optimizer at a
 boundary."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

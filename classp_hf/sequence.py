@@ -1,7 +1,5 @@
 """The loop over a sequence of tasks: the matrix R, folders, the state file, and resuming."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

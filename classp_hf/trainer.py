@@ -1,7 +1,5 @@
 """`ContinualTrainer`: Trainer, an engine, and training over a sequence of tasks."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import os

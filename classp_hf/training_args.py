@@ -1,7 +1,5 @@
 """`ContinualTrainingArguments`: every TrainingArguments field, and the few that a sequence of tasks needs."""
 
-from __future__ import annotations
-
 import copy
 import os
 from dataclasses import dataclass, fields
