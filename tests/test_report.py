@@ -298,6 +298,12 @@ def test_no_name_adds_to_the_page(tmp_path, monkeypatch):
     assert pages[1].text.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 10
 
 
+def test_scores_below_zero_have_colours(tmp_path):
+    """Matthews' correlation: a negative share is no colour, and the curve would leave its panel."""
+    report.write_page(tmp_path / "results.html", make_results(["a"], [[-0.2], [0.5]], metric="mcc"))
+    assert re.findall(r"--share: (.*?)%", Page(tmp_path / "results.html").text) == ["0", "58"]
+
+
 def test_a_resumed_run_writes_its_page(make_model, make_tasks, make_args, collator, tmp_path):
     first = ClasspTrainer(make_model(), make_args(), collator).train_sequence(make_tasks(2))
     assert first["peak_memory"] is None or 1e7 < first["peak_memory"] < 1e12
