@@ -79,9 +79,7 @@ class Options:
     guard_stop: float | None = flag(
         None, "End the training when the guard's loss has risen by this share, with the weights measured before."
     )
-    guard_every: int | None = flag(
-        None, "Steps between the guard's evaluations. Default: as many as keep them under 3%% of the time."
-    )
+    guard_every: int | None = flag(None, "Steps between its evaluations. Default: they take under 3%% of the time.")
 
 
 def parser() -> argparse.ArgumentParser:

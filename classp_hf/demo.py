@@ -76,16 +76,12 @@ class SequenceArguments:
         "Dropout while training; negative: as in the model's config. With 0, one process and several give the same "
         "result if the global batch divides the number of training examples.",
     )
-    use_peft: bool = flag(
-        False, "Train LoRA adapters and the head instead of all weights. The arms olora and osf use adapters anyway."
-    )
+    use_peft: bool = flag(False, "Train LoRA adapters and the head, not all weights; olora and osf always have them.")
     lora_r: int = flag(16, "Rank of the LoRA adapters.")
     lora_alpha: int = flag(32, "Scale of the LoRA adapters.")
     lora_dropout: float = flag(0.0, "Dropout in the LoRA adapters.")
     lora_target_modules: list[str] | None = flag(None, "Modules to adapt. Default: all linear layers.")
-    osf_effective_rank: float = flag(
-        0.5, "Arm osf: share of each weight's singular directions that tasks may not change."
-    )
+    osf_effective_rank: float = flag(0.5, "Arm osf: share of each weight's singular directions that no task changes.")
     verbose: bool = flag(False, "Show what datasets, accelerate and the loading and saving of models tell, too.")
 
     def __post_init__(self) -> None:

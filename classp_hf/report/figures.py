@@ -67,7 +67,7 @@ def plot_retention(arms: Mapping[str, Results], path: AnyPath) -> None:
             style = {**series_style(a), "markersize": max(8 - 2 * a, 4), "clip_on": False}
             axes.plot([factor * row[j] for row in results["accuracy_matrix"]], label=_text(arm), **style)
         axes.set_title(_text(f"{j + 1}. {tasks[j]}"), fontsize=10)
-        axes.set_ylim(factor * min(0.0, scale.low), 100 if scale.percent else 1.05 * scale.high)
+        axes.set_ylim(factor * min(0.0, scale.low), 100 if scale.percent else 1.05 * max(0.0, scale.high))
         axes.set_xticks(range(0, T + 1, every), ["start", *map(str, range(every, T + 1, every))])
         axes.tick_params(labelbottom=True, labelsize=8)
         axes.grid(axis="y", color="0.9")
