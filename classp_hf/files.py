@@ -25,10 +25,8 @@ def read_table(path: str | os.PathLike, *config: str) -> Any:
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a path beside `path` to write to; synced, it replaces `path` when the block ends. It goes on an error.
-
-    What a killed process left there is overwritten by the next one.
-    """
+    """Give a path beside `path` to write to; synced, it replaces `path` when the block ends. It goes on an error; what
+    a killed process left there is overwritten by the next one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".classp_hf-{path.name}.tmp")

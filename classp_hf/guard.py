@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,16 +23,14 @@ from .rehearsal import Answers, answer, draw_samples, kind_of_model, measure, pa
 
 logger = logging.get_logger(__name__)
 
+# In checkpoints: token ids of the fixed texts, and the starting model's answers to them and to new examples.
 GUARD_NAME = "guard.st"
-"""In checkpoints: token ids of the fixed texts, and the starting model's answers to them and to new examples."""
+# 24 paragraphs of plain English, written for this package (Apache-2.0).
 ENGLISH = Path(__file__).with_name("guard_texts.txt")
-"""24 paragraphs of plain English, written for this package (Apache-2.0)."""
-SHARE = 0.03
-"""Of the training's time, for all evaluations."""
+SHARE = 0.03  # of the training's time, for all evaluations
 
 
 def check_causal(model: Any) -> None:
-    """Raise a ValueError unless `model` is a causal language model."""
     if kind_of_model(model) != "causal":
         name = type(bare_model(model)).__name__
         raise ValueError(f"The guard measures causal language models, and {name} is none: leave the guard out.")
@@ -56,7 +55,7 @@ def general_answers(
 def spacing(steps: int, step: float, evaluation: float, least: int = 0) -> int:
     """Steps between evaluations, such that all of them, also before and after, take `SHARE` of the time: seconds a
     `step` and an `evaluation`. At `least` so many lie between start and end, whatever they take."""
-    count = max(math.floor(SHARE * steps * step / max(evaluation, 1e-9)) - 2, least)
+    count = max(int(SHARE * steps * step / max(evaluation, 1e-9)) - 2, least)
     return max(math.ceil(steps / (count + 1)), 1)
 
 
@@ -86,8 +85,7 @@ class GuardCallback(TrainerCallback):
             `load_best_model_at_end`; when training begins, `texts` that hold no texts.
     """
 
-    applied: ClassVar[bool] = False
-    """Whether any training of this process began with one."""
+    applied: ClassVar[bool] = False  # whether any training of this process began with one
 
     def __init__(
         self, texts: str | None = None, every: int | None = None, stop: float | None = None, samples: int = 32,
@@ -99,20 +97,19 @@ class GuardCallback(TrainerCallback):
         if stop is not None and not stop > 0:
             raise ValueError(f"The guard's stop must be > 0, got {stop}. 0.1 allows the loss to rise by 10%.")
         self.texts, self.every, self.stop, self.samples, self.length = texts, every, stop, samples, length
+        # where checkpoints lie; `ContinualTrainer` gives a sequence's present task
         self.folder: Callable[[Any], Path] = lambda args: Path(args.output_dir)
-        """Where checkpoints lie; [`ContinualTrainer`] gives a sequence's present task."""
         self.checkpoint: Path | None = None
         self.model: Any = None
+        # the starting model's to the texts, "general", and to the first new examples, "new"
         self.answers: dict[str, Answers] = {}
-        """Of the starting model to the texts, "general", and to the first new examples, "new"."""
         self.known: dict[str, Any] = {}
-        self.pending: dict[str, float] = {}
-        """Values that the next log takes along."""
+        self.pending: dict[str, float] = {}  # values that the next log takes along
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if self.stop is not None and args.load_best_model_at_end:
             raise ValueError("The guard's stop and load_best_model_at_end both choose the weights: leave one out.")
-        if self.stop is not None and getattr(args, "deepspeed_plugin", None) is not None:
+        if self.stop is not None and getattr(args, "deepspeed_plugin", None):
             raise ValueError("The guard's stop puts weights back, which DeepSpeed keeps in buffers of its own.")
         check_causal(model)
 
@@ -133,8 +130,7 @@ class GuardCallback(TrainerCallback):
             new.ids, lengths = padded(rows)
             self.answers |= {"new": new} if torch.equal(lengths, new.lengths) else {}
         self.known["training"] += not resumed
-        self.model = model
-        started = _now(model)
+        self.model, started = model, _now(model)
         self._take(state)
         self.seconds = _now(model) - started
         self._keep(args, state)
@@ -151,8 +147,7 @@ class GuardCallback(TrainerCallback):
             return
         self.pending, control.should_log = self._take(state), True
         if self.stop is None or self.pending["guard_loss"] <= (1 + self.stop) * self.known["history"][0]["guard_loss"]:
-            self._keep(args, state)
-            return
+            return self._keep(args, state)
         self._restore()
         self.stopped, control.should_training_stop = state.global_step, True
         if args.process_index == 0:
@@ -202,8 +197,6 @@ class GuardCallback(TrainerCallback):
             if not sharded:
                 p.copy_(broadcast(p.detach()))
 
-    # ---- The file in checkpoints and between the tasks of a sequence ----
-
     def write(self, folder: Path) -> None:
         """Write `guard.st`, by atomic rename, if any training has begun."""
         tensors = {f"{k}/{n}": t.contiguous() for k, a in self.answers.items() for n, t in vars(a).items()}
@@ -220,16 +213,13 @@ class GuardCallback(TrainerCallback):
             return False
         try:
             with safe_open(path, framework="pt") as file:
-                known = json.loads(file.metadata()["guard"])
-                parts: dict[str, dict[str, Any]] = {"general": {}}
-                for key in file.keys():  # noqa: SIM118
-                    kind, _, part = key.partition("/")
-                    parts.setdefault(kind, {})[part] = file.get_tensor(key)
-            answers = {kind: Answers(**tensors) for kind, tensors in parts.items()}
-            if not all(a.whole() for a in answers.values()) or known.keys() != {"what", "training", "history"}:
+                known, keys = json.loads(file.metadata()["guard"]), file.keys()
+                kinds, parts = {key.partition("/")[0] for key in keys}, [f.name for f in fields(Answers)]
+                answers = {k: Answers(*(file.get_tensor(f"{k}/{part}") for part in parts)) for k in kinds}
+            if "general" not in answers or not all(a.whole() for a in answers.values()):
                 raise ValueError("texts and answers do not belong together")
             float(known["history"][0]["guard_loss"])
-        except (SafetensorError, OSError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is not what a guard wrote ({error}). Delete it to measure from here on."
             ) from error
@@ -245,19 +235,17 @@ class GuardCallback(TrainerCallback):
         return False
 
     def report(self) -> dict[str, Any]:
-        """Return what the training cost: `texts` (a description), `tokens` (their number); `loss_before`, `loss_after`
-        (nats a token), `rise` (a share); `kl`, `kl_new` (nats a token; the latter from the start of the last training,
-        or None); `history`, a list of all measurements; `summary`, a sentence. Call it after training has begun."""
+        """Return what the training cost, once it has begun: `texts` (a description), `tokens` (their number);
+        `loss_before`, `loss_after` (nats a token), `rise` (a share); `kl`, `kl_new` (nats a token; the latter from the
+        start of the last training, or None); `history`, a list of all measurements; `summary`, a sentence."""
         history = self.known["history"]
         before, after, kl = history[0]["guard_loss"], history[-1]["guard_loss"], history[-1]["guard_kl"]
         new, rise = history[-1].get("guard_kl_new"), after / before - 1 if before else 0.0
         summary = f"General text: loss {before:.2f} -> {after:.2f} ({100 * rise:+.1f} %), {kl:.2f} nats from the start"
-        return {
-            "summary": summary + ("." if new is None else f"; {new:.2f} nats on the new data."),
-            "texts": self.known["what"],
-            "tokens": int(self.answers["general"].lengths.sum()),
-            **{"loss_before": before, "loss_after": after, "rise": rise, "kl": kl, "kl_new": new, "history": history},
-        }
+        summary += "." if new is None else f"; {new:.2f} nats on the new data."
+        tokens = int(self.answers["general"].lengths.sum())
+        found = {"summary": summary, "texts": self.known["what"], "tokens": tokens, "loss_before": before}
+        return {**found, "loss_after": after, "rise": rise, "kl": kl, "kl_new": new, "history": history}
 
 
 class LaunchedGuard(GuardCallback):

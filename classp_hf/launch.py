@@ -18,14 +18,14 @@ def prepare_cpu_launch() -> None:
     """Make `accelerate launch [--cpu] [--num_processes N]` do on CPUs what it says. Call it first thing in a script.
 
     Without mpirun accelerate starts one process on CPUs, whatever N is (accelerate#2741), and with one thread. It then
-    becomes torch's launcher of N, or takes every core it may run on, unless told how many threads. On GPUs, and where
-    no `accelerate launch` is seen, nothing happens. Raises `ValueError` for `--cpu` with a file for FSDP or DeepSpeed.
+    becomes torch's launcher of N, or takes every core it may run on, unless told how many threads. Raises `ValueError`
+    for `--cpu` with a file for FSDP or DeepSpeed.
     """
     on_cpus = str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false")) or not torch.cuda.is_available()
     if not on_cpus or "WORLD_SIZE" in os.environ or (launcher := _accelerate_launch()) is None:
         return
     arguments, _ = launch_command_parser().parse_known_args(launcher[0])
-    config = None
+    count = arguments.num_processes or 1
     if arguments.config_file is not None or (os.path.isfile(default_config_file) and not arguments.cpu):
         config = load_config_from_file(arguments.config_file)
         if config.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -33,7 +33,7 @@ def prepare_cpu_launch() -> None:
                 f"`accelerate launch --cpu` ignores the {config.distributed_type.value} of {arguments.config_file}; "
                 "pass --use_cpu to the script instead."
             )
-    count = arguments.num_processes or (config.num_processes if config is not None else 1)
+        count = arguments.num_processes or config.num_processes
     if count > 1 and arguments.mpirun_hostfile is None and (arguments.num_machines or 1) == 1:
         os.environ["ACCELERATE_USE_CPU"] = "true"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]

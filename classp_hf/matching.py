@@ -16,27 +16,24 @@ from .names import bare_model, canonical_name, full_shape, full_tensor, samples
 
 @dataclass
 class Match:
-    """Which accumulators of a memory belong to a model.
+    """Which accumulators of a memory belong to a model, by canonical name.
 
     Attributes:
-        accumulators: canonical name -> accumulator of parameters that are trained, in the parameter's shape.
-        kept: of parameters that are frozen now or not in the model: they stay in the file.
         replaced: names of parameters that were initialised again since it was written.
+        accumulators: of parameters that are trained, in the parameter's shape.
+        kept: of parameters that are frozen now or not in the model: they stay in the file.
         notes: what was done, one clause each.
     """
 
+    replaced: set[str]
     accumulators: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
-    replaced: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
 
 def named_as_in(model: nn.Module, memory: ContinualMemory) -> ContinualMemory:
-    """`memory` with the names that the parameters have in `model`, which may have gained or lost its head since.
-
-    A base model (`AutoModel`) lacks the `base_model_prefix` of the model with a head, and sentence-transformers puts
-    its base model into a module of a list.
-    """
+    """`memory` with the names that the parameters have in `model`: a base model (`AutoModel`) lacks the
+    `base_model_prefix` of one with a head, and sentence-transformers puts it into a module of a list."""
     prefixes = (getattr(module, "base_model_prefix", "") for module in model.modules())
     before = re.compile(rf"^(0\.(auto_)?model\.)?({re.escape(next(filter(None, prefixes), ''))}\.)?")
     own = [canonical_name(n) for n, _ in model.named_parameters()]
@@ -51,9 +48,7 @@ def named_as_in(model: nn.Module, memory: ContinualMemory) -> ContinualMemory:
 def match_accumulators(
     memory: ContinualMemory, model: nn.Module, excluded: frozenset[str] = frozenset(), same_run: bool = False
 ) -> Match:
-    """Match the accumulators of `memory` with the parameters of `model`, tensor by tensor.
-
-    docs/architecture.md has the rules as a table.
+    """Match the accumulators of `memory` with the parameters of `model`, by the rules in docs/architecture.md.
 
     Args:
         excluded: parameters that have no memory (per-task heads).
@@ -67,7 +62,7 @@ def match_accumulators(
     fitting = match_rows(stored, model, zeros=True)
     written = {} if same_run else memory.get("samples")
     written = {n: t for n, t in written.items() if n not in stored or fitting.get(n) is stored[n]}  # of its own shape
-    changed, compared = _changed(written, model), sum(n in parameters for n in written)
+    changed, compared = _changed(written, model), len(written.keys() & parameters.keys())
     replaced = {n for n, distance in changed.items() if distance > 0.5 and 2 * len(changed) < compared}
     result, dropped, needed, used = Match(replaced=replaced), 0, 0, 0
     for n, t in stored.items():
@@ -91,19 +86,17 @@ def match_accumulators(
             f"is trained ({shorten(sorted(own), 2)}). It belongs to another model; start without a memory, or load "
             "that model."
         )
-    if empty := sorted(own - result.accumulators.keys()) if stored else []:
-        result.notes.append(f"{len(empty)} parameters begin without a memory ({shorten(empty, 2)})")
-    if anew := sorted(replaced - stored.keys()):
-        result.notes.append(f"{len(anew)} parameters were initialised again ({shorten(anew, 2)})")
-    if result.kept:
-        result.notes.append(f"{len(result.kept)} tensors are kept for parameters that are frozen or not in this model")
-    if dropped:
-        result.notes.append(f"that of {dropped} adapter weights is dropped, for that adapter is merged or new")
-    if trained := changed.keys() - replaced:
-        result.notes.append(
-            f"{len(trained)} of {compared} parameters were changed after it was written, by a training or a merge "
-            "that it knows nothing of"
-        )
+    empty = sorted(own - result.accumulators.keys()) if stored else []
+    anew, kept, trained = sorted(replaced - stored.keys()), len(result.kept), len(changed.keys() - replaced)
+    notes = {
+        f"{len(empty)} parameters begin without a memory ({shorten(empty, 2)})": empty,
+        f"{len(anew)} parameters were initialised again ({shorten(anew, 2)})": anew,
+        f"{kept} tensors are kept for parameters that are frozen or not in this model": kept,
+        f"that of {dropped} adapter weights is dropped, for that adapter is merged or new": dropped,
+        f"{trained} of {compared} parameters were changed after it was written, by a training or a merge that it "
+        "knows nothing of": trained,
+    }
+    result.notes += [note for note, holds in notes.items() if holds]
     return result
 
 
@@ -114,10 +107,12 @@ def match_rows(stored: Mapping[str, Tensor], model: nn.Module, zeros: bool) -> d
     per_token = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     per_token |= {id(getattr(output, "weight", None)), id(getattr(output, "bias", None))}
     result: dict[str, Tensor] = {}
-    for n, p in ((canonical_name(n), p) for n, p in model.named_parameters()):
-        t, shape = stored.get(n), full_shape(p)
-        if t is None or t.shape == shape:
-            result |= {} if t is None else {n: t}
+    for name, p in model.named_parameters():
+        n, shape = canonical_name(name), full_shape(p)
+        if (t := stored.get(n)) is None:
+            continue
+        if t.shape == shape:
+            result[n] = t
         elif id(p) in per_token and t.ndim == len(shape) and t.shape[1:] == shape[1:]:
             result[n] = torch.zeros(shape) if zeros else full_tensor(p).float().cpu().clone()
             rows = min(len(t), shape[0])
@@ -126,14 +121,14 @@ def match_rows(stored: Mapping[str, Tensor], model: nn.Module, zeros: bool) -> d
 
 
 def _changed(written: Mapping[str, Tensor], model: nn.Module) -> dict[str, float]:
-    """Parameters whose values are not those `written`, up to bfloat16's rounding -> their distance, 1 = as far as from
-    0."""
+    """Parameters whose values are not those `written`, up to bfloat16's rounding -> their distance (1: from 0)."""
     now = samples(model) if written else {}
-    distances = {}
-    for n, t in written.items():
-        if n in now and t.shape == now[n].shape and not torch.allclose(t.float(), now[n], rtol=2**-7, atol=1e-6):
-            distances[n] = float((t.float() - now[n]).norm() / t.float().norm().clamp(min=1e-12))
-    return distances
+    pairs = {n: (t.float(), now[n]) for n, t in written.items() if n in now and t.shape == now[n].shape}
+    return {
+        n: float((old - new).norm() / old.norm().clamp(min=1e-12))
+        for n, (old, new) in pairs.items()
+        if not torch.allclose(old, new, rtol=2**-7, atol=1e-6)
+    }
 
 
 def _is_adapter(name: str) -> bool:

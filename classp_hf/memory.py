@@ -15,6 +15,7 @@ import os
 import reprlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,9 @@ _quoted = _limited.repr  # of text from a file, which may be long
 
 MEMORY_NAME = "continual_memory.st"
 OLD_NAME = "continual_memory.safetensors"
-"""What versions before 0.2 wrote; read until 0.3. Loaders that take every `*.safetensors` file for weights read it
-too."""
+"""What versions before 0.2 wrote; read until 0.3."""
 FORMAT, FORMAT_VERSION = "classp_hf.continual_memory", "1"
-# Some 150,000 tensors. A header of safetensors' own limit, 100 MB, takes 7 s and 1 GB to parse.
-MAX_HEADER_BYTES = 16 << 20
+_AGAIN = "Copy it again from where the run wrote it."
 
 
 class NoMemoryError(FileNotFoundError):
@@ -55,8 +54,7 @@ class ContinualMemory:
 
     Attributes:
         tensors: any dtype, on the CPU; of most kinds in the shape of the parameter they belong to.
-        metadata: JSON-serialisable; by convention `tasks` (names seen so far), `optimizer` and `method`
-            (hyperparameters).
+        metadata: JSON-serialisable; `tasks` (names seen so far), `optimizer` and `method` (hyperparameters).
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -69,8 +67,7 @@ class ContinualMemory:
 
     def get(self, kind: str) -> dict[str, Tensor]:
         """Return the tensors of `kind`, keyed by parameter name; empty if there are none."""
-        prefix = f"{kind}/"
-        return {key[len(prefix) :]: t for key, t in self.tensors.items() if key.startswith(prefix)}
+        return {k.removeprefix(f"{kind}/"): t for k, t in self.tensors.items() if k.startswith(f"{kind}/")}
 
     def kinds(self) -> list[str]:
         """Return the kinds of its tensors, sorted: `"accumulator"`, `"ewc.anchor"`, `"samples"`, ..."""
@@ -78,8 +75,7 @@ class ContinualMemory:
 
     def parts_of(self, owner: str) -> dict[str, dict[str, Tensor]]:
         """Return part -> tensors by name, for all kinds `<owner>.<part>`; `owner` is a method's name, or "head"."""
-        prefix = f"{owner}."
-        return {kind.removeprefix(prefix): self.get(kind) for kind in self.kinds() if kind.startswith(prefix)}
+        return {k.removeprefix(f"{owner}."): self.get(k) for k in self.kinds() if k.startswith(f"{owner}.")}
 
     @property
     def tasks(self) -> list[str]:
@@ -90,8 +86,7 @@ class ContinualMemory:
         """Write `continual_memory.st` into `folder` (created if missing), by atomic rename, and return its path."""
         if nameless := [key for key in self.tensors if "/" not in key]:
             raise ValueError(f"Tensors of a memory are keyed <kind>/<parameter name>, got {shorten(nameless)}.")
-        parts = [(kind, self.get(kind)) for kind in self.kinds()]
-        return write_memory(folder, parts, self.metadata)
+        return write_memory(folder, [(kind, self.get(kind)) for kind in self.kinds()], self.metadata)
 
     @classmethod
     def load(cls, path_or_repo: str | os.PathLike, revision: str | None = None) -> ContinualMemory:
@@ -109,34 +104,29 @@ class ContinualMemory:
         """
         path = find_memory(path_or_repo, revision)
         try:
-            with open(path, "rb") as start:
-                length = int.from_bytes(start.read(8), "little")
-            if length > MAX_HEADER_BYTES:
-                raise ValueError(f"a header of {length:,} bytes, more than {MAX_HEADER_BYTES:,}")
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
             reason = UNPRINTABLE.sub(" ", str(error).partition("\n")[0])[:300]  # PyTorch's goes on with frames of C++
             raise ValueError(
-                f"{path} is not a readable safetensors file ({reason}): it is truncated or damaged. "
-                "Copy it again from where the run wrote it."
+                f"{path} is not a readable safetensors file ({reason}): it is truncated or damaged. {_AGAIN}"
             ) from error
-        if header.get("format") != FORMAT:
+        form, version, digest = (header.get(key) for key in ("format", "format_version", "sha256"))
+        if form != FORMAT:
             raise ValueError(
-                f"{path} is not a continual memory (its `format` is {_quoted(header.get('format'))}, not {FORMAT!r}). "
-                f"Pass the {MEMORY_NAME} that a run of classp_hf wrote, or the folder that holds it."
+                f"{path} is not a continual memory (its `format` is {_quoted(form)}, not {FORMAT!r}). Pass the "
+                f"{MEMORY_NAME} that a run of classp_hf wrote, or the folder that holds it."
             )
-        if header.get("format_version") != FORMAT_VERSION:
+        if version != FORMAT_VERSION:
             raise ValueError(
-                f"{path} has format version {_quoted(header.get('format_version'))}; this version of classp_hf reads "
-                f"{FORMAT_VERSION}. Install the version of classp_hf that wrote it."
+                f"{path} has format version {_quoted(version)}; this version of classp_hf reads {FORMAT_VERSION}. "
+                "Install the version of classp_hf that wrote it."
             )
-        expected = header.pop("sha256", None)
-        if _digest(sorted(tensors.items()), header) != expected:
+        if _digest(sorted(tensors.items()), {k: v for k, v in header.items() if k != "sha256"}) != digest:
             raise ValueError(
                 f"The content of {path} does not match its own digest: it was altered or damaged after it was "
-                "written. Copy it again from where the run wrote it."
+                f"written. {_AGAIN}"
             )
         try:
             metadata = json.loads(header.get("content", ""))
@@ -147,39 +137,24 @@ class ContinualMemory:
                 f"{path} holds what no run of classp_hf writes: {error}. Use the memory that a run wrote, or start "
                 "without a memory."
             ) from error
-        low_bit = {
-            k: t.float() for k, t in tensors.items() if k.startswith("accumulator/") and t.dtype == torch.bfloat16
-        }
-        return cls(tensors | low_bit, metadata)
+        low_bit = [k for k, t in tensors.items() if k.startswith("accumulator/") and t.dtype == torch.bfloat16]
+        return cls(tensors | {k: tensors[k].float() for k in low_bit}, metadata)
 
 
-def write_memory(
-    folder: str | os.PathLike,
-    parts: Iterable[tuple[str, Mapping[str, Tensor]]],
-    metadata: Mapping[str, Any],
-    writes: bool = True,
-) -> Path:
-    """Write `continual_memory.st` into `folder` (created if missing), by atomic rename, and return its path.
+_Parts = Iterable[tuple[str, Mapping[str, Tensor]]]
+
+
+def write_memory(folder: str | os.PathLike, parts: _Parts, metadata: Mapping[str, Any], writes: bool = True) -> Path:
+    """As [`ContinualMemory.save`], of kinds with their tensors by name, of which the last of a name counts.
 
     The tensors are taken, made whole and written one after another, so that one of them is all there is in memory;
-    safetensors' own functions need all at once. If any is sharded, call it on every rank.
-
-    Args:
-        parts: kinds of tensors, with the tensors by name; the last of a name counts.
-        writes: this rank does; the others only take part in making tensors whole.
+    safetensors' own functions need all at once. If any is sharded, call it on every rank; those that do not write only
+    take part in making tensors whole.
     """
     path = Path(folder) / MEMORY_NAME
     # stored in bfloat16, which holds them exactly
     low_bit = metadata.get("optimizer", {}).get("state_dtype", "float32") != "float32"
     sources = {f"{kind}/{name}": (tensors, name) for kind, tensors in parts for name in tensors}
-
-    def form(key: str) -> tuple[torch.dtype, torch.Size]:
-        tensors, name = sources[key]
-        if isinstance(tensors, Accumulators):
-            dtype, shape = torch.float32, full_shape(tensors.parameters[name])
-        else:
-            dtype, shape = tensors[name].dtype, full_shape(tensors[name])
-        return torch.bfloat16 if low_bit and key.startswith("accumulator/") else dtype, shape
 
     def take(key: str) -> Tensor:
         tensors, name = sources[key]
@@ -189,14 +164,17 @@ def write_memory(
         for key in sorted(sources):
             take(key)
         return path
-    forms = {key: form(key) for key in sources}
+    forms: dict[str, tuple[torch.dtype, torch.Size]] = {}
+    for key, (tensors, name) in sources.items():
+        t = tensors.parameters[name] if isinstance(tensors, Accumulators) else tensors[name]
+        dtype = torch.float32 if isinstance(tensors, Accumulators) else t.dtype
+        forms[key] = torch.bfloat16 if low_bit and key.startswith("accumulator/") else dtype, full_shape(t)
     layout: dict[str, Any] = {}
-    offset = 0
+    end = 0
     for key in sorted(forms, key=lambda k: (-forms[k][0].itemsize, k)):  # no tensor begins within a number of its own
         dtype, shape = forms[key]
-        end = offset + math.prod(shape) * dtype.itemsize
+        offset, end = end, end + math.prod(shape) * dtype.itemsize
         layout[key] = {"dtype": _name_of(dtype), "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
     content = json.dumps(metadata, sort_keys=True)
     header = {"format": FORMAT, "format_version": FORMAT_VERSION, "content": content}
 
@@ -236,9 +214,7 @@ def find_memory(path_or_repo: str | os.PathLike, revision: str | None = None) ->
         return found
     looks_local = os.path.exists(path) or path.suffix in (".st", ".safetensors")
     if looks_local or repo.startswith((".", "/", "~")) or len(path.parts) > 2:
-        raise NoMemoryError(
-            f"There is no continual memory at {candidates[0]}. Pass the folder of a model saved with one."
-        )
+        raise NoMemoryError(f"There is no continual memory at {candidates[0]}. Pass the folder of a model with one.")
     from huggingface_hub import errors as hub
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
@@ -250,9 +226,8 @@ def find_memory(path_or_repo: str | os.PathLike, revision: str | None = None) ->
             reason = error
             if isinstance(error, hub.LocalEntryNotFoundError):  # no network: the cache may know that there is none
                 certain &= try_to_load_from_cache(repo, name, revision=revision) is not None
-            else:
-                absent = (hub.EntryNotFoundError, hub.RepositoryNotFoundError, hub.HFValidationError)
-                certain &= isinstance(error, absent)
+            elif not isinstance(error, (hub.EntryNotFoundError, hub.RepositoryNotFoundError, hub.HFValidationError)):
+                certain = False
     raise (NoMemoryError if certain else FileNotFoundError)(
         f"{repo!r} is neither a local folder with a {MEMORY_NAME} nor a Hub repository that holds one "
         f"({type(reason).__name__}: {reason})."
@@ -260,17 +235,14 @@ def find_memory(path_or_repo: str | os.PathLike, revision: str | None = None) ->
 
 
 def memory_beside(model: Any) -> ContinualMemory | None:
-    """The memory in the folder or Hub repository that `model` was loaded from, at the model's own commit.
-
-    None if there is none, or if that cannot be found out: without a network only the Hub's local cache is asked.
-    Collective: every rank must call it.
+    """The memory in the folder or Hub repository that `model` was loaded from, at the model's own commit; None if
+    there is none, or if that cannot be found out. Collective: every rank must call it.
     """
     source, found = model_source(model), None
     try:
-        if source:
-            found = ContinualMemory.load(source, getattr(bare_model(model).config, "_commit_hash", None))
-    except NoMemoryError:  # most models have none
-        pass
+        with suppress(NoMemoryError):  # most models have none
+            if source:
+                found = ContinualMemory.load(source, getattr(bare_model(model).config, "_commit_hash", None))
     except FileNotFoundError as error:
         logger.warning(
             f"Whether a continual memory belongs to {source!r} could not be found out, so none is used. {error}"
@@ -281,8 +253,7 @@ def memory_beside(model: Any) -> ContinualMemory | None:
 
 
 def warn_of_unused_memory(model: Any, why: str) -> None:
-    """Say that the memory in the folder that `model` was loaded from is not used, then `why`; nothing if there is
-    none."""
+    """Say that the memory, if any, in the folder that `model` was loaded from is not used, then `why`."""
     folder = Path(model_source(model) or "/nowhere").absolute()
     if any((folder / name).is_file() for name in (MEMORY_NAME, OLD_NAME)):
         logger.warning(f"A continual memory lies beside this model ({folder}) and is not used. {why}")
@@ -312,10 +283,8 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _check_metadata(metadata: Any) -> None:
-    parts = {"the metadata": metadata}
-    if isinstance(metadata, dict):
-        parts |= {key: metadata.get(key, {}) for key in ("optimizer", "method")}
-    for part, value in parts.items():
+    for part in ("the metadata", "optimizer", "method"):
+        value = metadata.get(part, {}) if part in ("optimizer", "method") else metadata
         if not isinstance(value, dict):
             raise ValueError(f"{part} must be a JSON object, got {_quoted(value)}")
     tasks = metadata.get("tasks", [])
@@ -325,13 +294,6 @@ def _check_metadata(metadata: Any) -> None:
     for what, number in (("the optimizer's power", power), ("steps", metadata.get("steps", 1))):
         if type(number) not in (int, float) or not 0 < number <= sys.float_info.max:
             raise ValueError(f"{what} must be a finite number > 0, got {_quoted(number)}")
-    if _is_nested(metadata, 20):  # it would be written again, and that recurses
-        raise ValueError("the metadata are nested more than 20 deep")
-
-
-def _is_nested(value: Any, levels: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels == 0 or any(_is_nested(v, levels - 1) for v in inner)
 
 
 def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
@@ -346,12 +308,11 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
         real = t.is_floating_point() and t.dtype.itemsize > 1
         if not real and (own or t.is_floating_point() or t.is_complex()):
             raise ValueError(f"{_quoted(key)} has dtype {t.dtype}, not one for real numbers in 16 bits or more")
-        if real and t.numel():
-            low, high = (float(x) for x in t.reshape(-1).float().aminmax())
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise ValueError(f"{_quoted(key)} holds NaN or infinity")
-            if low < 0 and (kind == "accumulator" or kind.endswith(".importance")):
-                raise ValueError(f"{_quoted(key)} holds {low:g}, and sums of powers of |g| are never negative")
+        low, high = (float(x) for x in t.reshape(-1).float().aminmax()) if real and t.numel() else (0.0, 0.0)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(f"{_quoted(key)} holds NaN or infinity")
+        if low < 0 and (kind == "accumulator" or kind.endswith(".importance")):
+            raise ValueError(f"{_quoted(key)} holds {low:g}, and sums of powers of |g| are never negative")
 
 
 def shorten(items: Sequence[str], limit: int = 5) -> str:

@@ -25,17 +25,10 @@ MEMORY_ARGS: dict[str, Callable[[str], Any]] = {"anchor_strength": float, "merge
 
 
 def parse_optim_args(optim_args: str | Mapping[str, str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Cast and check the value of `--optim_args`.
+    """Cast and check `"key=value,key=value"`, each split at its first `=`, or transformers' mapping of strings.
 
-    Args:
-        optim_args: `"key=value,key=value"`, each split at its first `=`, or transformers' mapping of strings. A value
-            with a comma needs a mapping.
-
-    Returns:
-        What is for CLASSP, and the keys of `MEMORY_ARGS`.
-
-    Raises:
-        ValueError: an unknown key, a value that does not parse or is out of range, or text that is not `key=value`.
+    Returns what is for CLASSP, and the keys of `MEMORY_ARGS`. ValueError: an unknown key, a value that does not parse
+    or is out of range, or text that is not `key=value`.
     """
     if isinstance(optim_args, str):
         pairs = [part.partition("=") for part in optim_args.split(",") if part.strip()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
@@ -18,13 +17,11 @@ class PreemptionCallback(TrainerCallback):
     """After a SIGTERM the present step is finished and a checkpoint saved, as after any other step; then the process
     exits with 143. One that comes between two trainings waits for `leave_if_asked`.
 
-    It is in place of Trainer's `JITCheckpointCallback` (docs/architecture.md says why), which also ends `train()` as
-    if it were done.
+    It is in place of Trainer's `JITCheckpointCallback` (docs/architecture.md says why).
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.asked = False
+        self.trainer, self.asked = trainer, False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -32,11 +29,7 @@ class PreemptionCallback(TrainerCallback):
         if not self.trainer.args.enable_jit_checkpoint:
             yield
             return
-
-        def note(*_: Any) -> None:
-            self.asked = True
-
-        previous = signal.signal(signal.SIGTERM, note)
+        previous = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
         try:
             yield
         finally:

@@ -298,6 +298,17 @@ def test_no_name_adds_to_the_page(tmp_path, monkeypatch):
     assert pages[1].text.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 10
 
 
+def test_scores_below_zero_are_seen(tmp_path, monkeypatch):
+    """A negative share is no colour; and the panel of log-likelihoods ended below the best of them."""
+    report.write_page(tmp_path / "results.html", make_results(["a"], [[-0.2], [0.5]], metric="mcc"))
+    assert re.findall(r"--share: (.*?)%", Page(tmp_path / "results.html").text) == ["0", "58"]
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    report.plot_retention({"a": make_results(["a"], [[-3.0], [-1.0]])}, tmp_path / "a.png")
+    low, high = drawn[0].axes[0].get_ylim()
+    assert low <= -3 and high >= -1
+
+
 def test_a_resumed_run_writes_its_page(make_model, make_tasks, make_args, collator, tmp_path):
     first = ClasspTrainer(make_model(), make_args(), collator).train_sequence(make_tasks(2))
     assert first["peak_memory"] is None or 1e7 < first["peak_memory"] < 1e12

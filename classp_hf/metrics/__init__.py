@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 
 def _check_matrix(R: ArrayLike) -> NDArray[np.float64]:
-    """R as a finite float64 array of shape (T+1, T), T >= 1."""
     matrix = np.asarray(R, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] + 1 or not matrix.size:
         layout = "a row before any training, then one after each task; a column a task"
@@ -38,9 +37,9 @@ def _check_matrix(R: ArrayLike) -> NDArray[np.float64]:
     return matrix
 
 
-def _mean(values: NDArray[np.float64]) -> float:
-    """Mean as a Python float; nan, without numpy's warning, for no values."""
-    return float(values.mean()) if values.size else math.nan
+def _mean(values: ArrayLike) -> float:
+    """nan, without numpy's warning, for no values."""
+    return float(np.asarray(values, np.float64).mean()) if np.size(values) else math.nan
 
 
 # Two-sided 95% quantiles of Student's t, by degrees of freedom; beyond them to 0.003 by the first terms of its series.
@@ -50,12 +49,11 @@ _T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 def confidence(values: ArrayLike) -> tuple[float, float]:
     """The mean of independent runs (or of paired differences) and half the width of its 95% interval, by Student's t;
     0.0 for one run, of which no interval is known."""
-    found = np.asarray(values, dtype=np.float64)
-    freedom = found.size - 1
+    freedom = np.size(values) - 1
     if freedom < 1:
-        return _mean(found), 0.0
+        return _mean(values), 0.0
     t = _T95.get(freedom, 1.96 + 2.37 / freedom + 2.8 / freedom**2)
-    return _mean(found), float(t * found.std(ddof=1) / math.sqrt(found.size))
+    return _mean(values), float(t * np.asarray(values, np.float64).std(ddof=1) / math.sqrt(freedom + 1))
 
 
 def average_accuracy(R: ArrayLike) -> float:
@@ -77,9 +75,7 @@ def learning_accuracy(R: ArrayLike) -> float:
 
 
 def backward_transfer(R: ArrayLike) -> float:
-    """Backward transfer: BWT = mean_{j<T} (R[T, j] - R[j, j]). Negative = forgetting, positive = later tasks help.
-
-    nan for T = 1.
+    """Backward transfer: BWT = mean_{j<T} (R[T, j] - R[j, j]). Negative = forgetting; nan for T = 1.
 
     Source: Lopez-Paz & Ranzato 2017, section 2 (arXiv 1706.08840).
     """
@@ -88,9 +84,9 @@ def backward_transfer(R: ArrayLike) -> float:
 
 
 def forward_transfer(R: ArrayLike) -> float:
-    """Forward transfer: FWT = mean_{j>1} (R[j-1, j] - R[0, j]). Positive = earlier tasks help a task before its own.
+    """Forward transfer: FWT = mean_{j>1} (R[j-1, j] - R[0, j]). Positive = earlier tasks help; nan for T = 1.
 
-    nan for T = 1. The baseline R[0, j] is the model the sequence started from; in the paper, a random one.
+    The baseline R[0, j] is the model the sequence started from; in the paper, a random one.
 
     Source: Lopez-Paz & Ranzato 2017, section 2 (arXiv 1706.08840).
     """
@@ -99,16 +95,15 @@ def forward_transfer(R: ArrayLike) -> float:
 
 
 def forgetting(R: ArrayLike) -> float:
-    """Forgetting: F = mean_{j<T} (max_{j<=t<T} R[t, j] - R[T, j]). Positive = forgetting, negative = later tasks help.
+    """Forgetting: F = mean_{j<T} (max_{j<=t<T} R[t, j] - R[T, j]). Positive = forgetting; nan for T = 1.
 
-    nan for T = 1. F >= -BWT, with equality where no task got better after its own training. The paper's maximum is
-    over all t < T; here it starts at row j, for what was not learned yet cannot be forgotten.
+    The paper's maximum is over all t < T; here it starts at row j, for what was not learned yet cannot be forgotten.
 
     Source: Chaudhry et al. 2018, section 3 (arXiv 1801.10112).
     """
     R = _check_matrix(R)
     T = R.shape[1]
-    return _mean(np.array([R[j:T, j - 1].max() - R[T, j - 1] for j in range(1, T)]))
+    return _mean([R[j:T, j - 1].max() - R[T, j - 1] for j in range(1, T)])
 
 
 def retained_accuracy(R: ArrayLike) -> list[float]:
@@ -123,53 +118,44 @@ def retained_accuracy(R: ArrayLike) -> list[float]:
 
 
 def performance_maintenance(R: ArrayLike) -> float:
-    """Performance maintenance: PM = mean_{j<T} mean_{t>j} (R[t, j] - R[j, j]). Negative = forgetting.
+    """Performance maintenance: PM = mean_{j<T} mean_{t>j} (R[t, j] - R[j, j]). Negative = forgetting; nan for T = 1.
 
-    nan for T = 1. As backward transfer, over all later rows instead of the last: what was lost on the way counts, too.
+    As backward transfer, over all later rows instead of the last: what was lost on the way counts, too.
 
     Source: New et al. 2023, section 4 (arXiv 2301.07799).
     """
     R = _check_matrix(R)
-    return _mean(np.array([(R[j + 1 :, j - 1] - R[j, j - 1]).mean() for j in range(1, R.shape[1])]))
+    return _mean([(R[j + 1 :, j - 1] - R[j, j - 1]).mean() for j in range(1, R.shape[1])])
 
 
-METRICS = (
-    *(average_accuracy, learning_accuracy, backward_transfer, forward_transfer, forgetting, retained_accuracy),
-    performance_maintenance,
-)
+METRICS = [average_accuracy, learning_accuracy, backward_transfer, forward_transfer, forgetting, retained_accuracy]
+METRICS += [performance_maintenance]
 
 
 def summarize(R: ArrayLike, greater_is_better: bool = True) -> dict[str, Any]:
-    """Every metric of R by its name, ready for `json.dump`: Python floats, None where a metric is not defined.
+    """Every metric of R by its name, ready for `json.dump`: Python floats, None where a metric is not defined;
+    `retained_accuracy` is a list of T.
 
     Args:
         R: accuracy matrix, shape (T+1, T), row 0 before any training.
         greater_is_better: False for a loss or perplexity. The two averages are then those of R, lower is better; the
             transfers and `forgetting` are those of -R, so that their signs keep their meaning; `retained_accuracy` is
             R[j, j] / R[T, j], 1 = nothing lost.
-
-    Returns:
-        `average_accuracy`, `learning_accuracy`, `backward_transfer`, `forward_transfer`, `forgetting`,
-        `performance_maintenance` (a float each; the last four None for T = 1) and `retained_accuracy` (a list of T
-        floats or None).
     """
     R = _check_matrix(R)
     values: dict[str, Any] = {metric.__name__: metric(R if greater_is_better else -R) for metric in METRICS}
     if not greater_is_better:
         values |= {name: -values[name] for name in ("average_accuracy", "learning_accuracy")}
         values["retained_accuracy"] = [1 / x if x else math.nan for x in values["retained_accuracy"]]
-
-    def or_none(value: Any) -> Any:
-        return [*map(or_none, value)] if isinstance(value, list) else None if math.isnan(value) else value
-
-    return {name: or_none(value) for name, value in values.items()}
+    shares = [None if math.isnan(share) else share for share in values["retained_accuracy"]]
+    values = {k: None if np.isnan(v).any() else v for k, v in values.items()}
+    return values | {"retained_accuracy": shares}
 
 
 def gap_recovered(acc: float, acc_sequential: float, acc_joint: float) -> float:
     """Share of the gap to joint training: G = (acc - acc_sequential) / (acc_joint - acc_sequential).
 
-    0 = no better than plain sequential training, 1 = as good as joint training; below 0 and above 1 happen. nan where
-    acc_joint <= acc_sequential: there is no gap to recover.
+    0 = no better than plain sequential training, 1 = as good as joint training; nan where there is no gap.
 
     Args:
         acc: average accuracy of the method.
@@ -192,8 +178,8 @@ def relative_performance(scores: ArrayLike, expert: ArrayLike) -> float:
 
     Source: New et al. 2023, section 4 (arXiv 2301.07799).
     """
-    count = min(len(np.asarray(scores)), len(np.asarray(expert)))
-    ours, theirs = (float(np.asarray(curve, dtype=np.float64)[:count].sum()) for curve in (scores, expert))
+    count = min(np.size(scores), np.size(expert))
+    ours, theirs = (float(np.sum(np.asarray(curve)[:count])) for curve in (scores, expert))
     return ours / theirs if theirs else math.nan
 
 
@@ -205,16 +191,15 @@ def sample_efficiency(scores: ArrayLike, expert: ArrayLike) -> float:
 
     Source: New et al. 2023, section 4 (arXiv 2301.07799).
     """
-    ours, theirs = (np.asarray(curve, dtype=np.float64) for curve in (scores, expert))
-    gain = float(ours.max() / theirs.max()) if theirs.max() else math.nan
-    return gain * float((theirs.argmax() + 1) / (ours.argmax() + 1))
+    gain = float(np.max(scores) / np.max(expert)) if np.max(expert) else math.nan
+    return gain * float((np.argmax(expert) + 1) / (np.argmax(scores) + 1))
 
 
 def load(name: str, **kwargs: Any) -> evaluate.Metric:
     """Return the metric of that name, one of `METRICS`, as an `evaluate.Metric`, without a network.
 
-    `metric.compute(accuracy_matrix=R)` returns `{name: value}`. `kwargs` are those of `evaluate.load` (`cache_dir`,
-    `experiment_id`, ...). Raises ValueError if there is no metric of that name.
+    `metric.compute(accuracy_matrix=R)` returns `{name: value}`. `kwargs` are those of `evaluate.load`. ValueError: no
+    such metric.
     """
     import evaluate  # here, because it imports torch and transformers
 

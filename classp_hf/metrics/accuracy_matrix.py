@@ -23,16 +23,13 @@ Example:
 
 class AccuracyMatrix(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
-        functions = {function.__name__: function for function in metrics.METRICS}
-        if self.config_name not in functions:
-            raise ValueError(
-                f"Unknown metric {self.config_name!r} of the accuracy matrix. Choose one of {[*functions]}."
-            )
-        self.function = functions[self.config_name]
-        description = inspect.getdoc(self.function) or ""
+        names = [function.__name__ for function in metrics.METRICS]
+        if self.config_name not in names:
+            raise ValueError(f"Unknown metric {self.config_name!r} of the accuracy matrix. Choose one of {names}.")
+        description = inspect.getdoc(getattr(metrics, self.config_name)) or ""
         features = datasets.Features({"accuracy_matrix": datasets.Sequence(datasets.Value("float64"))})
         citation = description.partition("Source: ")[2]
         return evaluate.MetricInfo(description, citation, features, inputs_description=_INPUTS)
 
     def _compute(self, *, accuracy_matrix: Any) -> dict[str, Any]:
-        return {self.config_name: self.function(accuracy_matrix)}
+        return {self.config_name: getattr(metrics, self.config_name)(accuracy_matrix)}

@@ -3,8 +3,7 @@ takes plain data."""
 
 # ruff: noqa: F401
 from .card import write_model_card
-from .figures import new_figure, plot_old_new, plot_retention, save_figure, series_style
-from .figures import write_figures as write_figures
+from .figures import new_figure, plot_old_new, plot_retention, save_figure, series_style, write_figures
 from .page import write_page
 from .progress import print_markdown, showing_progress
 from .results import environment, format_comparison, markdown_table, peak_memory, sequence_tables, write_json

@@ -7,8 +7,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
 from ..files import replacing
+from ..memory import MEMORY_NAME
 from ..redaction import UNPRINTABLE, public_arguments, public_command
+from ..training_args import ContinualTrainingArguments
 from .results import AnyPath, Names, Results, Scale, plain, sequence_tables
 
 # Class to load a model with -> the Hub's name of what it does, and the card's.
@@ -28,20 +33,12 @@ def write_model_card(
 ) -> None:
     """Write the model card, with the metadata that the Hub reads, to `path`, the README.md of a model's folder.
 
-    It shows the figures that lie in the folder, and says how to continue from its continual memory.
-
     Args:
         results: content of `results.json`; secrets in its arguments and command are left out.
         base_model: Hub id, or a local folder, of which only the last part is shown. Default: unknown.
         license: the Hub's name of the model's license, such as "apache-2.0". Default: none.
         tags: tags beside those of the package, the optimizer and the methods.
     """
-    import transformers
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
-    from ..memory import MEMORY_NAME
-    from ..training_args import ContinualTrainingArguments
-
     folder, method, scale = Path(path).parent, results["method"], Scale(results)
     arguments = public_arguments(results["arguments"])
     repo = arguments.get("hub_model_id") or folder.resolve().name

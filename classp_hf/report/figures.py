@@ -1,5 +1,6 @@
 """Figures of the accuracy matrix and of what the memory holds, as PNG files. Only the functions import matplotlib."""
 
+import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,19 +33,17 @@ def plot_accuracy_matrix(results: Results, path: AnyPath, title: str) -> None:
     """Write R as a heat map with values, framed where a task was just trained."""
     R, T, scale = results["accuracy_matrix"], len(results["tasks"]), Scale(results)
     names = [*map(_text, stages(results))]
-    low, high = (0.0, 1.0) if scale.percent else (min(map(min, R)), max(map(max, R)))
     margin = 0.08 * max(map(len, names))
     figure = new_figure(max(2.0 + margin + 0.75 * T, 4.8, 0.1 * len(title)), 1.3 + margin + 0.42 * T)
     from matplotlib.patches import Rectangle
 
     axes = figure.add_subplot(frame_on=False)
     # Pale to dark blue; its luminance falls evenly, so it reads in grey and with any colour vision.
-    axes.imshow(R, cmap="Blues", vmin=low, vmax=high, aspect="auto")
+    axes.imshow(R, cmap="Blues", vmin=scale.low, vmax=scale.high, aspect="auto")
     for j in range(T):
-        frame = {"fill": False, "edgecolor": _PALETTE[1], "linewidth": 2, "clip_on": False}
-        axes.add_patch(Rectangle((j - 0.5, j + 0.5), 1, 1, **frame))  # type: ignore[arg-type]
+        axes.add_patch(Rectangle((j - 0.5, j + 0.5), 1, 1, fill=False, ec=_PALETTE[1], lw=2, clip_on=False))
         for t in range(T + 1):
-            colour = "white" if R[t][j] > low + 0.65 * (high - low) else "black"
+            colour = "white" if scale.share(R[t][j]) > 0.65 else "black"
             axes.text(j, t, scale.text(R[t][j]), ha="center", va="center", color=colour)
     axes.set_xticks(range(T), map(_text, results["tasks"]), rotation=30, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(T + 1), names)
@@ -56,22 +55,19 @@ def plot_retention(arms: Mapping[str, Results], path: AnyPath) -> None:
     """Write a panel for each of the first twelve tasks, with a line an arm: the task's accuracy at every stage."""
     scale, tasks = Scale(*arms.values()), next(iter(arms.values()))["tasks"]
     factor, T, count = 100 if scale.percent else 1, len(tasks), min(len(tasks), _SHOWN)
-    lines = {_text(arm): [[factor * v for v in row] for row in arms[arm]["accuracy_matrix"]] for arm in arms}
-    values = [v for R in lines.values() for row in R for v in row]
-    columns, every = min(T, 3), -(-(T + 1) // 12)
-    rows = -(-count // columns)
+    columns, rows, every = min(T, 3), math.ceil(count / 3), math.ceil((T + 1) / 12)
     figure = new_figure(max(1.0 + columns * max(2.6, 0.45 * (min(T, 10) + 1)), 5.0), 1.0 + 2.3 * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
     for axes in panels[count:]:
         axes.set_axis_off()
     for j, axes in enumerate(panels[:count]):
         axes.axvline(j + 1, color="0.6", linestyle="--", label="the task's own training")
-        for a, (arm, R) in enumerate(lines.items()):
+        for a, (arm, results) in enumerate(arms.items()):
             # Earlier arms larger: seen under later ones of the same value. Not clipped: whole at 0 and 100.
             style = {**series_style(a), "markersize": max(8 - 2 * a, 4), "clip_on": False}
-            axes.plot([row[j] for row in R], label=arm, **style)
+            axes.plot([factor * row[j] for row in results["accuracy_matrix"]], label=_text(arm), **style)
         axes.set_title(_text(f"{j + 1}. {tasks[j]}"), fontsize=10)
-        axes.set_ylim(min(0.0, *values), 100 if scale.percent else 1.05 * max(values))
+        axes.set_ylim(factor * min(0.0, scale.low), 100 if scale.percent else 1.05 * max(0.0, scale.high))
         axes.set_xticks(range(0, T + 1, every), ["start", *map(str, range(every, T + 1, every))])
         axes.tick_params(labelbottom=True, labelsize=8)
         axes.grid(axis="y", color="0.9")

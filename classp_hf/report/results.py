@@ -1,7 +1,7 @@
 """`results.json`, the environment that it records, and tables of it in Markdown, aligned so that terminals show them.
 
-`results` is the content of `results.json`, as `ContinualTrainer.train_sequence` returns it. Its accuracy matrix R has
-T+1 rows of T floats, row 0 before any training, row t after task t. `arms` are name -> results of the same tasks.
+`results` is the content of `results.json`; its accuracy matrix R is as in `classp_hf.metrics`. `arms` are name ->
+results of the same tasks.
 """
 
 import importlib.metadata
@@ -37,12 +37,17 @@ class Scale:
     """How the values of R are written, the same for all of `runs`: shares of one in percent, others in their unit."""
 
     def __init__(self, *runs: Results) -> None:
-        largest = max(abs(v) for results in runs for row in results["accuracy_matrix"] for v in row)
+        values: list[float] = [v for results in runs for row in results["accuracy_matrix"] for v in row]
+        largest, higher = max(map(abs, values)), runs[0].get("greater_is_better", True)
         self.metric = runs[0].get("metric", "accuracy")
-        self.greater_is_better = runs[0].get("greater_is_better", True)
-        self.percent = self.greater_is_better and largest <= 1
+        self.percent = higher and largest <= 1
+        self.low, self.high = (min(0.0, *values), 1.0) if self.percent else (min(values), max(values))
         self.digits = 1 if self.percent or largest >= 100 else 3
-        self.title = self.metric + (" in %" if self.percent else "" if self.greater_is_better else ", lower is better")
+        self.title = self.metric + (" in %" if self.percent else "" if higher else ", lower is better")
+
+    def share(self, value: float) -> float:
+        """Where the value lies between the lowest, 0, and the highest, 1."""
+        return (value - self.low) / ((self.high - self.low) or 1.0)
 
     def text(self, value: float | None, sign: str = "") -> str:
         """The value as it is shown; adding 0.0 makes -0.0 a plain zero."""
@@ -104,9 +109,7 @@ def sequence_tables(results: Results) -> list[str]:
     scale, learned = Scale(results), learned_tasks(results)
     matrix = [["", *map(plain, results["tasks"])]]
     for t, (stage, row) in enumerate(zip(stages(results), results["accuracy_matrix"])):
-        cells = [scale.text(value) for value in row]
-        if t > learned:
-            cells[t - 1] = f"**{cells[t - 1]}**"
+        cells = [f"**{scale.text(v)}**" if t == j > learned else scale.text(v) for j, v in enumerate(row, 1)]
         matrix.append([plain(stage), *cells])
     metrics = [["metric", "value", "meaning"], *([plain(name), *rest] for name, *rest in metric_rows(results))]
     tables = [markdown_table(matrix, "<" + ">" * len(results["tasks"])), markdown_table(metrics, "<><")]
@@ -165,6 +168,5 @@ def markdown_table(rows: Sequence[Names], aligned: str) -> str:
     rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     widths = [max(2, *map(len, column)) for column in zip(*rows)]
     ruler = ["-" * width if side == "<" else "-" * (width - 1) + ":" for side, width in zip(aligned, widths)]
-    lines = ([f"{cell:{side}{width}}" for cell, side, width in zip(row, aligned, widths)] for row in rows)
-    first, *others = ("| " + " | ".join(cells) + " |" for cells in lines)
-    return "\n".join([first, "| " + " | ".join(ruler) + " |", *others])
+    lines = [[f"{cell:{side}{width}}" for cell, side, width in zip(row, aligned, widths)] for row in rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [lines[0], ruler, *lines[1:]])
