@@ -72,10 +72,17 @@ class Options:
     )
     learning_rate: float | None = flag(None, "The learning rate, also of scripts that have no such flag.")
     optim_args: str | None = flag(None, "The optimizer's own options, key=value pairs separated by commas.")
-    guard: str | None = field(default=None, metadata={"nargs": "?", "const": "", "help": (
-        "Measure what the training costs a language model: on its own samples and plain English, or, as "
-        "--guard=TEXTS, on a file or a Hub id."
-    )})  # fmt: skip
+    guard: str | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": "",
+            "help": (
+                "Measure what the training costs a language model: on its own samples and plain English, or, as "
+                "--guard=TEXTS, on a file or a Hub id."
+            ),
+        },
+    )
     guard_stop: float | None = flag(
         None, "End the training when the guard's loss has risen by this share, with the weights measured before."
     )
@@ -86,9 +93,13 @@ def parser() -> argparse.ArgumentParser:
     classes: Any = [Options, *(m for m in HERE if any(f.init for f in fields(m)))]
     usage = "python -m classp_hf [options] (SCRIPT | -m MODULE) [arguments of the script ...], or: "
     return HfArgumentParser(
-        classes, prog="python -m classp_hf", usage=f"{usage}{' | '.join(COMMANDS)} [arguments]", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
+        classes,
+        prog="python -m classp_hf",
+        usage=f"{usage}{' | '.join(COMMANDS)} [arguments]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def split(arguments: list[str], command: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
