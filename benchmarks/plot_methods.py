@@ -21,16 +21,17 @@ NAMES = {
     "classp_dropped": "CLASSP, memory dropped",
     "classp_other_memory": "CLASSP, other memory",
     "classp": "CLASSP",
-    "classp_logit_adjustment": "ClasspTrainer",
+    "classp_logit_adjustment": "CLASSP + logit adjustment",
     "pseudo_rehearsal_new_counts": "rehearsal, new counts",
     "pseudo_rehearsal": "rehearsal",
     "classp_pseudo_rehearsal": "CLASSP + rehearsal",
-    "classp_logit_adjustment_pseudo_rehearsal": "ClasspTrainer + rehearsal",
+    "classp_pseudo_rehearsal_no_counts": "ClasspTrainer",
+    "classp_logit_adjustment_pseudo_rehearsal": "CLASSP + both",
     **{f"adamw_{rate}": f"AdamW, {rate}" for rate in ("1e-5", "2e-5", "5e-5", "2e-4")},
     JOINT: "joint training",
 }
 BARS = {"ewc", "lwf", "classp_dropped", "classp", "classp_logit_adjustment", "pseudo_rehearsal_new_counts"}
-BARS |= {"pseudo_rehearsal", "classp_pseudo_rehearsal"}
+BARS |= {"pseudo_rehearsal", "classp_pseudo_rehearsal", "classp_pseudo_rehearsal_no_counts"}
 RATES = ("adamw_1e-5", "adamw_2e-5", "adamw_5e-5", BASELINE, "adamw_2e-4")  # of the second task
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.6"
 

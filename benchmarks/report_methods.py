@@ -29,8 +29,8 @@ FILES = {"compare_methods.jsonl": 300, "pseudo_rehearsal.jsonl": 300, "compare_m
 """Results, oldest first -> test examples a task. Settings that a file does not choose are those of the ones before."""
 ENOUGH = 3  # seeds
 
-README_ARMS = (BASELINE, JOINT, "classp", "classp_pseudo_rehearsal", "pseudo_rehearsal", "classp_dropped")
-README_ARMS += ("classp_logit_adjustment", "ewc", "lwf")  # the first seven that were run
+README_ARMS = (BASELINE, JOINT, "classp", "classp_pseudo_rehearsal_no_counts", "classp_pseudo_rehearsal")
+README_ARMS += ("pseudo_rehearsal", "classp_dropped", "classp_logit_adjustment", "ewc", "lwf")  # the first seven run
 PAIRS = {  # what is said to work: the arm with it, the arm without it
     "CLASSP, its step and its memory": ("classp", BASELINE),
     "the memory of CLASSP": ("classp", "classp_dropped"),
@@ -39,7 +39,9 @@ PAIRS = {  # what is said to work: the arm with it, the arm without it
     "rehearsal on AdamW": ("pseudo_rehearsal", BASELINE),
     "rehearsal on AdamW, beyond its compute": ("pseudo_rehearsal", "adamw_110_steps"),
     "rehearsed texts being like the old task's": ("pseudo_rehearsal", "pseudo_rehearsal_new_counts"),
-    "rehearsal beside CLASSP": ("classp_pseudo_rehearsal", "classp"),
+    "rehearsal beside CLASSP, of texts that its memory draws": ("classp_pseudo_rehearsal_no_counts", "classp"),
+    "such texts, in place of counts": ("classp_pseudo_rehearsal_no_counts", "classp_pseudo_rehearsal"),
+    "rehearsal beside CLASSP, of counted tokens": ("classp_pseudo_rehearsal", "classp"),
     "CLASSP beside rehearsal": ("classp_pseudo_rehearsal", "pseudo_rehearsal"),
     "logit adjustment beside CLASSP": ("classp_logit_adjustment", "classp"),
     "a second task at a fifth of the rate": ("adamw_2e-5", BASELINE),
@@ -49,8 +51,8 @@ PAIRS = {  # what is said to work: the arm with it, the arm without it
 }
 README_PAIRS = [  # what users of CLASSP and of rehearsal ask
     *("CLASSP, its step and its memory", "the memory of CLASSP", "the step of CLASSP without a memory"),
-    *("rehearsal on AdamW", "rehearsal on AdamW, beyond its compute", "rehearsal beside CLASSP"),
-    *("CLASSP beside rehearsal", "logit adjustment beside CLASSP"),
+    *("rehearsal on AdamW", "rehearsal on AdamW, beyond its compute", "CLASSP beside rehearsal"),
+    *("rehearsal beside CLASSP, of texts that its memory draws", "such texts, in place of counts"),
 ]
 MARKS = ("<!-- results: written by benchmarks/report_methods.py -->", "<!-- end of results -->")
 
@@ -207,8 +209,10 @@ def tuning(lines: Lines, frozen: dict[str, str]) -> str:
     for arm in (a for a in ARMS if a in frozen and a in scores):
         mean = {s: 100 * float(np.mean(scores[arm][s])) for s in ARMS[arm].settings}
         named = {s: f"{s.replace('--', '')}: {v:.1f}" for s, v in mean.items()}
-        rows.append([f"`{arm}`", ", ".join(f"**{t}**" if s == frozen[arm] else t for s, t in named.items())])
-    return report.markdown_table([["method", "settings tried: validation ACC; chosen in bold"], *rows], "<<")
+        seeds = len({line["seed"] for line in lines if line["arm"] == arm})
+        shown = ", ".join(f"**{t}**" if s == frozen[arm] else t for s, t in named.items())
+        rows.append([f"`{arm}`", str(seeds), shown])
+    return report.markdown_table([["method", "seeds", "settings tried: validation ACC; chosen in bold"], *rows], "<><")
 
 
 # ---- Pages ----
@@ -230,7 +234,7 @@ PROTOCOL = (
     "tokens, 80 steps of 16 (two epochs) for every method on every task, clipping 1.0, linear decay. The training "
     "examples, their order and the new head differ from seed to seed and are the same for all methods of a seed: "
     "differences are paired. ± is the half width of the 95% interval of the mean over seeds.",
-    f"Settings were chosen on {', '.join(TUNING)} by validation accuracy (mean ACC, one seed, 300 examples a task), "
+    f"Settings were chosen on {', '.join(TUNING)} by validation accuracy (mean ACC, 300 examples a task), "
     "three settings a method, on a half of the training data that no reported run sees, and then frozen. Methods on "
     "AdamW use the learning rate 1e-4, those on CLASSP 1e-3. Which of CLASSP's additions to offer at all was searched "
     "before, also on tuning sequences and validation data alone: that search ([log.md](log.md)) is a budget the other "
@@ -240,7 +244,7 @@ PROTOCOL = (
     "`pseudo_rehearsal_new_counts` draws texts with the new task's token frequencies; `adamw_110_steps` trains the "
     "second task for what rehearsal costs; `adamw_1e-5` and so on train the second task at that rate, after the same "
     "first task as `adamw`. `joint` trains on all tasks' data together, with as many steps as the sequence has. "
-    "`classp_logit_adjustment` is what `ClasspTrainer` does by itself.",
+    "`classp_pseudo_rehearsal_no_counts` is what `ClasspTrainer` does by itself.",
     "ACC: mean accuracy at the end. LA: mean accuracy right after each task's training. BWT: change since, negative = "
     "forgetting. G: share of the gap between `adamw` and `joint` that is recovered, of the means over seeds, with a "
     "95% interval from a bootstrap of the seeds, which is too narrow for few ([metrics.md](metrics.md)). What the "

@@ -42,7 +42,7 @@ from .training_args import ContinualTrainingArguments
 # What each arm is: a method, and the flags it starts from. Learning rates: docs/log.md says how they were chosen.
 ADAMW = ["--learning_rate", "1e-4", "--reset_optimizer"]
 ARMS: dict[str, tuple[str, list[str]]] = {
-    "classp": ("logit_adjustment", ["--optim", "classp"]),
+    "classp": ("pseudo_rehearsal", ["--optim", "classp", "--rehearse_counts", "off", "--rehearse_lambda", "2"]),
     "classp_paper": ("none", ["--optim", "classp"]),
     **{name: (name, ADAMW) for name in METHODS if name != "none"},
     "olora": ("olora", ["--learning_rate", "1e-3", "--reset_optimizer"]),
@@ -151,7 +151,7 @@ def build_trainer(parser: Any, words: list[str], arm: str, tasks: list[Task], ou
     recipe, args, *configured = parser.parse_args_into_dataclasses([*flags, *words])
     args.output_dir = str(output_dir)
     if arm == "classp" and args.heads != "shared":
-        method_name = "none"  # there is no shared head whose logits could be adjusted
+        method_name = "none"  # there is no shared head whose answers could be kept
     method = dict(zip(METHODS, configured))[method_name]
     set_seed(args.seed)
     model, tokenizer = build_model(recipe, label_names(tasks), method)

@@ -40,7 +40,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 GLOBAL_BATCH = 16
 
 RUNS = {
-    "classp": ({"optim": "classp"}, "elastic+merge+logit_adjustment"),
+    "classp": ({"optim": "classp"}, ["elastic+merge+logit_adjustment", PseudoRehearsal(rehearse_counts="off")]),
     "adamw": ({"optim": "adamw_torch", "gather_memory": True, "learning_rate": 1e-3}, "l2sp+lwf"),
     "heads": ({"optim": "classp", "heads": "per_task", "optim_args": "density=0.3"}, "interpolate"),
     "fisher": ({"optim": "adamw_torch", "learning_rate": 1e-3}, "ewc+pseudo_rehearsal"),

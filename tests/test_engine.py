@@ -200,7 +200,7 @@ def test_a_plain_trainer_does_what_classp_trainer_does(optim_args, kwargs, plain
         args=classp_hf.ContinualTrainingArguments(**arguments("ours")),
         data_collator=collator,
         memory=start,
-        logit_adjustment=False,
+        pseudo_rehearsal=False,
         **kwargs,
     )
     ours.train_sequence(tasks[1:])
@@ -323,7 +323,7 @@ def test_full_and_adapter_fine_tuning_alternate(plain, make_tasks, collator, tmp
 
 def test_optim_args_choose_the_uses_in_classp_trainer(make_model, make_args):
     args = make_args(optim_args="anchor_strength=0.3,merge_weight=2")
-    trainer = ClasspTrainer(model=make_model(), args=args, logit_adjustment=False)
+    trainer = ClasspTrainer(model=make_model(), args=args, pseudo_rehearsal=False)
     assert [m.describe() for m in trainer.methods] == [
         {"name": "elastic", "anchor_strength": 0.3},
         {"name": "merge", "merge_weight": 2.0},
@@ -349,4 +349,4 @@ def test_weights_that_are_on_no_device_are_refused(make_model, make_args):
 def test_a_model_a_training_is_refused_where_something_holds_on_to_one(make_model, make_args, collator):
     given = {"model_init": lambda: make_model(), "args": make_args(heads="per_task"), "data_collator": collator}
     with pytest.raises(ValueError, match="model_init makes another model for every train"):
-        ClasspTrainer(**given, logit_adjustment=False)
+        ClasspTrainer(**given, pseudo_rehearsal=False)

@@ -166,7 +166,7 @@ def test_heads_and_frequencies_that_do_not_fit_are_refused(make_model, make_args
     for value, shown in ((0.0, "0.0"), (-1.0, "-1.0"), ([1.0, 2.0], r"\[1.0, 2.0\]")):
         memory = ContinualMemory({f"logit_adjustment.frequencies/{label}": torch.tensor(value) for label in labels})
         with pytest.raises(ValueError, match=f"frequency of 'negative' is {shown}, not a number > 0"):
-            ClasspTrainer(model=make_model(), args=make_args()).load_memory(memory)
+            ClasspTrainer(make_model(), make_args(), logit_adjustment=True).load_memory(memory)
 
 
 def test_odd_names_do_not_break_the_lines_of_an_error(make_model):

@@ -679,10 +679,33 @@ def test_methods_that_could_do_nothing_are_refused(make_model, make_args, collat
         ContinualTrainer(
             make_model(), make_args(), collator, method="logit_adjustment", compute_loss_func=lambda *a: 0
         )
-    rows = [{"input_ids": [1, 2], "labels": 0}] * 8
-    trainer = ClasspTrainer(make_model(), make_args(max_steps=1), collator, rows)  # labels in no column
-    assert [m.name for m in trainer.methods] == []
-    trainer.train()
+
+
+def test_classp_trainer_rehearses_where_it_can(make_model, make_tasks, make_args, collator, tmp_path):
+    """Texts that its memory draws: no count of the data is kept."""
+    tasks, args = make_tasks(2), make_args(max_steps=4)
+
+    def names(model=None, train_dataset=None, **changes):
+        trainer = ClasspTrainer(model or make_model(), make_args(**changes), collator, train_dataset)
+        return [m.name for m in trainer.methods]
+
+    frozen = make_model()
+    frozen.get_input_embeddings().weight.requires_grad_(False)
+    rows = [{"input_ids": [1, 2], "labels": 0}] * 8  # whose tokens are in no column
+    assert names() == names(train_dataset=tasks[0].train_dataset) == ["pseudo_rehearsal"]
+    assert (
+        names(frozen) == names(train_dataset=rows) == names(heads="per_task") == names(make_model(num_labels=1)) == []
+    )
+    given = ClasspTrainer(make_model(), args, collator, method="replay+ewc")
+    assert [m.name for m in given.methods] == ["replay", "ewc"]
+    weights = []
+    for rehearses in (True, None, False):
+        args = make_args(max_steps=4, output_dir=str(tmp_path / str(rehearses)))
+        trainer = ClasspTrainer(make_model(), args, collator, pseudo_rehearsal=rehearses)
+        trainer.train_sequence(tasks)
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        assert trainer.continual_memory().kinds() == ["accumulator", "samples"]
+    assert torch.equal(weights[0], weights[1]) and not torch.allclose(weights[1], weights[2])
 
 
 def test_options_of_a_method_that_was_not_asked_for_are_refused():

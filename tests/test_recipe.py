@@ -59,7 +59,7 @@ def test_one_process_shows_and_writes_everything(one_process):
     folder, stdout = one_process
     assert "| classp |" in stdout
     assert "| ewc    |" in stdout
-    for arm, method in (("classp", "logit_adjustment"), ("ewc", "ewc")):
+    for arm, method in (("classp", "pseudo_rehearsal"), ("ewc", "ewc")):
         r = results(folder, arm)
         assert r["tasks"] == ["icwsm14/nyt", "icwsm14/movie"]
         assert r["label_names"] == ["negative", "neutral", "positive"]

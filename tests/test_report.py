@@ -186,7 +186,7 @@ def test_model_card_code_is_python_with_names_that_exist(tmp_path, changes):
     for method, optim, trainer, expected in (
         ({"name": "none"}, "classp", "ContinualTrainer", 'optim="classp",'),
         (EWC, "classp", "ContinualTrainer", 'method=METHODS["ewc"](ewc_lambda=3.0, ewc_mode="online"),'),
-        ({"name": "logit_adjustment"}, "classp", "ClasspTrainer", 'method=METHODS["logit_adjustment"](),'),
+        ({"name": "pseudo_rehearsal"}, "classp", "ClasspTrainer", 'method=METHODS["pseudo_rehearsal"](),'),
         (TWO, "adamw_torch", "ContinualTrainer", 'method=[METHODS["l2sp"](l2sp_alpha=1), METHODS["ema"]()],'),
     ):
         found = make_results(method=method, **changes)

@@ -130,7 +130,8 @@ class PseudoRehearsal(Method):
             rows = self._embedding_rows(context, special)
             known = [(rows, self._counted(context)[1])] if rows is not None else []
         if not known:
-            logger.warning("Nothing to rehearse yet: this model has learned no task that its memory counts tokens of.")
+            if context.seen_tasks or self.rehearse_counts == "on":  # "off" is ClasspTrainer's own, at a first task too
+                logger.warning("Nothing to rehearse yet: the memory says nothing of the tokens of earlier tasks.")
             return []
         ends = rehearsal.frame(example, special, padding)
         room = rehearsal.readable(context.model, 2**31) - len(ends[0]) - len(ends[1])
