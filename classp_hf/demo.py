@@ -150,8 +150,8 @@ def build_trainer(parser: Any, words: list[str], arm: str, tasks: list[Task], ou
     method_name, flags = ARMS[arm]
     recipe, args, *configured = parser.parse_args_into_dataclasses([*flags, *words])
     args.output_dir = str(output_dir)
-    if arm == "classp" and args.heads != "shared":
-        method_name = "none"  # there is no shared head whose answers could be kept
+    if arm == "classp" and (args.heads != "shared" or recipe.use_peft):
+        method_name = "none"  # there is no shared head whose answers could be kept, or no memory of the embedding
     method = dict(zip(METHODS, configured))[method_name]
     set_seed(args.seed)
     model, tokenizer = build_model(recipe, label_names(tasks), method)

@@ -216,7 +216,8 @@ class GuardCallback(TrainerCallback):
                 known, keys = json.loads(file.metadata()["guard"]), file.keys()
                 kinds, parts = {key.partition("/")[0] for key in keys}, [f.name for f in fields(Answers)]
                 answers = {k: Answers(*(file.get_tensor(f"{k}/{part}") for part in parts)) for k in kinds}
-            if "general" not in answers or not all(a.whole() for a in answers.values()):
+            right = "general" in answers and known.keys() == {"what", "training", "history"}
+            if not right or not all(a.whole() for a in answers.values()):
                 raise ValueError("texts and answers do not belong together")
             float(known["history"][0]["guard_loss"])
         except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:

@@ -187,7 +187,9 @@ class LiveMemory:
             used = f"{len(match.accumulators)} parameters"
             if not match.accumulators:
                 used = "the method" if known else "nothing"
-            learn = [m.name for m in self.methods if "anchor" in m.parts]  # set when a task ends
+            # those whose state is complete before a task ends
+            always = [m for m in self.methods if m.needs_start or m.uses_accumulators or m.name == "ema"]
+            learn = [m.name for m in self.methods if m not in always]
             if unfinished and learn:
                 match.notes.append(
                     f"the training on {unfinished[0]} was not finished, and {', '.join(learn)} learned nothing from it"

@@ -128,7 +128,8 @@ def draw_samples(
 
 def readable(model: Any, length: int) -> int:
     """`length`, or as many tokens as the model can read at most."""
-    return min(length, getattr(bare_model(model).config, "max_position_embeddings", None) or length)
+    limit = getattr(bare_model(model).config, "max_position_embeddings", None) or length
+    return min(length, limit) if limit > 0 else length  # XLNet's is -1
 
 
 def _first_token(model: Any, tokenizer: Any) -> int:
@@ -219,17 +220,15 @@ class Answers:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def whole(self, vocabulary: int = 2**31, outcomes: int = 2**31) -> bool:
-        """Whether the tensors fit each other and a model of so many tokens and outcomes, in shape, kind and range."""
+    def whole(self) -> bool:
+        """Whether the tensors fit each other in shape, kind and range, as in every file that a run wrote."""
         ids, lengths, values, indices = self.ids, self.lengths, self.values, self.indices
         shapes = ids.ndim == 2 and lengths.shape == ids.shape[:1] and values.shape == indices.shape
         if not (shapes and values.shape[:-1] in (ids.shape, ids.shape[:1]) and values.is_floating_point()):
             return False
-        ranges = ((ids, 0, vocabulary), (indices, 0, outcomes), (lengths, 1, ids.shape[1] + 1))
-        return all(
-            not t.is_floating_point() and t.numel() > 0 and least <= int(t.min()) <= int(t.max()) < end
-            for t, least, end in ranges
-        )
+        if any(t.is_floating_point() or not t.numel() for t in (ids, lengths, indices)):
+            return False
+        return min(int(ids.min()), int(indices.min())) >= 0 < int(lengths.min()) <= int(lengths.max()) <= ids.shape[1]
 
     def positions(self, rows: Tensor) -> int:
         """How many answers these rows have: one a token, or one a text."""
@@ -252,11 +251,14 @@ def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def answer(model: Any, texts: list[list[int]], k: int, temperature: float = 1.0, batch_size: int = 16) -> Answers:
+def answer(
+    model: Any, texts: list[list[int]], k: int, temperature: float = 1.0, batch_size: int = 16, quiet: bool = False
+) -> Answers:
     """What `model` answers in evaluation mode: the `k` best outcomes at each position, of `logits / temperature`."""
     result, found = Answers(*padded(texts)), []
+    batches = torch.arange(len(result)).split(batch_size)
     with evaluating(model):
-        for rows in tqdm(torch.arange(len(result)).split(batch_size), desc="The model's answers", leave=False):
+        for rows in tqdm(batches, desc="The model's answers", leave=False, disable=quiet):
             logits = model(**result.inputs(rows, model))["logits"].float() / temperature
             top = F.log_softmax(logits, -1).topk(min(k, logits.shape[-1]))
             extra = (0, 0, 0, result.ids.shape[1] - logits.shape[1]) if logits.ndim == 3 else (0, 0)

@@ -39,6 +39,7 @@ from classp_hf import (
     ContinualTrainer,
     EWCTrainer,
     LogitAdjustment,
+    embedded,
 )
 from classp_hf.compat import averages_loss
 from classp_hf.engine import write_beside
@@ -681,31 +682,48 @@ def test_methods_that_could_do_nothing_are_refused(make_model, make_args, collat
         )
 
 
-def test_classp_trainer_rehearses_where_it_can(make_model, make_tasks, make_args, collator, tmp_path):
-    """Texts that its memory draws: no count of the data is kept."""
-    tasks, args = make_tasks(2), make_args(max_steps=4)
+def test_classp_trainer_rehearses_where_it_can(make_model, make_tasks, make_args, collator, tmp_path, monkeypatch):
+    """Texts that its memory draws: no count of the data is kept, but one that was kept before is used."""
+    # special tokens beyond the model's vocabulary
+    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.model_path())
+    tasks, given = make_tasks(2), {"data_collator": collator, "processing_class": tokenizer}
 
-    def names(model=None, train_dataset=None, **changes):
-        trainer = ClasspTrainer(model or make_model(), make_args(**changes), collator, train_dataset)
+    def names(model=None, data=None, **changes):
+        trainer = ClasspTrainer(model or make_model(), make_args(**changes), train_dataset=data, **given)
         return [m.name for m in trainer.methods]
 
-    frozen = make_model()
+    frozen, characters = make_model(), make_model()
     frozen.get_input_embeddings().weight.requires_grad_(False)
+    monkeypatch.setattr(characters, "get_input_embeddings", _not_there)
+    sizes = {"vocab_size": 40, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8}
+    sizes |= {"decoder_ffn_dim": 8, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_labels": 3}
+    bart = transformers.BartForSequenceClassification(transformers.BartConfig(**sizes))
     rows = [{"input_ids": [1, 2], "labels": 0}] * 8  # whose tokens are in no column
-    assert names() == names(train_dataset=tasks[0].train_dataset) == ["pseudo_rehearsal"]
-    assert (
-        names(frozen) == names(train_dataset=rows) == names(heads="per_task") == names(make_model(num_labels=1)) == []
-    )
-    given = ClasspTrainer(make_model(), args, collator, method="replay+ewc")
-    assert [m.name for m in given.methods] == ["replay", "ewc"]
+    stream = tasks[0].train_dataset.to_iterable_dataset()
+    assert names() == names(data=tasks[0].train_dataset) == ["pseudo_rehearsal"]
+    for cannot in (frozen, characters, bart, make_model(num_labels=1)):
+        assert names(cannot) == []
+    assert names(data=rows) == names(data=stream, max_steps=2) == names(heads="per_task") == []
+    trainer = ClasspTrainer(make_model(), make_args(), method="replay+ewc", **given)
+    assert [m.name for m in trainer.methods] == ["replay", "ewc"]
     weights = []
     for rehearses in (True, None, False):
         args = make_args(max_steps=4, output_dir=str(tmp_path / str(rehearses)))
-        trainer = ClasspTrainer(make_model(), args, collator, pseudo_rehearsal=rehearses)
+        trainer = ClasspTrainer(make_model(), args, pseudo_rehearsal=rehearses, **given)
         trainer.train_sequence(tasks)
         weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
         assert trainer.continual_memory().kinds() == ["accumulator", "samples"]
     assert torch.equal(weights[0], weights[1]) and not torch.allclose(weights[1], weights[2])
+    args = make_args(max_steps=2, output_dir=str(tmp_path / "counted"))
+    ContinualTrainer(make_model(), args, collator, method="pseudo_rehearsal").train_sequence(tasks[:1])
+    args = make_args(max_steps=2, output_dir=str(tmp_path / "on"))
+    trainer = ClasspTrainer(make_model(), args, memory=tmp_path / "counted", **given)
+    trainer.train_sequence(tasks[1:])
+    assert trainer.continual_memory().get("pseudo_rehearsal.tokens").keys() == {"first", "second"}
+
+
+def _not_there():
+    raise NotImplementedError("`get_input_embeddings` not auto-handled")
 
 
 def test_options_of_a_method_that_was_not_asked_for_are_refused():

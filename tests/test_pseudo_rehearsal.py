@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import transformers
 from conftest import VOCABULARY, weights
 
-from classp_hf import ContinualCallback, ContinualMemory, ContinualTrainer, embedded, rehearsal
+from classp_hf import ContinualCallback, ContinualMemory, ContinualTrainer, embedded, methods, rehearsal
 from classp_hf.methods import Context, PseudoRehearsal
 
 
@@ -173,7 +173,7 @@ def test_a_sequence_forgets_less_and_keeps_counts_alone(make_model, make_args, m
 
 
 def test_without_counts_the_memory_of_the_embedding_says_which_tokens(
-    make_model, make_args, make_tasks, collator, tmp_path
+    make_model, make_args, make_tasks, collator, tmp_path, caplog
 ):
     trainer = ContinualTrainer(
         make_model(), make_args(optim="classp", learning_rate=1e-2), collator,
@@ -186,6 +186,25 @@ def test_without_counts_the_memory_of_the_embedding_says_which_tokens(
     method.before_task(trainer_context(trainer, second))
     seen = {i for row in first.train_dataset["input_ids"] for i in row}
     assert method.answers is not None and set(method.answers.ids.unique().tolist()) - {0} <= seen
+
+    # a head of other labels knows nothing worth keeping
+    trainer.model.classifier.out = torch.nn.Linear(2, 2)
+    method.before_task(trainer_context(trainer, second))
+    assert method.answers is None and "classifier.out.weight is new" in caplog.text
+    del trainer.model.classifier.out
+    # what could not be rehearsed when a task began is not when it is resumed: the memory now holds that task
+    method.before_task(dataclasses.replace(trainer_context(trainer, second), start={}))
+    assert method.answers is None
+
+
+def test_texts_are_as_long_as_the_model_reads_and_never_empty():
+    lengths, cut = torch.tensor([1, 2, 3, 4, 5]), methods.pseudo_rehearsal._cut
+    assert cut(lengths, 9, True).tolist() == [1, 2, 3, 4, 5] and cut(lengths, 2, True).tolist() == [1, 2, 12]
+    assert cut(lengths, 9, False).tolist() == [0, 2, 3, 4, 5] and cut(lengths, -1, False).tolist() == [0]
+    model = torch.nn.Linear(1, 1)
+    for limit, length in ((-1, 7), (None, 7), (5, 5)):  # XLNet's is -1
+        model.config = transformers.PretrainedConfig(max_position_embeddings=limit)
+        assert rehearsal.readable(model, 7) == length
 
 
 def trainer_context(trainer, task):

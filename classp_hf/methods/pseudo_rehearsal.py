@@ -15,8 +15,8 @@ from .base import Context, Method, flag
 
 logger = logging.get_logger(__name__)
 
-POOL = 2048
-"""Pseudo-texts of a classifier at most; longer trainings see them again."""
+POOL = COUNTED = 2048
+"""Pseudo-texts of a classifier at most; longer trainings see them again. Texts whose lengths are counted for them."""
 
 
 @dataclass
@@ -96,6 +96,8 @@ class PseudoRehearsal(Method):
         self.ranks, self.rank = args.world_size, args.process_index
         self.temperature = 1.0 if self.kind in ("causal", "masked") else self.rehearse_temperature
         self.answers, resumed = None, context.resumed and "values" in self.pool
+        if context.resumed and not resumed:  # the task began with nothing to rehearse
+            return
         texts = self._texts(context) if self.rehearse_lambda and not (resumed and "ids" in self.pool) else []
         if resumed and texts:  # given ones, which are not stored
             ids, lengths = rehearsal.padded(texts)
@@ -105,7 +107,8 @@ class PseudoRehearsal(Method):
         elif not resumed:
             self.steps, self.pool = 0, {}
             if texts:
-                self.pool = vars(rehearsal.answer(context.model, texts, self.rehearse_top_k, self.temperature))
+                k, quiet = self.rehearse_top_k, bool(args.disable_tqdm)
+                self.pool = vars(rehearsal.answer(context.model, texts, k, self.temperature, quiet=quiet))
         if self.pool:
             self.answers = rehearsal.Answers(**self.pool)
             a_step, length = self.count * self.ranks, float(self.answers.lengths.double().mean())
@@ -122,20 +125,23 @@ class PseudoRehearsal(Method):
             if texts and context.fisher_steps and len(context.seen_tasks) == 1:  # of `remember`, of this very model
                 return texts
             return texts + rehearsal.draw_samples(context.model, tokenizer, count, most, self.seed)
+        if new := self._new_head(context):
+            logger.warning(f"Nothing is rehearsed: {new} is new, and the model's answers mean nothing yet.")
+            return []
         special, padding = self._special(context)
-        example = context.task_dataset[0]["input_ids"]
+        ends = rehearsal.frame(context.task_dataset[0]["input_ids"], special, padding)
+        room = rehearsal.readable(context.model, 2**31) - len(ends[0]) - len(ends[1])
         generator = torch.Generator().manual_seed(self.seed)
         known = [(counts, self.lengths[n]) for n, counts in self.tokens.items() if counts.any()]
-        if self.rehearse_counts == "off":
-            rows = self._embedding_rows(context, special)
-            known = [(rows, self._counted(context)[1])] if rows is not None else []
+        if self.rehearse_counts == "off" and (rows := self._embedding_rows(context, special)) is not None:
+            some = context.task_dataset[:COUNTED]
+            known.append((rows, rehearsal.count_tokens(some, special, len(rows))[1]))
+        known = [(counts, cut) for counts, own in known if (cut := _cut(own, room, bool(ends[0] or ends[1]))).any()]
         if not known:
             if context.seen_tasks or self.rehearse_counts == "on":  # "off" is ClasspTrainer's own, at a first task too
                 logger.warning("Nothing to rehearse yet: the memory says nothing of the tokens of earlier tasks.")
             return []
-        ends = rehearsal.frame(example, special, padding)
-        room = rehearsal.readable(context.model, 2**31) - len(ends[0]) - len(ends[1])
-        tokens, lengths = zip(*((counts, own[: room + 1]) for counts, own in known), strict=True)
+        tokens, lengths = zip(*known, strict=True)
         texts = rehearsal.pseudo_texts(min(needed, POOL), tokens, lengths, ends, generator)
         for text in texts if self.kind == "masked" else ():
             hidden, mask = (torch.rand(len(text), generator=generator) < 0.15).tolist(), tokenizer.mask_token_id
@@ -152,6 +158,13 @@ class PseudoRehearsal(Method):
     def _counted(self, context: Context) -> tuple[Tensor, Tensor]:
         return rehearsal.count_tokens(context.task_dataset, self._special(context)[0], _vocabulary(context.model))
 
+    def _new_head(self, context: Context) -> str | None:
+        """A parameter behind the base model of which CLASSP has no memory, while it has one of others."""
+        known, bare = context.accumulators(), bare_model(context.model)
+        base = f"{getattr(bare, 'base_model_prefix', '')}."
+        heads = (n for n, _ in trainable_parameters(context.model) if not n.startswith(base) and "lora_" not in n)
+        return next((n for n in heads if known and n not in known), None) if base != "." else None
+
     def _embedding_rows(self, context: Context, special: list[int]) -> Tensor | None:
         weight = bare_model(context.model).get_input_embeddings().weight
         name = next(canonical_name(n) for n, p in context.model.named_parameters() if p is weight)
@@ -159,7 +172,7 @@ class PseudoRehearsal(Method):
         if accumulator is None or not context.seen_tasks:
             return None
         rows = full_tensor(accumulator).float().sum(-1).cpu()
-        rows[special] = 0
+        rows[[i for i in special if i < len(rows)]] = 0
         return rows if rows.sum() > 0 else None
 
     def before_step(self, model: nn.Module) -> None:
@@ -202,19 +215,22 @@ class PseudoRehearsal(Method):
 
     def check_state(self, state: Mapping[str, Mapping[str, Tensor]], model: nn.Module) -> None:
         vocabulary = _vocabulary(model)
-        tokens, lengths, pool = (dict(state.get(part, {})) for part in ("tokens", "lengths", "pool"))
-        counts = [*tokens.values(), *lengths.values()]
-        right = all(t.ndim == 1 and not t.is_floating_point() and bool((t >= 0).all()) for t in counts)
-        right = right and tokens.keys() == lengths.keys() and all(len(t) <= vocabulary for t in tokens.values())
-        pool.pop("steps", None)
+        tokens, lengths, pool = (state.get(part, {}) for part in ("tokens", "lengths", "pool"))
+        right = tokens.keys() == lengths.keys() and all(
+            _integers(t, (None,)) for t in (*tokens.values(), *lengths.values())
+        )
+        right = right and all(len(t) <= vocabulary for t in tokens.values())
         if pool and right:
-            count = len(pool.setdefault("lengths", torch.zeros(1)))
-            if "ids" not in pool:  # of given texts
-                pool["ids"] = torch.zeros(count, int(pool["lengths"].max()), dtype=torch.int32)
-            if not pool.keys() & {"values", "indices"}:  # between tasks
-                pool |= {"values": torch.zeros(count, 1), "indices": torch.zeros(count, 1, dtype=torch.int32)}
-            outcomes = max(vocabulary, getattr(bare_model(model).config, "num_labels", 0))
-            right = len(pool) == 4 and rehearsal.Answers(**pool).whole(vocabulary, outcomes)
+            ids, sizes, values, indices = (
+                pool.get(part, torch.empty(0)) for part in ("ids", "lengths", "values", "indices")
+            )
+            right = _integers(sizes, (None,)) and int(sizes.min()) > 0 and _integers(pool.get("steps", sizes[0]), ())
+            if right and "ids" in pool:
+                right = _integers(ids, (len(sizes), None), vocabulary) and int(sizes.max()) <= ids.shape[1]
+            if right and not pool.keys() <= {"ids", "lengths", "steps"}:
+                outcomes = max(vocabulary, getattr(bare_model(model).config, "num_labels", 0))
+                right = values.shape == indices.shape and _integers(indices, indices.shape, outcomes)
+                right = right and values.shape[:-1] in ((len(sizes),), (len(sizes), int(sizes.max())))
         if not right:
             raise ValueError(
                 "The continual memory's samples or counts of tokens are not of this model and its tokenizer. Use the "
@@ -233,5 +249,22 @@ class PseudoRehearsal(Method):
         self.steps = int(self.pool.pop("steps", 0))
 
 
+def _cut(lengths: Tensor, room: int, framed: bool) -> Tensor:
+    """How often texts have each length: those that the model cannot read are as long as it can."""
+    lengths = lengths.clone()
+    if len(lengths) > max(room, 0) + 1:
+        lengths[max(room, 0)] += lengths[max(room, 0) + 1 :].sum()
+        lengths = lengths[: max(room, 0) + 1]
+    if not framed:  # nothing would be left of a text without tokens
+        lengths[0] = 0
+    return lengths
+
+
 def _vocabulary(model: nn.Module) -> int:
     return bare_model(model).get_input_embeddings().weight.shape[0]
+
+
+def _integers(t: Tensor, shape: Sequence[int | None], below: int = 2**62) -> bool:
+    """Whether `t` has that shape and holds integers from 0 to `below` - 1."""
+    fits = t.ndim == len(shape) and all(n in (None, size) for n, size in zip(shape, t.shape, strict=True))
+    return fits and not t.is_floating_point() and t.numel() > 0 and 0 <= int(t.min()) <= int(t.max()) < below

@@ -154,7 +154,7 @@ class CLASSP(Optimizer):
         updated = []
         for group, params in self._alike():
             grads = (local(p.grad).float() for p in params)  # type: ignore[arg-type]
-            passing = [hardshrink(g, cut).count_nonzero() for g, cut in zip(grads, cuts(params, group))]
+            passing = [(hardshrink(g, cut).abs() > 0).sum() for g, cut in zip(grads, cuts(params, group))]
             updated.append(over_shards(torch.stack(passing).sum(), params[0], "sum"))
         total = sum(p.numel() for group in self.param_groups for p in group["params"])
         return sum(map(int, updated)) / total if updated else 0.0
