@@ -150,11 +150,11 @@ def build_trainer(parser: Any, words: list[str], arm: str, tasks: list[Task], ou
     method_name, flags = ARMS[arm]
     recipe, args, *configured = parser.parse_args_into_dataclasses([*flags, *words])
     args.output_dir = str(output_dir)
-    if arm == "classp" and (args.heads != "shared" or recipe.use_peft):
-        method_name = "none"  # there is no shared head whose answers could be kept, or no memory of the embedding
     method = dict(zip(METHODS, configured))[method_name]
     set_seed(args.seed)
     model, tokenizer = build_model(recipe, label_names(tasks), method)
+    if arm == "classp" and (args.heads != "shared" or recipe.use_peft or model.config.is_encoder_decoder):
+        method_name, method = "none", None  # no shared head, memory of the embedding or kind that can be rehearsed
     uses_memory = method_name != "none" or CLASSP_NAME in (args.optim, arm)
     if args.memory is None and recipe.model_name_or_path and uses_memory and memory_beside(model) is not None:
         args.memory, args.memory_revision = recipe.model_name_or_path, recipe.model_revision

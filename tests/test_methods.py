@@ -604,6 +604,7 @@ def test_memories_hold_every_methods_state_and_no_example(train, make_tasks, tmp
     assert memory.kinds() == ["l2sp.anchor", "logit_adjustment.frequencies", "samples"]
     assert memory.metadata["method"]["name"] == results["method"]["name"] == "l2sp+logit_adjustment+replay"
     trainer, results = train(
-        make_tasks(1), None, "ClasspTrainer", {"consolidation": "both"}, output_dir=str(tmp_path / "b")
-    )
+        make_tasks(1), None, "ClasspTrainer", {"consolidation": "both", "logit_adjustment": True},
+        output_dir=str(tmp_path / "b"),
+    )  # fmt: skip
     assert results["method"]["name"] == "elastic+merge+logit_adjustment"
