@@ -187,9 +187,8 @@ class LiveMemory:
             used = f"{len(match.accumulators)} parameters"
             if not match.accumulators:
                 used = "the method" if known else "nothing"
-            # those whose state is complete before a task ends
-            always = [m for m in self.methods if m.needs_start or m.uses_accumulators or m.name == "ema"]
-            learn = [m.name for m in self.methods if m not in always]
+            # what they know of a task is set when it ends
+            learn = [m.name for m in self.methods if m.learns_at_end and type(m).after_task is not Method.after_task]
             if unfinished and learn:
                 match.notes.append(
                     f"the training on {unfinished[0]} was not finished, and {', '.join(learn)} learned nothing from it"

@@ -25,7 +25,7 @@ class ClasspTrainer(ContinualTrainer):
         anchor_strength: strength of the anchor, >= 0. Default: that of `Elastic`.
         merge_weight: weight of the new task in the merge, >= 0. Default: that of `Merge`.
         pseudo_rehearsal: whether to hold the model to its own answers to texts whose tokens the memory draws
-            ([`~classp_hf.PseudoRehearsal`] with `rehearse_counts="off"` and `rehearse_lambda=2`). A step takes 1.3
+            ([`~classp_hf.PseudoRehearsal`] with `rehearse_counts="off"` and `rehearse_lambda=2`). A step takes 1.4
             times as long. Default: True for single-label classification of texts with one shared head, a
             `processing_class`, a trained input embedding, data with `input_ids` and a length, and without `replay`.
         logit_adjustment: whether to correct for labels that are rarer in the new task

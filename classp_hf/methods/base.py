@@ -117,6 +117,9 @@ class Method:
     folds_adapters: ClassVar[bool] = False
     """Whether a task's PEFT adapter is merged into the base weights when the task ends: a plain model is saved."""
 
+    learns_at_end: ClassVar[bool] = True
+    """Whether what it knows of a task is complete only after `after_task`."""
+
     parts: ClassVar[tuple[str, ...]] = ()
     """Attributes that are the state: canonical name -> float32 tensor each."""
 

@@ -31,6 +31,7 @@ class Elastic(Method):
     """
 
     name = "elastic"
+    learns_at_end = False
     uses_accumulators = True
     needs_start = True
     parts = ("means",)

@@ -24,6 +24,7 @@ class EMA(Method):
     """
 
     name = "ema"
+    learns_at_end = False
     parts = per_parameter = ("average", "gradients")
     ranges = {"ema_decay": ("in [0, 1)", lambda v: 0 <= v < 1)}
 

@@ -17,6 +17,7 @@ class Interpolate(Method):
     """
 
     name = "interpolate"
+    learns_at_end = False
     needs_start = True
     ranges = {"interpolation_weight": ("in [0, 1]", lambda v: 0 <= v <= 1)}
 

@@ -28,6 +28,7 @@ class LwF(Method):
     """
 
     name = "lwf"
+    learns_at_end = False
     needs_start = True
     ranges = {"lwf_lambda": (">= 0", lambda v: v >= 0), "lwf_temperature": ("> 0", lambda v: v > 0)}
 

@@ -23,6 +23,7 @@ class Merge(Method):
     """
 
     name = "merge"
+    learns_at_end = False
     uses_accumulators = True
     needs_start = True
     parts = per_parameter = ("memory",)

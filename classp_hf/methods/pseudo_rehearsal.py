@@ -74,6 +74,7 @@ class PseudoRehearsal(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.uses_accumulators = self.rehearse_counts == "off"  # type: ignore[misc]
+        self.learns_at_end = not self.uses_accumulators  # type: ignore[misc]
 
     def check(self, context: Context, others: Sequence[Method]) -> None:
         if context.per_task_heads:
