@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 import transformers
+from data_removal import DataRemovalTrainer
 from datasets import concatenate_datasets
 from peft import LoraConfig, OSFConfig, TaskType, get_peft_model
 from report_performance import read_lines
@@ -44,11 +45,9 @@ LABELS = {name: i for i, name in enumerate(SENTIMENT)}
 TUNING = ("nyt>amazon", "tweets>amazon")
 REPORTED = ("nyt>movie", "movie>nyt")
 
-BASE = (
-    "--max_steps 80 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --max_length 32 "
-    "--save_strategy no --logging_strategy no --report_to none --disable_tqdm True "
-    "--dataloader_pin_memory False --log_level error"
-)
+BASE = "--max_steps 80 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --max_length 32 "
+BASE += "--save_strategy no --logging_strategy no --report_to none --disable_tqdm True "
+BASE += "--dataloader_pin_memory False --log_level error"
 TRAIN_EXAMPLES, EVAL_EXAMPLES = 640, {"tune": 300, "report": 600}  # no domain has more in all of its splits
 RESULTS = Path("benchmarks/results")
 GPU = torch.cuda.is_available()
@@ -61,7 +60,7 @@ TUNED = [RESULTS / f"{name}.jsonl" for name in ("compare_methods", "pseudo_rehea
 
 @dataclass
 class Arm:
-    """What is run: flags that never change, and the settings to choose from, three an arm: the same budget for all."""
+    """What is run: flags that never change, and settings to choose from: three, a fourth where an edge was best."""
 
     flags: str
     settings: list[str]
@@ -82,11 +81,11 @@ ADAMW, CLASSP = "--optim adamw_torch_fused --reset_optimizer", "--optim classp"
 ADAMW_LR, CLASSP_LR = grid("learning_rate", 5e-5, 1e-4, 2e-4), grid("learning_rate", 5e-4, 1e-3, 2e-3)
 AT = f"{ADAMW} --learning_rate 1e-4"  # of the methods on AdamW; `adamw` itself chooses its own
 KEPT = f"{CLASSP} --learning_rate 1e-3"
-OURS, TEXTS = f"{KEPT} --prior_strength 0.25", "pseudo_rehearsal"  # the first, adjusted, is what ClasspTrainer does
-LAMBDA, PRIOR, PSEUDO = (0.03, 0.1, 0.3), grid("prior_strength", 0.25, 0.5, 1), grid("rehearse_lambda", 0.5, 1, 2)
-EMA_DECAY = grid("ema_decay", 0.9, 0.95, 0.98)
+TEXTS, OWN = "pseudo_rehearsal", f"{KEPT} --rehearse_counts off"  # drawn by the memory: what ClasspTrainer does
+LAMBDA, PRIOR, FEWER = (0.03, 0.1, 0.3), grid("prior_strength", 0.25, 0.5, 1), grid("max_steps", 70, 60, 50)
+PSEUDO, EMA_DECAY = grid("rehearse_lambda", 0.25, 0.5, 1, 2, 4), grid("ema_decay", 0.9, 0.95, 0.98)
 MORE = {"interpolate": grid("interpolation_weight", 0.3, 0.5, 0.7), "ema": EMA_DECAY}
-MORE |= {"lwf": grid("lwf_lambda", 0.5, 1, 2), "merge": grid("merge_weight", 0.3, 1, 3)}
+MORE |= {"lwf": grid("lwf_lambda", 0.25, 0.5, 1, 2), "merge": grid("merge_weight", 0.3, 1, 3)}
 
 ARMS: dict[str, Arm] = {
     "adamw": Arm(ADAMW, ADAMW_LR),
@@ -102,32 +101,34 @@ ARMS: dict[str, Arm] = {
     **{name: Arm(AT, settings, name) for name, settings in MORE.items()},
     "ema_balanced": Arm(f"{AT} --ema_balanced True", EMA_DECAY, "ema"),
     "logit_adjustment": Arm(AT, PRIOR, "logit_adjustment"),
-    "pseudo_rehearsal": Arm(AT, PSEUDO, TEXTS),
+    "pseudo_rehearsal": Arm(AT, PSEUDO[1:], TEXTS),
+    "data_removal": Arm(AT, FEWER),
     "classp": Arm(CLASSP, CLASSP_LR),
-    "classp_pseudo_rehearsal": Arm(KEPT, PSEUDO, TEXTS),
-    "classp_pseudo_rehearsal_no_counts": Arm(f"{KEPT} --rehearse_counts off", PSEUDO, TEXTS),
+    "classp_pseudo_rehearsal": Arm(KEPT, PSEUDO[:-1], TEXTS),
+    "classp_pseudo_rehearsal_no_counts": Arm(OWN, PSEUDO[1:], TEXTS),
+    "classp_pseudo_rehearsal_no_counts_ema": Arm(f"{OWN} --rehearse_lambda 2", EMA_DECAY, f"{TEXTS}+ema"),
     **{f"classp_{TEXTS}_{name}": Arm(KEPT, settings, f"{TEXTS}+{name}") for name, settings in MORE.items()},
+    "classp_data_removal": Arm(KEPT, FEWER),
     "classp_elastic": Arm(KEPT, grid("anchor_strength", *LAMBDA), "elastic"),
     "classp_logit_adjustment": Arm(KEPT, PRIOR, "logit_adjustment"),
-    "classp_logit_adjustment_pseudo_rehearsal": Arm(OURS, PSEUDO, f"{TEXTS}+logit_adjustment"),
-    # controls: the memory dropped, or of another domain; texts like the new task's; the cost of rehearsal
+    f"classp_logit_adjustment_{TEXTS}": Arm(f"{KEPT} {PRIOR[0]}", PSEUDO[1:4], f"{TEXTS}+logit_adjustment"),
     "classp_dropped": Arm(CLASSP, CLASSP_LR, "none", "classp", "control", memory=""),
     "classp_other_memory": Arm(CLASSP, CLASSP_LR, "none", "classp", "control", memory="amazon"),
-    "pseudo_rehearsal_new_counts": Arm(AT, PSEUDO, TEXTS, TEXTS, "control", memory="new"),
-    "adamw_110_steps": Arm(f"{ADAMW} --max_steps 110", ADAMW_LR, "none", "adamw", "control"),
+    "pseudo_rehearsal_new_counts": Arm(AT, PSEUDO[1:], TEXTS, TEXTS, "control", memory="new"),
 }
+for steps in ("110", "70", "60", "50"):  # what rehearsal costs; as few as data removal takes, of any examples
+    ARMS[f"adamw_{steps}_steps"] = Arm(f"{ADAMW} --max_steps {steps}", ADAMW_LR, "none", "adamw", "control")
 for rate in ("1e-5", "2e-5", "5e-5", "2e-4"):  # of the second task, after the same first one as `adamw`'s 1e-4
     ARMS[f"adamw_{rate}"] = Arm(ADAMW, [f"--learning_rate {rate}"], kind="control", first="--learning_rate 1e-4")
 for dtype in ("bfloat16", "uint8"):  # its memory in two bytes and one byte a weight
-    flags = f"{CLASSP} --optim_args state_dtype={dtype} --learning_rate 1e-3"
+    flags = f"{KEPT} --optim_args state_dtype={dtype}"
     ARMS[f"classp_{dtype}"] = Arm(flags, PRIOR, "logit_adjustment", tuned_as="classp_logit_adjustment")
 for percent in (1, 5, 10):
     share, given = f"--replay_fraction {percent / 100}", (PRIOR, "replay+logit_adjustment", "classp_logit_adjustment")
     ARMS[f"replay_{percent}"] = Arm(f"{ADAMW} {share}", ADAMW_LR, "replay", "replay_5", "stores data")
     ARMS[f"classp_replay_{percent}"] = Arm(f"{KEPT} {share}", *given, "stores data")
-# I-LoRA (arXiv 2402.18865) without its consistency term
-ilora = f"{ADAMW} --learning_rate 1e-3 --replay_fraction 0.05"
-ARMS["ilora"] = Arm(ilora, EMA_DECAY, "replay+ema", kind="stores data", peft="lora", alone=True)
+flags = f"{ADAMW} --learning_rate 1e-3 --replay_fraction 0.05"  # arXiv 2402.18865 without its consistency term
+ARMS["ilora"] = Arm(flags, EMA_DECAY, "replay+ema", kind="stores data", peft="lora", alone=True)
 ARMS["joint"] = Arm(ADAMW, ADAMW_LR, kind="upper bound", tuned_as="adamw", alone=True)
 
 
@@ -155,12 +156,10 @@ def first_task(job: Job, memory: str = "old") -> Job | None:
 
 def folder_of(first: Job, cache: Path) -> Path:
     of = f"{BASE} {PRECISION} {first.setting} {TRAIN_EXAMPLES}" + (MODEL if MODEL != "minilm" else "")
-    digest = hashlib.sha256(of.encode()).hexdigest()[:12]
-    return cache / f"{first.stage}_{first.sequence}_{first.seed}_{digest}"
+    return cache / f"{first.stage}_{first.sequence}_{first.seed}_{hashlib.sha256(of.encode()).hexdigest()[:12]}"
 
 
-def start() -> str:
-    return embedded.model_path() if MODEL == "minilm" else embedded.smollm2()
+start = embedded.model_path if MODEL == "minilm" else embedded.smollm2
 
 
 @functools.cache
@@ -192,8 +191,7 @@ def build_trainer(args: Any, peft: str | None = None, learned: Path | None = Non
     """A trainer of the model, bare or with adapters, or of that in the folder `learned`."""
     transformers.set_seed(args.seed)
     new: dict[str, Any] = {"num_labels": len(LABELS), "label2id": LABELS, "id2label": dict(enumerate(LABELS))}
-    if MODEL == "minilm":  # the other one has none
-        new |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    new |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if MODEL == "minilm" else {}
     source, changes = (start(), new) if learned is None else (learned, {})
     model = transformers.AutoModelForSequenceClassification.from_pretrained(source, **changes)
     if peft is not None:
@@ -201,7 +199,8 @@ def build_trainer(args: Any, peft: str | None = None, learned: Path | None = Non
         lora, osf = LoraConfig(r=16, lora_alpha=32, **common), OSFConfig(effective_rank=0.5, **common)
         model = get_peft_model(model, {"lora": lora, "osf": osf}[peft])
     tokenizer = transformers.AutoTokenizer.from_pretrained(start())
-    trainer = ContinualTrainer(model=model, args=args, processing_class=tokenizer, **kwargs)
+    cls = kwargs.pop("cls", ContinualTrainer)
+    trainer = cls(model=model, args=args, processing_class=tokenizer, **kwargs)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -211,8 +210,7 @@ def train_first_task(first: Job, cache: Path) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         whole, task = Path(folder, "run"), prepared_task(first.sequence, first.stage, first.seed)
-        # a method that does nothing in a first task but count its tokens
-        trainer = build_trainer(parse(first.setting, first.seed, str(whole))[0], method=TEXTS)
+        trainer = build_trainer(parse(first.setting, first.seed, str(whole))[0], method=TEXTS)  # counts tokens
         trainer.train_sequence([replace(task, test_dataset=task.test_dataset.select([0]))])  # measured by `run`
         shutil.rmtree(next(whole.glob("00-*")))  # the same model once more
         with suppress(OSError):  # another process was faster
@@ -236,7 +234,7 @@ class Watch(transformers.TrainerCallback):
             held = [t for x in held for t in (x.parameters() if isinstance(x, torch.nn.Module) else [x])]
             storages = [t.untyped_storage() for t in held if isinstance(t, torch.Tensor)]
             total = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-            self.bytes_a_weight = total / sum(p.numel() for p in self.trainer.model.parameters())
+            self.bytes_a_weight = total / self.trainer.model.num_parameters()
 
 
 def run(job: Job, cache: Path) -> dict[str, Any]:
@@ -258,7 +256,8 @@ def run(job: Job, cache: Path) -> dict[str, Any]:
             tasks = [replace(sequence[0], name="joint", train_dataset=together)]
         methods: Any = [next((m for m in configured if m.name == name), name) for name in names]
         built = (MoFO, {"lr": args.learning_rate, "fraction": mofo.mofo_fraction}) if job.arm == "mofo" else None
-        trainer = build_trainer(args, arm.peft, learned, method=methods, optimizer_cls_and_kwargs=built)
+        cls = DataRemovalTrainer if "data_removal" in job.arm else ContinualTrainer
+        trainer = build_trainer(args, arm.peft, learned, cls=cls, method=methods, optimizer_cls_and_kwargs=built)
         watch, started = Watch(trainer), time.perf_counter()
         trainer.add_callback(watch)
         results = trainer.train_sequence(tasks)

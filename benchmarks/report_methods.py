@@ -235,10 +235,10 @@ PROTOCOL = (
     "examples, their order and the new head differ from seed to seed and are the same for all methods of a seed: "
     "differences are paired. ± is the half width of the 95% interval of the mean over seeds.",
     f"Settings were chosen on {', '.join(TUNING)} by validation accuracy (mean ACC, 300 examples a task), "
-    "three settings a method, on a half of the training data that no reported run sees, and then frozen. Methods on "
-    "AdamW use the learning rate 1e-4, those on CLASSP 1e-3. Which of CLASSP's additions to offer at all was searched "
-    "before, also on tuning sequences and validation data alone: that search ([log.md](log.md)) is a budget the other "
-    "methods did not have. Grids were not extended where the best was at an edge.",
+    "three settings a method and a fourth beyond the edge of the grid where the best was there (once), on a half of "
+    "the training data that no reported run sees, and then frozen. Methods on AdamW use the learning rate 1e-4, those "
+    "on CLASSP 1e-3. Which of CLASSP's additions to offer at all was searched before, also on tuning sequences and "
+    "validation data alone: that search ([log.md](log.md)) is a budget the other methods did not have.",
     "Controls take over the setting of what they control and are not tuned themselves. `classp_dropped` goes on from "
     "the same first task as `classp` with an empty memory, `classp_other_memory` with that of a training on amazon; "
     "`pseudo_rehearsal_new_counts` draws texts with the new task's token frequencies; `adamw_110_steps` trains the "

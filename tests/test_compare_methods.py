@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from classp_hf import METHODS, embedded
@@ -20,6 +21,7 @@ import plot_methods  # noqa: E402
 import report_methods  # noqa: E402
 import report_performance  # noqa: E402
 from compare_methods import ARMS, Job, first_task, folder_of, frozen_setting, job_of, read_lines  # noqa: E402
+from data_removal import RemovalSampler  # noqa: E402
 
 
 @pytest.fixture
@@ -165,7 +167,26 @@ def test_a_killed_runs_last_line_is_no_result(tmp_path):
 
 def test_every_method_has_an_arm_and_every_arm_three_settings():
     assert {name for arm in ARMS.values() for name in arm.method.split("+")} == set(METHODS)
-    assert all(len(arm.settings) == (1 if arm.first else 3) for arm in ARMS.values())
+    extended = {"lwf", "pseudo_rehearsal", "classp_pseudo_rehearsal", "classp_pseudo_rehearsal_no_counts"}
+    for name, arm in ARMS.items():
+        if arm.tuned_as is None and "pseudo_rehearsal_lwf" not in name:
+            assert len(arm.settings) == (1 if arm.first else 3 + (name in extended)), name
+
+
+def test_data_removal_keeps_what_was_answered_wrongly_and_the_order_of_plain_training():
+    torch.manual_seed(5)
+    data = list(range(20))
+    plain = SeedableRandomSampler(data)
+    sampler = RemovalSampler(20, 8)
+    first = list(sampler)
+    assert first == list(plain) and len(sampler) == 8
+    wrong = {3, 7, 11, 12, 19}
+    for at in range(0, 20, 4):
+        sampler.count(torch.tensor([i in wrong for i in first[at : at + 4]]))
+    second, order = list(sampler), list(plain)
+    assert len(second) == 8 and wrong < set(second)
+    assert second == [i for i in order if i in second]
+    assert [i for i in second if i not in wrong] == [i for i in order if i not in wrong][:3]
 
 
 def test_the_committed_results_give_the_committed_pages(tmp_path, monkeypatch):
