@@ -95,7 +95,7 @@ ARMS: dict[str, Arm] = {
     "lora": Arm(ADAMW, CLASSP_LR, peft="lora", alone=True),
     "olora": Arm(AT.replace("1e-4", "1e-3"), grid("olora_lambda", 0.05, 0.5, 5), "olora", peft="lora", alone=True),
     "osf": Arm(ADAMW, grid("learning_rate", 1e-4, 3e-4, 1e-3), "osf", peft="osf", alone=True),
-    "ewc": Arm(AT, grid("ewc_lambda", *LAMBDA), "ewc"),
+    "ewc": Arm(AT, grid("ewc_lambda", 0.01, *LAMBDA), "ewc"),
     "ewc_summed": Arm(f"{AT} --ewc_mode summed", grid("ewc_lambda", *LAMBDA), "ewc", tuned_as="ewc"),
     "l2sp": Arm(AT, grid("l2sp_alpha", *LAMBDA), "l2sp"),
     **{name: Arm(AT, settings, name) for name, settings in MORE.items()},

@@ -167,7 +167,7 @@ def test_a_killed_runs_last_line_is_no_result(tmp_path):
 
 def test_every_method_has_an_arm_and_every_arm_three_settings():
     assert {name for arm in ARMS.values() for name in arm.method.split("+")} == set(METHODS)
-    extended = {"lwf", "pseudo_rehearsal", "classp_pseudo_rehearsal", "classp_pseudo_rehearsal_no_counts"}
+    extended = {"ewc", "lwf", "pseudo_rehearsal", "classp_pseudo_rehearsal", "classp_pseudo_rehearsal_no_counts"}
     for name, arm in ARMS.items():
         if arm.tuned_as is None and "pseudo_rehearsal_lwf" not in name:
             assert len(arm.settings) == (1 if arm.first else 3 + (name in extended)), name
