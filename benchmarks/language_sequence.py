@@ -50,6 +50,7 @@ from classp_hf.remember import pretrained_memory
 from classp_hf.report import environment
 from classp_hf.tasks import SENTIMENT
 
+TASKS = ("sentiment", "title", "films")
 STEPS, TEST = 40, 64  # of a task; 8 texts a step
 TITLE = "Write this text in title case, with every word capitalised.\n\n"
 OUTPUT = Path("benchmarks/results/language_sequence.jsonl")
@@ -79,7 +80,7 @@ def tasks(seed: int) -> tuple[list[Task], list[int]]:
         made[0].append(chat(QUESTION, texts[:size], [SENTIMENT[label] for label in labels[:size]]))
         made[1].append(chat(TITLE, texts[size:], [" ".join(map(str.capitalize, t.split())) for t in texts[size:]]))
         made[2].append(Dataset.from_dict({"text": films["text"][:size]}))
-    named = zip(("sentiment", "title", "films"), made, strict=True)
+    named = zip(TASKS, made, strict=True)
     return [Task(name, train, test, test) for name, (train, test) in named], split["nyt"][1]["label"][:TEST]
 
 
@@ -176,13 +177,12 @@ def cell(values: list[float], digits: int = 2) -> str:
 def page(lines: list[dict[str, Any]]) -> str:
     from report_first_finetuning import NAMES
 
-    names = [task.name for task in tasks(0)[0]]
-    rows = [["", *(f"{name}: learned" for name in names), *(f"{name}: at the end" for name in names[:-1])]]
+    rows = [["", *(f"{name}: learned" for name in TASKS), *(f"{name}: at the end" for name in TASKS[:-1])]]
     rows[0] += ["accuracy: learned, %", "at the end, %", "rise of general text", "KL", "seconds", "seeds"]
     for arm in (arm for arm in RUN if any(line["arm"] == arm for line in lines)):
         mine = [line for line in lines if line["arm"] == arm]
-        losses = [[line["R"][i + 1][i] for line in mine] for i in range(len(names))]
-        losses += [[line["R"][-1][i] for line in mine] for i in range(len(names) - 1)]
+        losses = [[line["R"][i + 1][i] for line in mine] for i in range(len(TASKS))]
+        losses += [[line["R"][-1][i] for line in mine] for i in range(len(TASKS) - 1)]
         right = [[100 * line["beside"][i]["accuracy"] for line in mine] for i in (1, -1)]
         rise = [line["beside"][-1]["general"] - line["beside"][0]["general"] for line in mine]
         kl = [line["beside"][-1]["kl"] for line in mine]
@@ -192,7 +192,7 @@ def page(lines: list[dict[str, Any]]) -> str:
     parts = [
         "# Three language-model tasks, by method",
         " ".join((__doc__ or "").split("\n\n")[2].split()),
-        f"At the start: {', '.join(f'{n} {loss:.2f}' for n, loss in zip(names, first['R'][0]))} nats; accuracy "
+        f"At the start: {', '.join(f'{n} {loss:.2f}' for n, loss in zip(TASKS, first['R'][0]))} nats; accuracy "
         f"{100 * first['beside'][0]['accuracy']:.1f} %; general text {first['beside'][0]['general']:.3f} nats. "
         f"Mean ± half the width of the 95 % interval over seeds. {TEST} held-out rows a task, {STEPS} steps of 8 a "
         "task; seconds: CPU time where there is no GPU, measuring included.",
@@ -203,9 +203,20 @@ def page(lines: list[dict[str, Any]]) -> str:
     origin = "; ".join(
         f"{precision}, {where}, torch {torch}, commit {of}" for precision, where, torch, of in sorted(runs)
     )
-    last = [f"Settings: {settings}.", f"`python benchmarks/language_sequence.py run`, then `table`; {origin}."]
+    last = [
+        f"Settings: {settings or 'none'}.",
+        f"`python benchmarks/language_sequence.py run`, then `table`; {origin}.",
+    ]
     return (
-        "\n\n".join([parts[0], *map(wrapped, parts[1:]), report.markdown_table(rows, "<"), *map(wrapped, last)]) + "\n"
+        "\n\n".join(
+            [
+                parts[0],
+                *map(wrapped, parts[1:]),
+                report.markdown_table(rows, "<" + ">" * (len(rows[0]) - 1)),
+                *map(wrapped, last),
+            ]
+        )
+        + "\n"
     )
 
 
