@@ -60,16 +60,21 @@ def _accumulators(folder: str, model: nn.Module) -> dict[str, Tensor]:
     return {n: found[n] for n, p in model.named_parameters() if n in found and found[n].shape[1:] == p.shape[1:]}
 
 
+def _renamed(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return named_as_in(model, ContinualMemory({f"weights/{n}": t for n, t in weights.items()})).get("weights")
+
+
 class _Blender:
     """Puts points between both models into `model`, which is loaded from the tuned one."""
 
     def __init__(self, model: nn.Module, start: str, tuned: str) -> None:
         self.state = model.state_dict()
-        weights = {f"weights/{n}": t for n, t in _weights(start).items()}
-        old = named_as_in(model, ContinualMemory(weights)).get("weights")
-        own = {n: t for n, t in _weights(tuned).items() if n in self.state}
-        if not own:
-            raise ValueError(f"The weights of {tuned} have other names than its model's: save it again.")
+        own = _weights(tuned)
+        if not own.keys() <= self.state.keys():  # Transformers converts the file's names
+            own = {n: p.detach().clone() for n, p in model.named_parameters()}
+        old = _renamed(model, _weights(start))
+        if any(n.startswith(f"{model.base_model_prefix}.") for n in own.keys() - old.keys()):
+            old |= _renamed(model, load_saved(start, dtype="auto").state_dict())
         fitting = {n for n, t in own.items() if n in old and old[n].shape == t.shape} | {*match_rows(old, model, True)}
         self.pairs = {n: (old[n], t) for n, t in own.items() if n in fitting and t.ndim and t.is_floating_point()}
         self.only_tuned = [n for n in own if n not in self.pairs]
@@ -146,6 +151,8 @@ def blend(
     model = load_saved(tuned, dtype="auto").eval().to(PartialState().device)
     tokenizer, causal = AutoTokenizer.from_pretrained(tuned), kind_of_model(model) == "causal"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if not causal and kind_of_model(model) != "sequence":
+        raise ValueError(f"{tuned} is no causal language model and gives a text no label: it cannot be scored.")
     if not causal and guard is None and eval_file is None:
         raise ValueError("A classifier has no general text: give eval_file, guard, or both (text and label).")
     blender = _Blender(model, start, tuned)
@@ -198,7 +205,9 @@ def blend(
 def _batches(model: Any, tokenizer: Any, file: str) -> list[Any]:
     """The rows of `file` as a model's inputs."""
     rows = read_table(file)["train"]
-    tasks = [Task("scored", rows, rows)]
+    names = [model.config.id2label[i] for i in range(getattr(model.config, "num_labels", 0))]
+    counted = getattr(rows.features.get("label"), "dtype", "").startswith("int")
+    tasks = [Task("scored", rows, rows, label_names=names if counted else None)]
     if kind_of_model(model) == "causal":
         tasks = prepare_language_tasks(tasks, tokenizer, encoder_decoder=False)
         collate: Any = DataCollatorForSeq2Seq(tokenizer, model)

@@ -243,6 +243,12 @@ class Answers:
         return {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}
 
 
+def logits_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """The logits at the given tokens; prompt tuning puts others before them."""
+    logits = model(**inputs)["logits"]
+    return logits[:, -inputs["input_ids"].shape[1] :] if logits.ndim == 3 else logits
+
+
 def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Token ids (texts, longest) and lengths (texts,), int32."""
     lengths = torch.tensor([len(t) for t in texts], dtype=torch.int32)
@@ -259,7 +265,7 @@ def answer(
     batches = torch.arange(len(result)).split(batch_size)
     with evaluating(model):
         for rows in tqdm(batches, desc="The model's answers", leave=False, disable=quiet):
-            logits = model(**result.inputs(rows, model))["logits"].float() / temperature
+            logits = logits_of(model, result.inputs(rows, model)).float() / temperature
             top = F.log_softmax(logits, -1).topk(min(k, logits.shape[-1]))
             extra = (0, 0, 0, result.ids.shape[1] - logits.shape[1]) if logits.ndim == 3 else (0, 0)
             found.append((F.pad(top.values, extra).half().cpu(), F.pad(top.indices, extra).int().cpu()))
@@ -273,7 +279,7 @@ def divergence(
     """`KL(answers || model)` in nats, the sum over the positions of `rows`, with its graph; a 0-dim tensor. Outcomes
     beyond the stored ones count as one. `logits`: what the model says of these rows, where it is known already."""
     inputs = answers.inputs(rows, model)
-    logits = (model(**inputs)["logits"] if logits is None else logits).float() / temperature
+    logits = (logits_of(model, inputs) if logits is None else logits).float() / temperature
     new = F.log_softmax(logits, -1)
     old, indices = (t[rows].to(new.device) for t in (answers.values.float(), answers.indices.long()))
     if logits.ndim == 3:
@@ -294,7 +300,7 @@ def measure(model: nn.Module, answers: Answers, batch_size: int = 8) -> tuple[fl
     with evaluating(model):
         for rows in torch.arange(len(answers)).split(batch_size):
             inputs = answers.inputs(rows, model)
-            logits = model(**inputs)["logits"].float()
+            logits = logits_of(model, inputs).float()
             kl += float(divergence(model, answers, rows, logits=logits))
             labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)[:, 1:]
             loss += float(F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum"))

@@ -2,6 +2,7 @@
 boundary."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,15 @@ def load_weights(model: Any, folder: Path) -> None:
                 tensor.copy_(saved[name])
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Trainer's own; a copy under another name (`checkpoint-best`) is a user's."""
+    named = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
+    return sorted(path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if named.fullmatch(path.name))
+
+
 def last_complete_checkpoint(folder: Path) -> str | None:
     """The last complete checkpoint in `folder`, the same on every rank."""
-    found = [c for c in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_complete(c)]
+    found = [c for c in checkpoints(folder) if is_complete(c)]
     last = max(found, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
     return broadcast_object_list([last and str(last)])[0]
 

@@ -26,7 +26,7 @@ from .metrics import summarize
 from .names import bare_model, has_adapters, is_language_model, layer_means, model_class, model_source, samples
 from .redaction import public_arguments, public_command
 from .report import environment, peak_memory, showing_progress, write_figures, write_json, write_page
-from .resume import is_complete, last_complete_checkpoint, load_weights, optimizer_state, read_state
+from .resume import checkpoints, is_complete, last_complete_checkpoint, load_weights, optimizer_state, read_state
 from .tasks import Task, prepare_tasks
 
 logger = logging.get_logger(__name__)
@@ -281,7 +281,7 @@ class SequenceRun:
         """The checkpoint of an interrupted task to go on from, if any. Others may be half-written: they go."""
         checkpoint = None if self.args.save_only_model else last_complete_checkpoint(folder)
         if self.args.should_save:
-            for other in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            for other in checkpoints(folder):
                 if not is_complete(other):
                     shutil.rmtree(other, ignore_errors=True)
         return checkpoint

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub import HfApi
 from torch import Tensor, nn
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
@@ -91,6 +92,12 @@ class ContinualTrainer(PatchedTrainer):
         task_metric: Callable[[Any, Any, Any], float] | None = None,
         **kwargs: Any,
     ) -> None:
+        if ContinualCallback.launched:
+            given = ", ".join(f"--{name}" for name in ContinualCallback.launched)
+            raise ValueError(
+                f"{given} before a script's name are for scripts that know nothing of classp_hf; this one builds a "
+                f"{type(self).__name__}. Pass them in its arguments: method=, memory=, args."
+            )
         args = with_continual_defaults(args, self.default_optim)
         args.memory = args.memory if memory is None else str(memory)
         if getattr(args, "deepspeed_plugin", None) is not None:
@@ -102,7 +109,8 @@ class ContinualTrainer(PatchedTrainer):
         shard_on_cpus(args)
         if args.eval_strategy != "no" and eval_dataset is None:
             eval_dataset = {}  # the tasks bring their own; Trainer refuses None here
-        if data_collator is None and processing_class is not None and model is not None and is_language_model(model):
+        writes = model is not None and is_language_model(model)
+        if data_collator is None and writes and isinstance(processing_class, PreTrainedTokenizerBase):
             # pads labels too, of causal models as well
             data_collator = DataCollatorForSeq2Seq(processing_class, model)
         gathering = {"gather": args.gather_memory, "power": args.memory_power}
@@ -122,8 +130,6 @@ class ContinualTrainer(PatchedTrainer):
         saves_on_sigterm, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         args.enable_jit_checkpoint = saves_on_sigterm  # by our own callback
-        for guard in guards(self):
-            guard.folder = self.engine.folder
         for callback in list(self.callback_handler.callbacks):
             if type(callback) is ContinualCallback:
                 self.remove_callback(callback)  # of `register`; the trainer has its own
@@ -132,8 +138,10 @@ class ContinualTrainer(PatchedTrainer):
         if self.is_fsdp_enabled:
             self.check_fsdp(self.accelerator.state.fsdp_plugin)
         self.classifies, self.generates = is_single_label_classifier(self.model), is_language_model(self.model)
-        if self.classifies:
+        own_loss = _has_own_loss(type(self))
+        if self.classifies and not own_loss:
             self.compute_loss_func = self.compute_loss_func or self.adjusted_loss
+        if self.classifies and not (args.batch_eval_metrics or args.prediction_loss_only):
             self.compute_metrics = self.compute_metrics or accuracy
         scale_loss_once(self)
         if args.sequence_metric is None and task_metric is not None:
@@ -154,6 +162,12 @@ class ContinualTrainer(PatchedTrainer):
         self._complete_methods()
         for part in self.methods:
             part.excluded = self.engine.excluded
+            hooks = ("adjust_logits", "loss_term", "before_forward")
+            if own_loss and any(getattr(type(part), hook) is not getattr(Method, hook) for hook in hooks):
+                raise ValueError(
+                    f"The method {part.name!r} works by ContinualTrainer.compute_loss, which {type(self).__name__}'s "
+                    "does not call. Call super().compute_loss, or leave the method out."
+                )
             adjusts = type(part).adjust_logits is not Method.adjust_logits
             if adjusts and self.compute_loss_func != self.adjusted_loss:
                 raise ValueError(
@@ -270,6 +284,8 @@ class ContinualTrainer(PatchedTrainer):
             self.engine.keep_start(self.model)
         if self.args.eval_strategy != "no" and self.eval_dataset == {}:
             raise ValueError("eval_strategy needs an eval_dataset, and the trainer was given none.")
+        for guard in guards(self):
+            guard.folder = self.engine.folder
         for method in self.methods:
             method.prepare_model(self.model, self.seen_tasks)
         with self.preemption.listening():
@@ -415,6 +431,13 @@ class _Engine(ContinualCallback):
 
     def folder(self, args: Any) -> Path:
         return Path(self.trainer._get_output_dir(None))
+
+
+def _has_own_loss(kind: type) -> bool:
+    """Whether a subclass of [`ContinualTrainer`] has a `compute_loss` that does not call the one it inherits."""
+    between = kind.__mro__[: kind.__mro__.index(ContinualTrainer)]
+    own = [inspect.unwrap(cls.__dict__["compute_loss"]) for cls in between if "compute_loss" in cls.__dict__]
+    return any("compute_loss" not in f.__code__.co_names for f in own if hasattr(f, "__code__"))
 
 
 def _check_processes(args: Any) -> None:

@@ -119,7 +119,8 @@ def with_continual_defaults(args: TrainingArguments | None, optim: str | None = 
         if not hasattr(args, f.name):
             setattr(args, f.name, f.default)
     if optim is not None:
-        if getattr(args, "default_learning_rate", False) and args.optim != optim:
+        untouched = getattr(args, "default_learning_rate", False) and args.learning_rate == ADAMW_LEARNING_RATE
+        if untouched and args.optim != optim:
             args.learning_rate = CLASSP_LEARNING_RATE
         args.optim = optim
     return args

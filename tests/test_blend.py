@@ -7,13 +7,16 @@ import subprocess
 
 import pytest
 import torch
+import transformers
 from conftest import weights
+from safetensors.torch import load_file, save_file
 from test_language import WORDS, make_causal, tokenizer  # noqa: F401  (fixtures)
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from warm_python import python
 
 from classp_hf import ContinualMemory
 from classp_hf.blend import _Blender, blend, format_blend
+from classp_hf.remember import load_saved
 
 NAME = "transformer.h.1.mlp.c_fc.weight"
 SETTINGS = {"samples_drawn": 4, "length": 16}
@@ -168,6 +171,47 @@ def test_a_classifier_keeps_the_head_that_its_start_lacks(make_model, tmp_path):
     assert torch.equal(found.classifier.weight, tuned.classifier.weight)
     with pytest.raises(ValueError, match="A classifier has no general text"):
         blend(str(tmp_path / "start"), str(tmp_path / "tuned"), str(tmp_path / "out"))
+    numbers = tmp_path / "numbers.jsonl"  # the same labels, as integers
+    numbers.write_text("\n".join(json.dumps({**row, "label": i}) for row, i in zip(rows, labels)))
+    folders = [str(tmp_path / name) for name in ("start", "tuned", "again")]
+    again = blend(*folders, None, str(numbers), shares=(0.0, 0.5, 1.0))
+    assert [p["task"] for p in again["points"]] == [p["task"] for p in results["points"]]
+    transformers.BertForTokenClassification(tuned.config).save_pretrained(tmp_path / "tuned")
+    with pytest.raises(ValueError, match="gives a text no label"):
+        blend(*folders, None, str(numbers))
+
+
+def mixture():
+    config = transformers.MixtralConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config)
+
+
+@pytest.mark.parametrize("kind", ["mixture of experts", "gamma and beta"])
+def test_names_that_transformers_converts(kind, make_model, tmp_path):
+    """Share 0 is the start, and share 1 the tuned model, also where a file has other names than the model."""
+    models = []
+    for seed, name in enumerate(("start", "tuned")):
+        torch.manual_seed(seed)
+        model = mixture() if kind == "mixture of experts" else make_model(seed=seed)
+        for p in model.parameters():
+            torch.nn.init.normal_(p)
+        model.save_pretrained(tmp_path / name)
+        models.append(weights(model))
+    if kind == "gamma and beta":
+        file = tmp_path / "start" / "model.safetensors"
+        old = {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+               for n, t in load_file(file).items()}  # fmt: skip
+        save_file(old, file, {"format": "pt"})
+    model = load_saved(str(tmp_path / "tuned"))
+    blender = _Blender(model, str(tmp_path / "start"), str(tmp_path / "tuned"))
+    assert blender.only_tuned == []
+    for share, wanted in zip((0.0, 1.0, 0.0), (*models, models[0])):
+        blender.put("line", share)
+        found = weights(model)
+        assert found.keys() == wanted.keys() and all(torch.allclose(found[n], wanted[n]) for n in wanted)
 
 
 def test_a_head_of_another_number_of_labels_is_no_pair(make_model, tmp_path):

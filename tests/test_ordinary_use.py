@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import shutil
 import subprocess
 import textwrap
 from dataclasses import replace
@@ -845,3 +846,103 @@ def test_the_default_accuracy_takes_logits_or_classes(chosen, make_model, make_a
     with torch.no_grad():
         logits = trainer.model(**collator(list(task.test_dataset)))["logits"]
     assert found == pytest.approx(float((logits.argmax(-1).numpy() == task.test_dataset["labels"][:]).mean()))
+
+
+class OwnLoss(ContinualTrainer):
+    """As in many scripts: the loss with class weights."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        loss = F.cross_entropy(outputs.logits, inputs["labels"], weight=torch.tensor([1.0, 2.0, 1.0]))
+        return (loss, outputs) if return_outputs else loss
+
+
+class Scaled(ContinualTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_a_loss_of_its_own_gives_the_memory_that_it_gives_in_a_plain_trainer(
+    plain, make_model, make_tasks, make_args, collator
+):
+    """Once it was the number of accumulation steps, squared, too large."""
+    steps = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 1, "max_grad_norm": 0}
+
+    class Plain(Trainer):
+        compute_loss = OwnLoss.compute_loss
+
+    sums = []
+    for cls in (OwnLoss, Plain):
+        args = make_args(optim="classp", learning_rate=1e-2, **steps)
+        trainer = cls(make_model(), args, collator, make_tasks(1)[0].train_dataset)
+        trainer.train()
+        engine = classp_hf.engine.engine_of(trainer.model)
+        sums.append(sum(float(s.sum()) for s in engine.accumulators().values()))
+    assert sums[0] == pytest.approx(sums[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lwf", "logit_adjustment"])
+def test_a_loss_of_its_own_refuses_methods_that_it_would_switch_off(method, make_model, make_args, collator):
+    with pytest.raises(ValueError, match="which OwnLoss's does not call"):
+        OwnLoss(make_model(), make_args(), collator, method=method)
+    Scaled(make_model(), make_args(), collator, method=method)
+    OwnLoss(make_model(), make_args(), collator, method="ewc")
+
+
+def test_options_of_the_launcher_do_not_reach_a_continual_trainer(make_model, make_args, collator):
+    classp_hf.register(optim="adamw_torch")
+    try:
+        with pytest.raises(ValueError, match="--optim before a script's name .* builds a ClasspTrainer"):
+            ClasspTrainer(make_model(), make_args(), collator)
+    finally:
+        classp_hf.register()
+
+
+def test_a_rate_that_was_set_later_is_kept(make_model, make_args, collator):
+    args = make_args()
+    assert ClasspTrainer(make_model(), args, collator).args.learning_rate == 1e-3
+    args.set_training(learning_rate=5e-3)
+    assert ClasspTrainer(make_model(), args, collator).args.learning_rate == 5e-3
+
+
+def test_a_copied_checkpoint_is_none_of_the_trainers(make_model, make_args, make_tasks, collator, tmp_path):
+    args = make_args(save_strategy="steps", save_steps=2, max_steps=4)
+    trainer = ContinualTrainer(make_model(), args, collator, make_tasks(1)[0].train_dataset)
+    trainer.train()
+    for name in ("checkpoint-best", "checkpoint-4-1"):
+        shutil.copytree(Path(args.output_dir, "checkpoint-2"), Path(args.output_dir, name))
+    trainer.args.max_steps = 6
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
+
+
+def test_an_image_processor_pads_no_texts(make_args):
+    """A model that writes texts on images."""
+    model = make_captioner()
+    trainer = ContinualTrainer(model, make_args(max_steps=1), processing_class=transformers.ViTImageProcessor())
+    assert not isinstance(trainer.data_collator, transformers.DataCollatorForSeq2Seq)
+
+
+def make_captioner():
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    encoder = transformers.ViTConfig(image_size=8, patch_size=4, **small)
+    decoder = transformers.BertConfig(vocab_size=VOCABULARY, is_decoder=True, add_cross_attention=True, **small)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    return transformers.VisionEncoderDecoderModel(config)
+
+
+def test_lwf_refuses_a_model_without_logits_before_its_first_task(make_args):
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = transformers.BertForQuestionAnswering(transformers.BertConfig(vocab_size=VOCABULARY, **small))
+    rows = [{"input_ids": [1, 2, 3], "start_positions": 0, "end_positions": 1}] * 8
+    trainer = ContinualTrainer(model, make_args(), train_dataset=rows, method="lwf")
+    with pytest.raises(ValueError, match="answers without any"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("changes", [{"batch_eval_metrics": True}, {"prediction_loss_only": True}])
+def test_without_whole_predictions_there_is_no_default_accuracy(changes, make_model, make_args, make_tasks, collator):
+    trainer = ContinualTrainer(make_model(), make_args(**changes), collator)
+    results = trainer.train_sequence(make_tasks(2))
+    assert results["metric"] == "loss"

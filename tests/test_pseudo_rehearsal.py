@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,6 +114,20 @@ def test_divergence_is_that_of_whole_distributions_or_of_the_best_and_the_rest(k
     assert float(found) == pytest.approx(float(torch.cat(expected).sum()), rel=5e-3)
     found.backward()
     assert all(p.grad is not None for p in new.parameters())
+
+
+def test_answers_are_at_the_texts_own_tokens_under_prompt_tuning(causal_model, make_args):
+    """Its virtual tokens stand before them, and have no answers."""
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(causal_model(), config)
+    texts = [[1, 10, 11, 12], [1, 13]]
+    answers = rehearsal.answer(model, texts, VOCABULARY)
+    assert answers.values.shape == (2, 4, VOCABULARY)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=torch.tensor(texts[:1])).logits[0, -4:]
+        assert torch.allclose(answers.values[0].float(), F.log_softmax(logits, -1).sort(descending=True)[0], atol=1e-2)
+        assert float(rehearsal.divergence(model, answers, torch.arange(2))) == pytest.approx(0, abs=1e-3)
+        assert rehearsal.measure(model, answers)[1] == pytest.approx(0, abs=1e-3)
 
 
 def test_kinds_of_models(causal_model, make_model):

@@ -82,6 +82,8 @@ class LwF(Method):
             other.copy_(kept)
 
     def loss_term(self, outputs: Any, inputs: Mapping[str, Tensor], count: Tensor | int | None) -> Tensor | None:
+        if "logits" not in outputs:  # said at the first task's first step, not after its training
+            raise ValueError("The method 'lwf' compares logits, and this model answers without any.")
         if self.answers is None:
             return None
         new, old, labels = outputs["logits"], self.answers, inputs["labels"]
