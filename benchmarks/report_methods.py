@@ -207,7 +207,7 @@ def tuning(lines: Lines, frozen: dict[str, str]) -> str:
         scores[line["arm"]][line["setting"]].append(float(np.mean(line["R"][-1])))
     rows = []
     for arm in (a for a in ARMS if a in frozen and a in scores):
-        mean = {s: 100 * float(np.mean(scores[arm][s])) for s in ARMS[arm].settings}
+        mean = {s: 100 * float(np.mean(scores[arm][s])) for s in ARMS[arm].settings if s in scores[arm]}
         named = {s: f"{s.replace('--', '')}: {v:.1f}" for s, v in mean.items()}
         seeds = len({line["seed"] for line in lines if line["arm"] == arm})
         shown = ", ".join(f"**{t}**" if s == frozen[arm] else t for s, t in named.items())
@@ -254,7 +254,9 @@ PROTOCOL = (
 
 def section(source: Source) -> list[str]:
     own = [arm for arm in ARMS if arm in source.frozen and ARMS[arm].tuned_as is None and not ARMS[arm].first]
-    edges = [f"`{arm}`" for arm in own if source.frozen[arm] in (ARMS[arm].settings[0], ARMS[arm].settings[-1])]
+    tried = {(line["arm"], line["setting"]) for line in source.tuned}
+    grids = {arm: [s for s in ARMS[arm].settings if (arm, s) in tried] for arm in own}
+    edges = [f"`{arm}`" for arm, grid in grids.items() if source.frozen[arm] in (grid[0], grid[-1])]
     error = 100 * np.sqrt(0.25 / source.examples)
     text = (
         f"[{source.name}](../benchmarks/results/{source.name}), by `python benchmarks/compare_methods.py`: "
