@@ -36,7 +36,7 @@ class RemovalSampler(Sampler[int]):
 
     def count(self, wrong: Tensor) -> None:
         """`wrong`: bool, of the next batch in order."""
-        self.mistakes[self.order[: len(wrong)]] += wrong.float()
+        self.mistakes[self.order[: len(wrong)]] += wrong.float().cpu()
         self.order = self.order[len(wrong) :]
 
 

@@ -32,6 +32,7 @@ from compare_methods import GPU, PRECISION, read_lines
 from datasets import Dataset
 from first_finetuning import ARMS, BASE, LONGEST, QUESTION, chosen, documentation, start, tokenizer, windows
 from peft import LoraConfig, get_peft_model
+from report_first_finetuning import NAMES
 from report_performance import ROOT, cpu, wrapped
 
 from classp_hf import (
@@ -174,9 +175,26 @@ def cell(values: list[float], digits: int = 2) -> str:
     return f"{middle:.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
 
 
-def page(lines: list[dict[str, Any]]) -> str:
-    from report_first_finetuning import NAMES
+def plot(lines: list[dict[str, Any]], path: Path) -> None:
+    """Over the stages, a line an arm: the loss of the first task, of the second one, and that of general text."""
+    figure = report.new_figure(10, 4)
+    for column, axes in enumerate(figure.subplots(1, 3)):
+        for i, arm in enumerate(arm for arm in RUN if any(line["arm"] == arm for line in lines)):
+            mine = [line for line in lines if line["arm"] == arm]
+            each = [
+                [row[column] for row in line["R"]] if column < 2 else [m["general"] for m in line["beside"]]
+                for line in mine
+            ]
+            middle = [confidence(list(of))[0] for of in zip(*each)]
+            axes.plot(["start", *TASKS], middle, label=None if column else NAMES[arm], **report.series_style(i))
+        axes.set_title(f"loss of {TASKS[column] if column < 2 else 'general text'} (nats a token)", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(color="0.9")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    report.save_figure(figure, path)
 
+
+def page(lines: list[dict[str, Any]]) -> str:
     rows = [["", *(f"{name}: learned" for name in TASKS), *(f"{name}: at the end" for name in TASKS[:-1])]]
     rows[0] += ["accuracy: learned, %", "at the end, %", "rise of general text", "KL", "seconds", "seeds"]
     for arm in (arm for arm in RUN if any(line["arm"] == arm for line in lines)):
@@ -203,21 +221,10 @@ def page(lines: list[dict[str, Any]]) -> str:
     origin = "; ".join(
         f"{precision}, {where}, torch {torch}, commit {of}" for precision, where, torch, of in sorted(runs)
     )
-    last = [
-        f"Settings: {settings or 'none'}.",
-        f"`python benchmarks/language_sequence.py run`, then `table`; {origin}.",
-    ]
-    return (
-        "\n\n".join(
-            [
-                parts[0],
-                *map(wrapped, parts[1:]),
-                report.markdown_table(rows, "<" + ">" * (len(rows[0]) - 1)),
-                *map(wrapped, last),
-            ]
-        )
-        + "\n"
-    )
+    table = report.markdown_table(rows, "<" + ">" * (len(rows[0]) - 1))
+    origins = f"`python benchmarks/language_sequence.py run`, then `table`; {origin}."
+    parts = [parts[0], *map(wrapped, parts[1:]), table, "![Losses over the stages](images/language_sequence.png)"]
+    return "\n\n".join([*parts, *map(wrapped, [f"Settings: {settings or 'none'}.", origins])]) + "\n"
 
 
 def main() -> None:
@@ -236,11 +243,13 @@ def main() -> None:
     lines = read_lines(options.output)
     if options.stage == "table":
         (ROOT / "docs/language_sequence.md").write_text(page(lines))
+        plot(lines, ROOT / "docs/images/language_sequence.png")
         return
     embedded.smollm2()
-    finished = {(line["arm"], line["seed"]) for line in lines}
-    todo = [job for job in ((a, s) for s, a in itertools.product(options.seeds, options.arms)) if job not in finished]
-    todo = todo[options.part[0] :: options.part[1]]
+    alike = [line for line in lines if f"--max_steps {options.steps} " in line["flags"]]
+    finished = {(line["arm"], line["seed"]) for line in alike if line["precision"] == options.precision}
+    asked = [(arm, seed) for seed, arm in itertools.product(options.seeds, options.arms)]
+    todo = [job for job in asked[options.part[0] :: options.part[1]] if job not in finished]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for i, (arm, seed) in enumerate(todo):
         line = run(arm, seed, options.precision, options.steps)

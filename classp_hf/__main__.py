@@ -179,6 +179,7 @@ def main() -> None:
         command.error(str(error))
     register(**given)
     sys.argv = script[1:] if as_module else script
+    ContinualCallback.script = sys.argv[0]
     try:
         if as_module:
             runpy.run_module(script[1], run_name="__main__", alter_sys=True)

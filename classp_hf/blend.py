@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
+from datasets import Value
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -71,10 +73,12 @@ class _Blender:
         self.state = model.state_dict()
         own = _weights(tuned)
         if not own.keys() <= self.state.keys():  # Transformers converts the file's names
-            own = {n: p.detach().clone() for n, p in model.named_parameters()}
+            own = {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters()}
         old = _renamed(model, _weights(start))
-        if any(n.startswith(f"{model.base_model_prefix}.") for n in own.keys() - old.keys()):
-            old |= _renamed(model, load_saved(start, dtype="auto").state_dict())
+        if any(n.startswith(f"{model.base_model_prefix}.") for n in old.keys() - own.keys()):  # of the start's, too
+            with suppress(ValueError):  # a class that is not known here
+                whole, found = load_saved(start, dtype="auto", output_loading_info=True)
+                old |= _renamed(model, {n: t for n, t in whole.state_dict().items() if n not in found["missing_keys"]})
         fitting = {n for n, t in own.items() if n in old and old[n].shape == t.shape} | {*match_rows(old, model, True)}
         self.pairs = {n: (old[n], t) for n, t in own.items() if n in fitting and t.ndim and t.is_floating_point()}
         self.only_tuned = [n for n in own if n not in self.pairs]
@@ -124,7 +128,8 @@ def blend(
 
     The saved model has the best task score of those whose guard loss rose by at most `max_rise`; without `eval_file`
     it is the one with the largest share. `output_dir` also gets the tokenizer, the tuned model's memory, `blend.json`
-    and `blend.png`. Weights are mapped from their files: one model is in memory.
+    and `blend.png`. Weights are mapped from their files: one model is in memory, and a copy of each whose file has
+    other names than its class in Transformers.
 
     Args:
         start: folder or Hub id of the model before its training, saved as safetensors.
@@ -207,6 +212,8 @@ def _batches(model: Any, tokenizer: Any, file: str) -> list[Any]:
     rows = read_table(file)["train"]
     names = [model.config.id2label[i] for i in range(getattr(model.config, "num_labels", 0))]
     counted = getattr(rows.features.get("label"), "dtype", "").startswith("int")
+    if counted and {str(label) for label in rows["label"]} <= set(names):  # names that look like numbers
+        rows, counted = rows.cast_column("label", Value("string")), False
     tasks = [Task("scored", rows, rows, label_names=names if counted else None)]
     if kind_of_model(model) == "causal":
         tasks = prepare_language_tasks(tasks, tokenizer, encoder_decoder=False)

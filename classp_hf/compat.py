@@ -4,6 +4,7 @@ docs/compatibility.md says which versions were run.
 """
 
 import ast
+import dis
 import functools
 import inspect
 import textwrap
@@ -108,9 +109,22 @@ def averages_loss(model: Any) -> bool:
     return not any(keyword.arg in (None, "num_items_in_batch") for call in losses for keyword in call.keywords)
 
 
+def sums_own_loss(kind: type) -> bool | None:
+    """Whether a `compute_loss` of the user's own, which calls no other, is the sum over `num_items_in_batch`, as
+    Transformers asks of it: whether it reads that. None: there is no such `compute_loss`."""
+    between = kind.__mro__[: kind.__mro__.index(Trainer)]
+    own = [vars(cls)["compute_loss"] for cls in between if "compute_loss" in vars(cls)]
+    codes = [getattr(inspect.unwrap(f), "__code__", None) for f in own if not f.__module__.startswith("classp_hf.")]
+    for code in codes:
+        if code is not None and "compute_loss" not in code.co_names:
+            loads = (i for i in dis.get_instructions(code) if i.opname.startswith("LOAD"))
+            return any("num_items_in_batch" in str(i.argval) for i in loads)
+    return None
+
+
 def scale_loss_once(trainer: Trainer) -> None:
     """Have Trainer divide such a loss by the accumulation steps, and multiply it by nothing."""
-    if trainer.compute_loss_func is None and trainer.label_smoother is None:
+    if trainer.compute_loss_func is None and trainer.label_smoother is None and not sums_own_loss(type(trainer)):
         trainer.model_accepts_loss_kwargs &= not averages_loss(trainer.model)
 
 

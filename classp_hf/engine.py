@@ -66,6 +66,8 @@ class ContinualCallback(LiveMemory, TrainerCallback):
 
     launched: ClassVar[dict[str, Any]] = {}
     """Arguments of `register`, which Trainer cannot pass on."""
+    script: ClassVar[str | None] = None
+    """The script that the launcher runs with them."""
     applied: ClassVar[bool] = False
     """Whether any training of this process began with them."""
 

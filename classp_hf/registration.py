@@ -31,9 +31,14 @@ def register(**options: Any) -> None:
         raise TypeError(f"register() knows {', '.join(sorted(OPTIONS))}; got {', '.join(unknown)}.")
     guard = options.pop("guard", None)
     ContinualCallback.launched = {k: v for k, v in options.items() if v is not None}
-    add_optimizer(CLASSP_NAME, _classp, ContinualCallback)
+    register_optimizer()
     LaunchedGuard.options = guard or {}
     set_default_callback(LaunchedGuard, guard is not None)
+
+
+def register_optimizer() -> None:
+    """As `register`, and what it was given before stays."""
+    add_optimizer(CLASSP_NAME, _classp, ContinualCallback)
 
 
 def _classp(args: Any) -> tuple[type[CLASSP], dict[str, Any]]:

@@ -129,7 +129,9 @@ def draw_samples(
 def readable(model: Any, length: int) -> int:
     """`length`, or as many tokens as the model can read at most."""
     limit = getattr(bare_model(model).config, "max_position_embeddings", None) or length
-    return min(length, limit) if limit > 0 else length  # XLNet's is -1
+    adapters = getattr(model, "peft_config", None) or {}
+    virtual = max((getattr(adapter, "num_virtual_tokens", 0) for adapter in adapters.values()), default=0)
+    return min(length, limit - virtual) if limit > 0 else length  # XLNet's is -1
 
 
 def _first_token(model: Any, tokenizer: Any) -> int:

@@ -13,7 +13,6 @@ import torch
 import transformers
 from transformers import set_seed
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .files import replacing, sync_folder
@@ -185,7 +184,7 @@ class SequenceRun:
                     "--resume_from_checkpoint True to go on from it, or choose another --output_dir."
                 )
         else:
-            if stale := [c for f in self.folders for c in sorted(f.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))]:
+            if stale := [c for f in self.folders for c in checkpoints(f)]:
                 raise ValueError(
                     f"{stale[0]} is of another run, whose {STATE_NAME} is gone from {self.folder}: a later resume "
                     "would take it for this run's. Delete it, or choose another output_dir."

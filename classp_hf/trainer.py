@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import inspect
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -11,13 +10,13 @@ from typing import Any, ClassVar
 
 from huggingface_hub import HfApi
 from torch import Tensor, nn
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, ImageProcessingMixin, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from .classification import accuracy, classification_loss, is_single_label_classifier
-from .compat import PatchedTrainer, scale_loss_once
+from .compat import PatchedTrainer, scale_loss_once, sums_own_loss
 from .engine import ContinualCallback, engine_of
 from .files import explaining_full_disks
 from .guard import guards
@@ -77,6 +76,7 @@ class ContinualTrainer(PatchedTrainer):
     """The optimizer of the class, whatever `args.optim` says."""
 
     args: Any
+    called: frozenset[str] = frozenset()  # hooks of methods that the present step has come by
 
     def __init__(
         self,
@@ -92,11 +92,11 @@ class ContinualTrainer(PatchedTrainer):
         task_metric: Callable[[Any, Any, Any], float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if ContinualCallback.launched:
+        if ContinualCallback.script is not None and ContinualCallback.launched:
             given = ", ".join(f"--{name}" for name in ContinualCallback.launched)
             raise ValueError(
-                f"{given} before a script's name are for scripts that know nothing of classp_hf; this one builds a "
-                f"{type(self).__name__}. Pass them in its arguments: method=, memory=, args."
+                f"{given} before {ContinualCallback.script} are for scripts that know nothing of classp_hf, and this "
+                f"one builds a {type(self).__name__}. Pass them in its arguments: method=, memory=, args."
             )
         args = with_continual_defaults(args, self.default_optim)
         args.memory = args.memory if memory is None else str(memory)
@@ -109,8 +109,8 @@ class ContinualTrainer(PatchedTrainer):
         shard_on_cpus(args)
         if args.eval_strategy != "no" and eval_dataset is None:
             eval_dataset = {}  # the tasks bring their own; Trainer refuses None here
-        writes = model is not None and is_language_model(model)
-        if data_collator is None and writes and isinstance(processing_class, PreTrainedTokenizerBase):
+        pads = processing_class is not None and not isinstance(processing_class, ImageProcessingMixin)
+        if data_collator is None and pads and model is not None and is_language_model(model):
             # pads labels too, of causal models as well
             data_collator = DataCollatorForSeq2Seq(processing_class, model)
         gathering = {"gather": args.gather_memory, "power": args.memory_power}
@@ -138,8 +138,7 @@ class ContinualTrainer(PatchedTrainer):
         if self.is_fsdp_enabled:
             self.check_fsdp(self.accelerator.state.fsdp_plugin)
         self.classifies, self.generates = is_single_label_classifier(self.model), is_language_model(self.model)
-        own_loss = _has_own_loss(type(self))
-        if self.classifies and not own_loss:
+        if self.classifies and sums_own_loss(type(self)) is not False:
             self.compute_loss_func = self.compute_loss_func or self.adjusted_loss
         if self.classifies and not (args.batch_eval_metrics or args.prediction_loss_only):
             self.compute_metrics = self.compute_metrics or accuracy
@@ -162,12 +161,6 @@ class ContinualTrainer(PatchedTrainer):
         self._complete_methods()
         for part in self.methods:
             part.excluded = self.engine.excluded
-            hooks = ("adjust_logits", "loss_term", "before_forward")
-            if own_loss and any(getattr(type(part), hook) is not getattr(Method, hook) for hook in hooks):
-                raise ValueError(
-                    f"The method {part.name!r} works by ContinualTrainer.compute_loss, which {type(self).__name__}'s "
-                    "does not call. Call super().compute_loss, or leave the method out."
-                )
             adjusts = type(part).adjust_logits is not Method.adjust_logits
             if adjusts and self.compute_loss_func != self.adjusted_loss:
                 raise ValueError(
@@ -241,7 +234,7 @@ class ContinualTrainer(PatchedTrainer):
         """As Trainer's; while training, plus the loss terms of the methods."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        given = dict(inputs)
+        given, self.called = dict(inputs), self.called | {"loss_term"}
         for method in self.methods:
             method.before_forward(model, given)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
@@ -254,10 +247,24 @@ class ContinualTrainer(PatchedTrainer):
                 loss = loss + term * ranks
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's; refuses methods that a subclass's `compute_loss` leaves out."""
+        self.called = frozenset()
+        loss = super().training_step(*args, **kwargs)
+        for method in self.methods:
+            for hook in ("loss_term", "adjust_logits"):
+                if getattr(type(method), hook) is not getattr(Method, hook) and hook not in self.called:
+                    raise ValueError(
+                        f"The method {method.name!r} works by ContinualTrainer's loss, which {type(self).__name__}'s "
+                        "compute_loss does not call. Call super().compute_loss, or leave the method out."
+                    )
+        return loss
+
     def adjusted_loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
         """The loss of a single-label classifier, from the logits as the methods adjust them."""
         smoothing = 0.0
         if self.model.training:
+            self.called |= {"adjust_logits"}
             smoothing = self.args.label_smoothing_factor
             outputs = copy.copy(outputs)
             for method in self.methods:
@@ -431,13 +438,6 @@ class _Engine(ContinualCallback):
 
     def folder(self, args: Any) -> Path:
         return Path(self.trainer._get_output_dir(None))
-
-
-def _has_own_loss(kind: type) -> bool:
-    """Whether a subclass of [`ContinualTrainer`] has a `compute_loss` that does not call the one it inherits."""
-    between = kind.__mro__[: kind.__mro__.index(ContinualTrainer)]
-    own = [inspect.unwrap(cls.__dict__["compute_loss"]) for cls in between if "compute_loss" in cls.__dict__]
-    return any("compute_loss" not in f.__code__.co_names for f in own if hasattr(f, "__code__"))
 
 
 def _check_processes(args: Any) -> None:

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from .live import CLASSP_LEARNING_RATE, CLASSP_NAME
 from .methods.base import flag
-from .registration import register
+from .registration import register_optimizer
 
 ADAMW_LEARNING_RATE = 5e-5
 ERRORS = ("perplexity", "mse", "rmse", "mae", "wer", "cer", "ter")
@@ -90,7 +90,7 @@ class ContinualTrainingArguments(TrainingArguments):
         if self.heads not in ("shared", "per_task"):
             raise ValueError(f"heads must be 'shared' or 'per_task', got {self.heads!r}")
         if self.optim == CLASSP_NAME:
-            register()
+            register_optimizer()
         self.default_learning_rate = self.learning_rate is None
         if self.learning_rate is None:
             self.learning_rate = CLASSP_LEARNING_RATE if self.optim == CLASSP_NAME else ADAMW_LEARNING_RATE

@@ -11,11 +11,11 @@ import transformers
 from conftest import weights
 from safetensors.torch import load_file, save_file
 from test_language import WORDS, make_causal, tokenizer  # noqa: F401  (fixtures)
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from warm_python import python
 
-from classp_hf import ContinualMemory
-from classp_hf.blend import _Blender, blend, format_blend
+from classp_hf import ContinualMemory, embedded
+from classp_hf.blend import _batches, _Blender, blend, format_blend
 from classp_hf.remember import load_saved
 
 NAME = "transformer.h.1.mlp.c_fc.weight"
@@ -214,6 +214,20 @@ def test_names_that_transformers_converts(kind, make_model, tmp_path):
         assert found.keys() == wanted.keys() and all(torch.allclose(found[n], wanted[n]) for n in wanted)
 
 
+def test_a_start_without_pooler_leaves_the_tuned_ones(make_model, tmp_path):
+    """Loading such a start would draw one at random."""
+    tuned = make_model(seed=1)
+    start = transformers.BertModel(tuned.config, add_pooling_layer=False)
+    start.save_pretrained(tmp_path / "start")
+    tuned.save_pretrained(tmp_path / "tuned")
+    model = load_saved(str(tmp_path / "tuned"))
+    blender = _Blender(model, str(tmp_path / "start"), str(tmp_path / "tuned"))
+    assert "bert.pooler.dense.weight" in blender.only_tuned
+    blender.put("line", 0.0)
+    assert torch.equal(model.bert.pooler.dense.weight, tuned.bert.pooler.dense.weight)
+    assert torch.equal(model.bert.encoder.layer[0].output.dense.weight, start.encoder.layer[0].output.dense.weight)
+
+
 def test_a_head_of_another_number_of_labels_is_no_pair(make_model, tmp_path):
     make_model(seed=0).save_pretrained(tmp_path / "start")
     tuned = make_model(seed=1, num_labels=2)
@@ -239,3 +253,11 @@ def test_the_command(pair, tmp_path):
     run = subprocess.run([*command, "--eval_file", pair[2]], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "guard loss" in run.stdout and (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_labels_whose_names_look_like_numbers_are_matched_by_name(make_model, tmp_path):
+    model, tokenizer = make_model(), AutoTokenizer.from_pretrained(embedded.model_path())  # noqa: F811
+    model.config.id2label, model.config.label2id = {0: "1", 1: "2", 2: "3"}, {"1": 0, "2": 1, "3": 2}
+    (tmp_path / "rows.csv").write_text("text,label\none,1\ntwo,2\nthree,2\n")
+    (batch,) = _batches(model, tokenizer, str(tmp_path / "rows.csv"))
+    assert batch["labels"].tolist() == [0, 1, 1]

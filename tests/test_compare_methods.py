@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare_methods  # noqa: E402
+import language_sequence  # noqa: E402
 import plot_methods  # noqa: E402
 import report_methods  # noqa: E402
 import report_performance  # noqa: E402
@@ -198,3 +199,8 @@ def test_the_committed_results_give_the_committed_pages(tmp_path, monkeypatch):
     assert readme.read_text() == (ROOT / "README.md").read_text()
     assert (tmp_path / "results.md").read_text() == (ROOT / "docs/results.md").read_text()
     assert report_performance.page(ROOT / "benchmarks/results") == (ROOT / "docs/performance.md").read_text()
+
+
+def test_the_language_models_page_is_of_the_committed_runs():
+    lines = read_lines(ROOT / "benchmarks/results/language_sequence.jsonl")
+    assert language_sequence.page(lines) == (ROOT / "docs/language_sequence.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -45,6 +46,7 @@ from classp_hf import (
 from classp_hf.compat import averages_loss
 from classp_hf.engine import write_beside
 from classp_hf.memory import MEMORY_NAME, OLD_NAME
+from classp_hf.sequence import SequenceRun
 
 
 @pytest.fixture
@@ -862,6 +864,43 @@ class Scaled(ContinualTrainer):
         return super().compute_loss(*args, **kwargs)
 
 
+class SummedLoss(ContinualTrainer):
+    """As Transformers asks of a loss."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        loss = F.cross_entropy(outputs.logits, inputs["labels"], reduction="sum") / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+
+class MeanLoss:
+    """Of a mixin that comes after the trainer."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        loss = F.cross_entropy(outputs.logits, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
+class Mixed(ContinualTrainer, type("MeanTrainer", (MeanLoss, Trainer), {})):
+    pass
+
+
+@pytest.mark.parametrize("own", [SummedLoss, Mixed])
+def test_a_loss_of_its_own_gives_the_memory_of_the_trainers_own(own, make_model, make_tasks, make_args, collator):
+    sums = []
+    for cls in (own, ContinualTrainer, type("Plain", (Trainer,), {"compute_loss": own.compute_loss})):
+        steps = {"gradient_accumulation_steps": 4, "max_steps": 1, "max_grad_norm": 0}
+        args = make_args(optim="classp", learning_rate=1e-2, per_device_train_batch_size=4, **steps)
+        if own is Mixed and not issubclass(cls, ContinualTrainer):
+            continue
+        trainer = cls(make_model(), args, collator, make_tasks(1)[0].train_dataset)
+        trainer.train()
+        engine = classp_hf.engine.engine_of(trainer.model)
+        sums.append(sum(float(s.sum()) for s in engine.accumulators().values()))
+    assert sums == pytest.approx([sums[0]] * len(sums), rel=1e-5)
+
+
 def test_a_loss_of_its_own_gives_the_memory_that_it_gives_in_a_plain_trainer(
     plain, make_model, make_tasks, make_args, collator
 ):
@@ -881,19 +920,29 @@ def test_a_loss_of_its_own_gives_the_memory_that_it_gives_in_a_plain_trainer(
     assert sums[0] == pytest.approx(sums[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("cls", [OwnLoss, SummedLoss, Mixed])
 @pytest.mark.parametrize("method", ["lwf", "logit_adjustment"])
-def test_a_loss_of_its_own_refuses_methods_that_it_would_switch_off(method, make_model, make_args, collator):
-    with pytest.raises(ValueError, match="which OwnLoss's does not call"):
-        OwnLoss(make_model(), make_args(), collator, method=method)
-    Scaled(make_model(), make_args(), collator, method=method)
-    OwnLoss(make_model(), make_args(), collator, method="ewc")
+def test_a_loss_of_its_own_refuses_methods_that_it_would_switch_off(
+    method, cls, make_model, make_args, make_tasks, collator
+):
+    data = make_tasks(1)[0].train_dataset
+    with (
+        pytest.raises(ValueError, match="Call super|adjusts the logits")
+        if (method, cls) != ("lwf", Mixed)
+        else (contextlib.nullcontext())
+    ):
+        cls(make_model(), make_args(max_steps=1), collator, data, method=method).train()
+    Scaled(make_model(), make_args(max_steps=1), collator, data, method=method).train()
+    cls(make_model(), make_args(max_steps=1), collator, data, method="ewc").train()
 
 
-def test_options_of_the_launcher_do_not_reach_a_continual_trainer(make_model, make_args, collator):
+def test_options_of_the_launcher_do_not_reach_a_continual_trainer(make_model, make_args, collator, monkeypatch):
     classp_hf.register(optim="adamw_torch")
     try:
-        with pytest.raises(ValueError, match="--optim before a script's name .* builds a ClasspTrainer"):
-            ClasspTrainer(make_model(), make_args(), collator)
+        ClasspTrainer(make_model(), make_args(optim="classp"), collator)  # of one's own call to `register`
+        monkeypatch.setattr(ContinualCallback, "script", "train.py")
+        with pytest.raises(ValueError, match=r"--optim before train.py .* builds a ClasspTrainer"):
+            ClasspTrainer(make_model(), make_args(optim="classp"), collator)
     finally:
         classp_hf.register()
 
@@ -914,6 +963,12 @@ def test_a_copied_checkpoint_is_none_of_the_trainers(make_model, make_args, make
     trainer.args.max_steps = 6
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 6
+
+    for name in ("checkpoint-best", "checkpoint-2"):  # unfinished ones
+        Path(args.output_dir, name, "trainer_state.json").unlink()
+    run = SimpleNamespace(args=SimpleNamespace(save_only_model=False, should_save=True))
+    assert SequenceRun._checkpoint(run, Path(args.output_dir)).endswith("checkpoint-6")
+    assert Path(args.output_dir, "checkpoint-best").is_dir() and not Path(args.output_dir, "checkpoint-2").exists()
 
 
 def test_an_image_processor_pads_no_texts(make_args):

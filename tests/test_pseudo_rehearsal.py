@@ -122,6 +122,7 @@ def test_answers_are_at_the_texts_own_tokens_under_prompt_tuning(causal_model, m
     model = peft.get_peft_model(causal_model(), config)
     texts = [[1, 10, 11, 12], [1, 13]]
     answers = rehearsal.answer(model, texts, VOCABULARY)
+    assert rehearsal.readable(model, 2**20) == model.config.max_position_embeddings - 3
     assert answers.values.shape == (2, 4, VOCABULARY)
     with torch.no_grad():
         logits = model.eval()(input_ids=torch.tensor(texts[:1])).logits[0, -4:]
