@@ -23,7 +23,7 @@ from .memory import ContinualMemory, NoMemoryError
 from .methods import PseudoRehearsal, describe_methods
 from .names import bare_model, evaluating, has_adapters, loss_gradients, mean_over_weights, trainable_parameters
 from .names import samples as weight_samples
-from .rehearsal import Answers, count_tokens, draw_samples, kind_of_model, padded, read_texts, readable
+from .rehearsal import Answers, count_tokens, draw_samples, kind_of_model, logits_of, padded, read_texts, readable
 
 PRETRAINED = "pretrained"  # the task that such a memory is of; as `memory`, that of the model as it is loaded
 _CARD = """---
@@ -127,7 +127,7 @@ def drawn_gradients(model: Any, tokenizer: Any, texts: list[list[int]], batch_si
                 asked = draws <= max(0.15, float(draws.min()))  # at least one
                 inputs["input_ids"][asked] = tokenizer.mask_token_id
             with torch.enable_grad():
-                logits = model(**inputs)["logits"].float()
+                logits = logits_of(model, inputs).float()
                 if kind == "causal":  # of the next token
                     logits, asked = logits[:, :-1], asked[:, 1:]
                 logits = logits[asked] if logits.ndim == 3 else logits

@@ -89,6 +89,7 @@ class LwF(Method):
         new, old, labels = outputs["logits"], self.answers, inputs["labels"]
         self.answers = None
         if new.ndim > 2:
+            new, old = (logits[:, -labels.shape[1] :] for logits in (new, old))  # prompt tuning puts some before
             if is_language_model(self.teacher) and not self.teacher.config.is_encoder_decoder:
                 # the logits of a causal model are the next token's
                 new, old, labels = new[:, :-1], old[:, :-1], labels[:, 1:]
