@@ -7,6 +7,7 @@ import ast
 import dis
 import functools
 import inspect
+import json
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +16,11 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .files import sync_folder
 from .names import model_class, reshard
@@ -263,6 +266,29 @@ class PatchedTrainer(Trainer):
             self._save(output_dir, self.accelerator.get_state_dict(self.model))  # transformers 5.23 saves none
 
     _load_optimizer_and_scheduler = _explained(Trainer._load_optimizer_and_scheduler)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_converted(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_converted(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_converted(self, folder: Path) -> None:
+        # transformers 5.23: Trainer reads a checkpoint without the conversion of names that save_pretrained and
+        # from_pretrained make (mixtures of experts); the weights under other names would stay as they are.
+        index, names = folder / SAFE_WEIGHTS_INDEX_NAME, set()
+        if not isinstance(self.model, PreTrainedModel) or reshard(self.model):
+            return
+        if index.is_file():
+            names = set(json.loads(index.read_text())["weight_map"])
+        elif (folder / SAFE_WEIGHTS_NAME).is_file():
+            with safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt") as weights:
+                names = set(weights.keys())
+        if names - self.model.state_dict().keys():
+            whole = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
+            self.model.load_state_dict(whole.state_dict())
 
     def _save_rng_state(self, output_dir: str) -> None:
         # The last file of every rank. `trainer_state.json`, which comes next and says that the checkpoint is complete

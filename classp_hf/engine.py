@@ -17,7 +17,7 @@ from .compat import refuse_missing_weights, refuse_sharding, scale_loss_once, wa
 from .live import BESIDE, CLASSP_LEARNING_RATE, CLASSP_NAME, NONE, LiveMemory, check_strength, first_rate
 from .memory import MEMORY_NAME, ContinualMemory, warn_of_unused_memory
 from .methods import Context, Elastic, Merge, Method, make_methods
-from .names import bare_model, samples, trainable_parameters, uncompiled_passes
+from .names import bare_model, model_source, samples, trainable_parameters, uncompiled_passes
 from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .redaction import UNPRINTABLE
@@ -362,11 +362,16 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             method.after_step(self.model)
 
     def _starting_weights(self) -> dict[str, Tensor]:
-        if self.start is not None or not any(m.needs_start for m in self.methods):
-            return self.start or {}
+        if not any(m.needs_start for m in self.methods):
+            return {}
+        source, checkpoint = model_source(self.model), self.checkpoint
+        late = checkpoint is not None and bool(source) and Path(source).resolve().parent == checkpoint.resolve().parent
+        if self.start is not None and not late:
+            return self.start
         raise ValueError(
             "A resumed run needs the weights it began with, which a callback added after Trainer was built has not "
-            "seen. Build a new Trainer of the model as it was, and pass the callback in Trainer's `callbacks`."
+            "seen, nor has one whose model was loaded from a checkpoint of the run. Build a new Trainer of the model "
+            "as it was, and pass the callback in Trainer's `callbacks`."
         )
 
     def _unused_name(self, args: Any) -> str:

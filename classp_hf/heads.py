@@ -61,8 +61,9 @@ class TaskHeads:
             optimizer.state.pop(p, None)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        if self.active is not None:
-            self.saved[self.active] = self._copy()
+        own = self._copy() if self.active is not None else self.initial
+        if self.active is not None and any(not torch.equal(t, self.initial[n]) for n, t in own.items()):  # trained
+            self.saved[self.active] = own
         return dict(self.saved)
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:

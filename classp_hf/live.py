@@ -1,7 +1,7 @@
 """The memory while training: read into the optimizer or gathered beside it, and written as it stands."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,8 @@ class LiveMemory:
         """Whether it is known what there is to go on from."""
         self.samples: dict[str, Tensor] | None = None
         """Of the weights at the end of training, which the memory belongs to. While training they are taken anew."""
+        self.folder: Callable[[Any], Path] = lambda args: Path(args.output_dir)
+        """The folder of the present training."""
         self.checkpoint: Path | None = None
         """What training is resumed from. Default: the checkpoint of the present step."""
         self._pending: dict[str, Tensor] | None = None
@@ -104,10 +106,6 @@ class LiveMemory:
     def sharded(self) -> bool:
         """Whether the memory is spread over ranks, so that reading it is a collective call."""
         return self.zero is not None or reshard(self.model)
-
-    def folder(self, args: Any) -> Path:
-        """The folder of the present training."""
-        return Path(args.output_dir)
 
     def find(self, previous: "LiveMemory | None", args: Any, state: Any, tokenizer: Any) -> None:
         """Read the memory that this training goes on from; `previous` trained the model before, in this process."""

@@ -27,16 +27,16 @@ from .names import (
 TRAINER_STATE = "trainer_state.json"
 
 
-def optimizer_state(optimizer: Any, model: nn.Module) -> dict[str, Any]:
-    """The optimizer's state by parameter name and unsharded, for any number of processes. Call it on every rank."""
-    states = optimizer.state
-    return {
-        "state": {
-            n: {k: full_tensor(v) if isinstance(v, Tensor) else v for k, v in states[p].items()}
-            for n, p in trainable_parameters(model)
-            if p in states
-        }
-    }
+def optimizer_state(optimizer: Any, model: nn.Module, keep: bool = True) -> dict[str, Any]:
+    """The optimizer's state by parameter name and unsharded, for any number of processes. Call it on every rank; a rank
+    that does not `keep` it holds one whole tensor at a time."""
+    state: dict[str, Any] = {}
+    for n, p in trainable_parameters(model):
+        for k, v in optimizer.state[p].items() if p in optimizer.state else ():
+            whole = full_tensor(v).cpu() if isinstance(v, Tensor) else v
+            if keep:
+                state.setdefault(n, {})[k] = whole
+    return {"state": state}
 
 
 def load_optimizer_state(optimizer: Any, model: nn.Module, state: dict[str, Any]) -> None:

@@ -308,7 +308,8 @@ class SequenceRun:
         trainer = self.trainer
         trainer.save_model(str(folder), _internal_call=True)  # True: not yet the model to push
         if trainer.optimizer is not None and not self.args.reset_optimizer:
-            state = optimizer_state(getattr(trainer.optimizer, "optimizer", trainer.optimizer), trainer.model)
+            optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+            state = optimizer_state(optimizer, trainer.model, self.args.should_save)
             if self.args.should_save:
                 with replacing(folder / "optimizer.pt") as temporary:
                     torch.save(state, temporary)

@@ -115,8 +115,9 @@ class ContinualTrainer(PatchedTrainer):
             data_collator = DataCollatorForSeq2Seq(processing_class, model)
         gathering = {"gather": args.gather_memory, "power": args.memory_power}
         gathering["memory_strength"] = args.memory_strength
-        self.engine = _Engine(make_methods(method), args.memory or NONE, revision=args.memory_revision, **gathering)
-        self.engine.trainer = self
+        gathering["revision"] = args.memory_revision
+        self.engine = ContinualCallback(make_methods(method), args.memory or NONE, **gathering)
+        self.engine.folder = lambda args: Path(self._get_output_dir(None))
         self.run_folder: Path | None = None
         """Where the present task of a sequence writes. None: `args.output_dir`."""
         self.logged_task: str | None = None
@@ -126,12 +127,15 @@ class ContinualTrainer(PatchedTrainer):
         self.sequence_results: dict[str, Any] | None = None
         self.given_optimizers = kwargs.get("optimizers", (None, None))
         self.task_metric = task_metric
-        kwargs["callbacks"] = [self.engine, *(kwargs.get("callbacks") or [])]
+        callbacks = kwargs.get("callbacks") or []
+        if any(ContinualCallback in (callback, type(callback)) for callback in callbacks):
+            raise ValueError("ContinualTrainer has a ContinualCallback. Pass it method= and memory= instead of another.")
+        kwargs["callbacks"] = [self.engine, *callbacks]
         saves_on_sigterm, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         args.enable_jit_checkpoint = saves_on_sigterm  # by our own callback
         for callback in list(self.callback_handler.callbacks):
-            if type(callback) is ContinualCallback:
+            if isinstance(callback, ContinualCallback) and callback is not self.engine:
                 self.remove_callback(callback)  # of `register`; the trainer has its own
             elif type(callback) in INTEGRATION_TO_CALLBACK.values():
                 callback.on_log = functools.partial(self._log_to, callback.on_log)  # type: ignore[method-assign]
@@ -225,7 +229,7 @@ class ContinualTrainer(PatchedTrainer):
             args=self.args,
             seen_tasks=list(self.seen_tasks),
             accumulators=self.accumulators,
-            processing_class=self.processing_class,
+            processing_class=getattr(self.processing_class, "tokenizer", self.processing_class),
             accelerator=self.accelerator,
             per_task_heads=self.task_heads is not None,
         )
@@ -429,15 +433,6 @@ class ContinualTrainer(PatchedTrainer):
             command += ["--revision", revision] if revision else []
             error.add_note(f"Nothing local is lost. To try again: {shlex.join(command)}")
             raise
-
-
-class _Engine(ContinualCallback):
-    """The engine of a [`ContinualTrainer`]."""
-
-    trainer: ContinualTrainer
-
-    def folder(self, args: Any) -> Path:
-        return Path(self.trainer._get_output_dir(None))
 
 
 def _check_processes(args: Any) -> None:

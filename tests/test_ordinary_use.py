@@ -1001,3 +1001,86 @@ def test_without_whole_predictions_there_is_no_default_accuracy(changes, make_mo
     trainer = ContinualTrainer(make_model(), make_args(**changes), collator)
     results = trainer.train_sequence(make_tasks(2))
     assert results["metric"] == "loss"
+
+
+# ---- Runs that are resumed ----
+
+
+class FromCausal(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        generator = torch.Generator().manual_seed(0)
+        self.ids = torch.randint(3, 20, (rows, 6), generator=generator).tolist()
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        return {"input_ids": self.ids[i], "labels": self.ids[i]}
+
+
+@pytest.mark.parametrize("size", ["50GB", "2KB"])  # one file, and several
+def test_a_mixture_of_experts_resumes_and_takes_back_its_best_weights(size, make_args, collator, tmp_path, monkeypatch):
+    """Trainer reads a checkpoint's file as it is, and those of mixtures of experts have other names than the model."""
+    saved = transformers.MixtralForCausalLM.save_pretrained
+    monkeypatch.setattr(
+        transformers.MixtralForCausalLM, "save_pretrained", lambda *a, **k: saved(*a, **{**k, "max_shard_size": size})
+    )
+
+    def train(output, resume=None, **changes):
+        transformers.set_seed(0)
+        config = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**config))
+        given = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, **changes}
+        args = make_args(output_dir=str(tmp_path / output), max_steps=4, **given)
+        pad = transformers.default_data_collator
+        trainer = ClasspTrainer(model, args, pad, FromCausal(32), eval_dataset=FromCausal(8))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = weights(train("whole").model)
+    resumed = weights(train("resumed", str(tmp_path / "whole/checkpoint-2")).model)
+    assert [n for n in whole if not torch.equal(whole[n], resumed[n])] == []
+    worse = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "greater_is_better": True}
+    best = train("best", metric_for_best_model="loss", **worse)  # the highest loss: that of the first checkpoint
+    assert best.state.best_model_checkpoint.endswith("checkpoint-2")
+    again = weights(transformers.MixtralForCausalLM.from_pretrained(best.state.best_model_checkpoint))
+    assert [n for n, w in weights(best.model).items() if not torch.equal(w, again[n])] == []
+
+
+def test_classp_does_not_resume_adafactor(plain, make_model, tmp_path):
+    """Whose state holds numbers that are no tensors."""
+    plain(make_model(), "a", optim="adafactor", save_strategy="epoch")
+    checkpoint = str(next(tmp_path.glob("a/checkpoint-*")))
+    with pytest.raises(ValueError, match="written under another optimizer"):
+        plain(make_model(), "b", num_train_epochs=2, resume_from_checkpoint=checkpoint)
+
+
+def test_a_run_is_not_resumed_with_a_model_of_the_checkpoint(plain, make_model, tmp_path):
+    """The old weights of a merge would be those of the middle of the task."""
+    given = {"callbacks": [ContinualCallback(method="merge")], "optim": "adamw_torch"}
+    plain(make_model(), "a", save_strategy="epoch", **given)
+    checkpoint = next(tmp_path.glob("a/checkpoint-*"))
+    given["callbacks"] = [ContinualCallback(method="merge")]
+    with pytest.raises(ValueError, match="loaded from a checkpoint of the run"):
+        plain(classifier(checkpoint), "a", num_train_epochs=2, resume_from_checkpoint=str(checkpoint), **given)
+    plain(make_model(), "a", num_train_epochs=2, resume_from_checkpoint=str(checkpoint), **given)
+
+
+def test_a_memory_has_heads_of_trained_tasks_alone(make_model, make_args, make_tasks, collator, tmp_path):
+    args = make_args(heads="per_task", keep_task_models=True)
+    ContinualTrainer(make_model(), args, collator).train_sequence(make_tasks(3))
+    kinds = [ContinualMemory.load(next(tmp_path.glob(f"run/0{t}-*"))).kinds() for t in range(3)]
+    heads = [{kind.removeprefix("head.") for kind in found if kind.startswith("head.")} for found in kinds]
+    assert heads == [{"first"}, {"first", "second"}, {"first", "second", "third"}]
+
+
+def test_a_trainer_has_one_engine(make_model, make_args, collator):
+    with pytest.raises(ValueError, match="Pass it method= and memory= instead"):
+        ContinualTrainer(make_model(), make_args(), collator, callbacks=[ContinualCallback(method="ewc")])
+
+
+def test_methods_see_the_tokenizer_of_a_processor(make_model, make_args, make_tasks, collator):
+    trainer = ContinualTrainer(make_model(), make_args(), collator)
+    trainer.processing_class = SimpleNamespace(tokenizer="inside")
+    assert trainer.context().processing_class == "inside"

@@ -121,8 +121,8 @@ class CLASSP(Optimizer):
         saved_ids = itertools.chain.from_iterable(g["params"] for g in given["param_groups"])
         params = itertools.chain.from_iterable(g["params"] for g in self.param_groups)
         for saved_id, p in zip(saved_ids, params):
-            for key, tensor in given["state"].get(saved_id, {}).items():
-                self.state[p][key] = tensor.to(device=p.device, copy=True)
+            for key, value in given["state"].get(saved_id, {}).items():
+                self.state[p][key] = value.to(device=p.device, copy=True) if isinstance(value, Tensor) else value
 
     @torch.no_grad()
     def accumulator(self, p: Tensor) -> Tensor:
