@@ -40,7 +40,7 @@ PAIRS = {  # what is said to work: the arm with it, the arm without it
     "rehearsal on AdamW, beyond its compute": ("pseudo_rehearsal", "adamw_110_steps"),
     "rehearsed texts being like the old task's": ("pseudo_rehearsal", "pseudo_rehearsal_new_counts"),
     "rehearsal beside CLASSP, of texts that its memory draws": ("classp_pseudo_rehearsal_no_counts", "classp"),
-    "such texts, in place of counts": ("classp_pseudo_rehearsal_no_counts", "classp_pseudo_rehearsal"),
+    "such texts, in place of counted tokens": ("classp_pseudo_rehearsal_no_counts", "classp_pseudo_rehearsal"),
     "rehearsal beside CLASSP, of counted tokens": ("classp_pseudo_rehearsal", "classp"),
     "CLASSP beside rehearsal": ("classp_pseudo_rehearsal", "pseudo_rehearsal"),
     "logit adjustment beside CLASSP": ("classp_logit_adjustment", "classp"),
@@ -52,7 +52,7 @@ PAIRS = {  # what is said to work: the arm with it, the arm without it
 README_PAIRS = [  # what users of CLASSP and of rehearsal ask
     *("CLASSP, its step and its memory", "the memory of CLASSP", "the step of CLASSP without a memory"),
     *("rehearsal on AdamW", "rehearsal on AdamW, beyond its compute", "CLASSP beside rehearsal"),
-    *("rehearsal beside CLASSP, of texts that its memory draws", "such texts, in place of counts"),
+    *("rehearsal beside CLASSP, of counted tokens", "rehearsal beside CLASSP, of texts that its memory draws"),
 ]
 MARKS = ("<!-- results: written by benchmarks/report_methods.py -->", "<!-- end of results -->")
 
@@ -244,7 +244,7 @@ PROTOCOL = (
     "`pseudo_rehearsal_new_counts` draws texts with the new task's token frequencies; `adamw_110_steps` trains the "
     "second task for what rehearsal costs; `adamw_1e-5` and so on train the second task at that rate, after the same "
     "first task as `adamw`. `joint` trains on all tasks' data together, with as many steps as the sequence has. "
-    "`classp_pseudo_rehearsal_no_counts` is what `ClasspTrainer` does by itself.",
+    "`classp_pseudo_rehearsal` is what `ClasspTrainer` does by itself.",
     "ACC: mean accuracy at the end. LA: mean accuracy right after each task's training. BWT: change since, negative = "
     "forgetting. G: share of the gap between `adamw` and `joint` that is recovered, of the means over seeds, with a "
     "95% interval from a bootstrap of the seeds, which is too narrow for few ([metrics.md](metrics.md)). What the "

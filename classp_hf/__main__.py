@@ -132,8 +132,8 @@ def for_register(own: argparse.Namespace, command: argparse.ArgumentParser) -> d
     known = {CLASSP_NAME, *(optimizer.value for optimizer in OptimizerNames)}
     if own.optim is not None and own.optim not in known:
         raise ValueError(f"--optim {own.optim} is unknown. Known: {', '.join(sorted(known))}")
-    if own.learning_rate is not None and not own.learning_rate > 0:
-        raise ValueError(f"--learning_rate must be > 0, got {own.learning_rate}")
+    if own.learning_rate is not None and not 0 < own.learning_rate < float("inf"):
+        raise ValueError(f"--learning_rate must be > 0 and finite, got {own.learning_rate}")
     check_strength(own.memory_strength)
     guard = {"texts": own.guard or None, "stop": own.guard_stop, "every": own.guard_every}
     GuardCallback(**guard)  # raises for bad values
@@ -185,12 +185,15 @@ def main() -> None:
             runpy.run_module(script[1], run_name="__main__", alter_sys=True)
         else:
             sys.path[0] = os.path.dirname(os.path.abspath(script[0]))  # as `python SCRIPT` has it
-            runpy.run_path(script[0], run_name="__main__")
+            runpy.run_path(os.path.abspath(script[0]), run_name="__main__")
     except SystemExit as ended:  # sys.exit(main())
         if ended.code not in (None, 0):
             raise
     if given and not (ContinualCallback.applied or LaunchedGuard.applied):
         unused = ", ".join(f"--{k}" for k in given)
+        if ContinualCallback.reached:  # it evaluates only
+            print(f"classp_hf: warning: {unused} had no effect: {sys.argv[0]!r} trained nothing", file=sys.stderr)
+            return
         sys.exit(f"classp_hf: error: {unused} had no effect: {sys.argv[0]!r} trained no transformers.Trainer")
 
 

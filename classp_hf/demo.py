@@ -42,7 +42,7 @@ from .training_args import ContinualTrainingArguments
 # What each arm is: a method, and the flags it starts from. Learning rates: docs/log.md says how they were chosen.
 ADAMW = ["--learning_rate", "1e-4", "--reset_optimizer"]
 ARMS: dict[str, tuple[str, list[str]]] = {
-    "classp": ("pseudo_rehearsal", ["--optim", "classp", "--rehearse_counts", "off", "--rehearse_lambda", "2"]),
+    "classp": ("pseudo_rehearsal", ["--optim", "classp", "--rehearse_lambda", "0.25"]),
     "classp_paper": ("none", ["--optim", "classp"]),
     **{name: (name, ADAMW) for name in METHODS if name != "none"},
     "olora": ("olora", ["--learning_rate", "1e-3", "--reset_optimizer"]),
@@ -153,8 +153,8 @@ def build_trainer(parser: Any, words: list[str], arm: str, tasks: list[Task], ou
     method = dict(zip(METHODS, configured))[method_name]
     set_seed(args.seed)
     model, tokenizer = build_model(recipe, label_names(tasks), method)
-    if arm == "classp" and (args.heads != "shared" or recipe.use_peft or model.config.is_encoder_decoder):
-        method_name, method = "none", None  # no shared head, memory of the embedding or kind that can be rehearsed
+    if arm == "classp" and (args.heads != "shared" or model.config.is_encoder_decoder):
+        method_name, method = "none", None  # no shared head, or no kind that can be rehearsed
     uses_memory = method_name != "none" or CLASSP_NAME in (args.optim, arm)
     if args.memory is None and recipe.model_name_or_path and uses_memory and memory_beside(model) is not None:
         args.memory, args.memory_revision = recipe.model_name_or_path, recipe.model_revision

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .compat import refuse_missing_weights, refuse_sharding, scale_loss_once, watch_saving
 from .live import BESIDE, CLASSP_LEARNING_RATE, CLASSP_NAME, NONE, LiveMemory, check_strength, first_rate
+from .matching import match_rows
 from .memory import MEMORY_NAME, ContinualMemory, warn_of_unused_memory
 from .methods import Context, Elastic, Merge, Method, make_methods
 from .names import bare_model, model_source, samples, trainable_parameters, uncompiled_passes
@@ -69,6 +70,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
     script: ClassVar[str | None] = None
     """The script that the launcher runs with them."""
     applied: ClassVar[bool] = False
+    reached: ClassVar[bool] = False
     """Whether any training of this process began with them."""
 
     def __init__(
@@ -120,6 +122,9 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             setattr(args, name, value)
         if given and args.process_index == 0:
             logger.warning(f"From the command line of classp_hf: {', '.join(f'{k}={v}' for k, v in given.items())}.")
+        ContinualCallback.reached |= bool(self.options)
+        if "optim_args" in given and args.optim in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError("--optim_args mean nothing to adamw_torch, this run's optimizer. Pass --optim classp.")
         if args.optim == CLASSP_NAME:
             self._read_old_keys(args)
         if model is not None and self._in_use(args):
@@ -142,6 +147,13 @@ class ContinualCallback(LiveMemory, TrainerCallback):
                     )
                 ContinualCallback.applied |= bool(other.options)
                 trainer.remove_callback(other)
+        given = [n for n in ("optim", "learning_rate", "optim_args") if n in self.options]
+        brings = self.args is None and (trainer.optimizer or getattr(trainer, "optimizer_cls_and_kwargs", None))
+        if brings and [n for n in given if self.options[n] != CLASSP_NAME]:  # of that one see `_check_optimizer`
+            raise ValueError(
+                f"--{', --'.join(given)} given to classp_hf cannot be applied: this script brings an optimizer of its "
+                "own. Leave them out, or the script's `optimizers`."
+            )
         if self._in_use(trainer.args):
             scale_loss_once(trainer)
 
@@ -186,6 +198,12 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             self.reset()
         elif isinstance(self.optimizer, CLASSP) and self.optimizer is not optimizer and self._pending is None:
             self._pending = dict(self.accumulators())  # this callback's last Trainer had an optimizer of its own
+        elif isinstance(optimizer, CLASSP) and self.optimizer is optimizer and self._pending is None:
+            own = dict(self.accumulators())
+            resized = [(n, p) for n, p in trainable_parameters(model) if n in own and own[n].shape != p.shape]
+            self._pending = match_rows({n: own[n] for n, _ in resized}, model, zeros=True) if resized else None
+            for _, p in resized:
+                del optimizer.state[p]
         self.optimizer, self.args, self.model, self.samples = optimizer, args, model, None
         self.searching = state.is_hyper_param_search
         if previous is not None and self.options and previous.options is self.options:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .memory import ContinualMemory, shorten
-from .names import bare_model, canonical_name, full_shape, full_tensor, samples
+from .names import bare_model, by_training, canonical_name, full_shape, full_tensor, samples
 
 
 @dataclass
@@ -41,6 +41,7 @@ def named_as_in(model: nn.Module, memory: ContinualMemory) -> ContinualMemory:
     tensors = {}
     for key, t in memory.tensors.items():
         kind, _, name = key.partition("/")
+        name = canonical_name(name)  # version 0.2 had others under prompt tuning
         tensors[f"{kind}/{new_names.get(name) or new_names.get(before.sub('', name), name)}"] = t
     return ContinualMemory(tensors, memory.metadata)
 
@@ -58,7 +59,7 @@ def match_accumulators(
         ValueError: less than a tenth of it fits: it belongs to another model.
     """
     stored = {n: t for n, t in memory.get("accumulator").items() if n not in excluded}
-    parameters = {canonical_name(n): p for n, p in model.named_parameters()}
+    parameters = {canonical_name(n): p for n, p in by_training(model)}
     fitting = match_rows(stored, model, zeros=True)
     written = {} if same_run else memory.get("samples")
     written = {n: t for n, t in written.items() if n not in stored or fitting.get(n) is stored[n]}  # of its own shape
@@ -139,8 +140,10 @@ def _is_adapter(name: str) -> bool:
 
 
 def _is_fresh(name: str, parameters: Mapping[str, nn.Parameter]) -> bool:
-    """Whether the adapter is not in the model, or is a LoRA that has not learned yet."""
+    """Whether the adapter is not in the model, or has not learned yet: one that begins as the identity does."""
     if name not in parameters:
         return True
-    B = parameters.get(re.sub(r"lora_(embedding_)?[AB]\b", r"lora_\1B", name)) if ".lora_" in name else None
-    return B is not None and not full_tensor(B).any()
+    first = re.sub(r"lora_(?:(embedding_)?[AB]|magnitude_vector)\b", r"lora_\1B", name)
+    p = parameters.get(first.replace("vera_lambda_d", "vera_lambda_b"))
+    begins = 1.0 if ".ia3_l." in name else 0.0 if ".lora_" in name or ".vera_lambda_" in name else None
+    return p is not None and begins is not None and bool((full_tensor(p) == begins).all())

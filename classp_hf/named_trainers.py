@@ -6,9 +6,8 @@ from typing import Any, Literal
 from transformers.trainer_utils import has_length
 
 from .live import CLASSP_NAME
-from .memory import ContinualMemory
 from .methods import EWC, Elastic, LogitAdjustment, Merge, Method, PseudoRehearsal, Replay, make_methods
-from .names import bare_model, trainable_parameters
+from .names import bare_model
 from .optim import CLASSP
 from .trainer import ContinualTrainer
 
@@ -24,10 +23,10 @@ class ClasspTrainer(ContinualTrainer):
             `"both"` does both, and `"none"`, the default, is the paper's method.
         anchor_strength: strength of the anchor, >= 0. Default: that of `Elastic`.
         merge_weight: weight of the new task in the merge, >= 0. Default: that of `Merge`.
-        pseudo_rehearsal: whether to hold the model to its own answers to texts whose tokens the memory draws
-            ([`~classp_hf.PseudoRehearsal`] with `rehearse_counts="off"` and `rehearse_lambda=2`). A step takes 1.4
-            times as long. Default: True for single-label classification of texts with one shared head, a
-            `processing_class`, a trained input embedding, data with `input_ids` and a length, and without `replay`.
+        pseudo_rehearsal: whether to hold the model to its own answers to random texts of the tokens that earlier tasks
+            had, whose counts the memory keeps ([`~classp_hf.PseudoRehearsal`] with `rehearse_lambda=0.25`). A step
+            takes 1.4 times as long. Default: True for single-label classification of texts with one shared head, a
+            `processing_class`, data with `input_ids` and a length, and without `replay`.
         logit_adjustment: whether to correct for labels that are rarer in the new task
             ([`~classp_hf.LogitAdjustment`]). Default: False.
         method: further methods, run before these.
@@ -39,8 +38,6 @@ class ClasspTrainer(ContinualTrainer):
     """
 
     default_optim = CLASSP_NAME
-    _drawn: PseudoRehearsal | None
-    """The rehearsal that this trainer has added by itself."""
 
     def __init__(
         self,
@@ -71,7 +68,7 @@ class ClasspTrainer(ContinualTrainer):
                 )
         if logit_adjustment and not any(m.name == LogitAdjustment.name for m in methods):
             methods.append(LogitAdjustment())
-        self._rehearses, self._drawn = pseudo_rehearsal, None
+        self._rehearses = pseudo_rehearsal
         super().__init__(*args, method=methods, **kwargs)
 
     def _complete_methods(self) -> None:
@@ -79,27 +76,19 @@ class ClasspTrainer(ContinualTrainer):
         if rehearses is None:
             rehearses = self.task_heads is None and Replay.name not in own and self._has_texts()
         if rehearses and PseudoRehearsal.name not in own:
-            self._drawn = PseudoRehearsal(rehearse_lambda=2.0, rehearse_counts="off")
-            self.methods.append(self._drawn)
-
-    def load_memory(self, memory: ContinualMemory, where: str = "", *, same_run: bool = False) -> None:
-        if self._drawn is not None and "pseudo_rehearsal.tokens" in memory.kinds():  # counted before: go on so
-            self._drawn.rehearse_counts = "on"
-            self._drawn.__post_init__()
-        super().load_memory(memory, where, same_run=same_run)
+            self.methods.append(PseudoRehearsal(rehearse_lambda=0.25))
 
     def _has_texts(self) -> bool:
-        """Whether the memory can draw texts of this model's, and the model has answers to keep."""
+        """Whether tokens can be counted and drawn for this model, and it has answers to keep."""
         if not self.classifies or self.processing_class is None or bare_model(self.model).config.is_encoder_decoder:
             return False
         data = self.train_dataset  # None: tasks will bring their own
         if data is not None and not ("input_ids" in (getattr(data, "column_names", None) or ()) and has_length(data)):
             return False
         try:
-            weight = bare_model(self.model).get_input_embeddings().weight
+            return bare_model(self.model).get_input_embeddings().weight is not None
         except (NotImplementedError, AttributeError):  # of characters or sounds
             return False
-        return any(p is weight for _, p in trainable_parameters(self.model))
 
 
 class EWCTrainer(ContinualTrainer):

@@ -15,7 +15,7 @@ from .optim.shards import local as local
 
 # What wrappers put into parameter names: DDP, torch.compile, activation checkpointing, FSDP, PEFT.
 _WRAPPERS = re.compile(
-    r"^(?:module\.)+|\b_orig_mod\.|\b_checkpoint_wrapped_module\.|\b_fsdp_wrapped_module\.|^base_model\.model\."
+    r"^(?:module\.)+|\b_orig_mod\.|\b_checkpoint_wrapped_module\.|\b_fsdp_wrapped_module\.|^base_model\.(?:model\.)?"
     r"|\bbase_layer\.|\bmodules_to_save\.[^.]+\."
 )
 
@@ -30,6 +30,12 @@ def canonical_name(name: str) -> str:
     while name != previous:
         previous, name = name, _WRAPPERS.sub("", name)
     return name
+
+
+def by_training(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The named parameters, frozen ones first: of several with one canonical name (PEFT's adapters, of which one is
+    active) the last counts."""
+    return sorted(model.named_parameters(), key=lambda named: named[1].requires_grad)
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -195,7 +201,7 @@ def samples(model: nn.Module, count: int = 8) -> dict[str, Tensor]:
     """
     reshard(model)
     taken = {}
-    for name, p in model.named_parameters():
+    for name, p in by_training(model):
         flat = full_tensor(p).reshape(-1)
         taken[canonical_name(name)] = flat[:: max(1, flat.numel() // count)][:count].to(
             "cpu", torch.float32, copy=True

@@ -28,8 +28,8 @@ TRAINER_STATE = "trainer_state.json"
 
 
 def optimizer_state(optimizer: Any, model: nn.Module, keep: bool = True) -> dict[str, Any]:
-    """The optimizer's state by parameter name and unsharded, for any number of processes. Call it on every rank; a rank
-    that does not `keep` it holds one whole tensor at a time."""
+    """The optimizer's state by parameter name and unsharded, for any number of processes. Call it on every rank; one
+    that does not `keep` it holds a single whole tensor at a time."""
     state: dict[str, Any] = {}
     for n, p in trainable_parameters(model):
         for k, v in optimizer.state[p].items() if p in optimizer.state else ():

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub import HfApi
 from torch import Tensor, nn
-from transformers import DataCollatorForSeq2Seq, ImageProcessingMixin, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, ImageProcessingMixin, Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
@@ -105,6 +105,8 @@ class ContinualTrainer(PatchedTrainer):
                 "ContinualTrainer does not run under DeepSpeed. Use FSDP2 (`accelerate launch --config_file "
                 "recipes/accelerate/fsdp2.yaml`) or DDP; or Trainer with `--optim classp`."
             )
+        if getattr(args, "predict_with_generate", False) and not isinstance(self, Seq2SeqTrainer):
+            raise ValueError("predict_with_generate is Seq2SeqTrainer's. Measure generated texts with task_metric=.")
         _check_processes(args)
         shard_on_cpus(args)
         if args.eval_strategy != "no" and eval_dataset is None:
@@ -129,7 +131,9 @@ class ContinualTrainer(PatchedTrainer):
         self.task_metric = task_metric
         callbacks = kwargs.get("callbacks") or []
         if any(ContinualCallback in (callback, type(callback)) for callback in callbacks):
-            raise ValueError("ContinualTrainer has a ContinualCallback. Pass it method= and memory= instead of another.")
+            raise ValueError(
+                "ContinualTrainer has a ContinualCallback. Pass it method= and memory= instead of another."
+            )
         kwargs["callbacks"] = [self.engine, *callbacks]
         saves_on_sigterm, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)

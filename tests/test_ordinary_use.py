@@ -297,10 +297,10 @@ def test_arguments_of_other_classes(make_model, make_args, tmp_path, caplog, mak
     )
     Trainer(make_model(), classp_hf.ContinualTrainingArguments(str(tmp_path), use_cpu=True)).create_optimizer()
     args = Seq2SeqTrainingArguments(
-        str(tmp_path), use_cpu=True, predict_with_generate=True, report_to="none", max_steps=1
+        str(tmp_path), use_cpu=True, generation_max_length=7, report_to="none", max_steps=1
     )
     trainer = ClasspTrainer(make_model(), args, collator, make_tasks(1)[0].train_dataset)
-    assert trainer.args.predict_with_generate and trainer.args.heads == "shared" and not hasattr(args, "heads")
+    assert trainer.args.generation_max_length == 7 and trainer.args.heads == "shared" and not hasattr(args, "heads")
     trainer.train()
     assert "CLASSP trains with learning_rate=5e-05, which is far too small" in caplog.text
 
@@ -1019,7 +1019,9 @@ class FromCausal(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("size", ["50GB", "2KB"])  # one file, and several
-def test_a_mixture_of_experts_resumes_and_takes_back_its_best_weights(size, make_args, collator, tmp_path, monkeypatch):
+def test_a_mixture_of_experts_resumes_and_takes_back_its_best_weights(
+    size, make_args, collator, tmp_path, monkeypatch
+):
     """Trainer reads a checkpoint's file as it is, and those of mixtures of experts have other names than the model."""
     saved = transformers.MixtralForCausalLM.save_pretrained
     monkeypatch.setattr(
@@ -1084,3 +1086,149 @@ def test_methods_see_the_tokenizer_of_a_processor(make_model, make_args, make_ta
     trainer = ContinualTrainer(make_model(), make_args(), collator)
     trainer.processing_class = SimpleNamespace(tokenizer="inside")
     assert trainer.context().processing_class == "inside"
+
+
+# ---- Models that change between trainings ----
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "uint8"])
+def test_a_trainer_goes_on_after_its_model_was_resized(state_dtype, plain, make_model, tmp_path):
+    model = make_model()
+    trainer = plain(model, "a", optim_args=f"state_dtype={state_dtype}")
+    name = "bert.embeddings.word_embeddings.weight"
+    before = ContinualMemory.load(tmp_path / "a").get("accumulator")[name]
+    model.resize_token_embeddings(VOCABULARY + 3)
+    trainer.train()
+    trainer.save_model()
+    after = ContinualMemory.load(tmp_path / "a").get("accumulator")[name]
+    assert after.shape == (VOCABULARY + 3, 32) and not any(w.isnan().any() for w in weights(model).values())
+    assert after[:VOCABULARY].sum() > 1.1 * before.sum()  # a byte a weight is rounded anew
+
+
+def test_the_optimizer_refuses_a_parameter_that_was_resized():
+    p = nn.Parameter(torch.randn(40, 32))
+    optimizer = classp_hf.CLASSP([p], lr=1e-3)
+    p.grad = torch.randn(40, 32)
+    optimizer.step()
+    p.grad = None
+    p.data = torch.randn(43, 32)
+    p.grad = torch.randn(43, 32)
+    with pytest.raises(ValueError, match=r"shape \(43, 32\) had the shape \(40, 32\)"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])
+def test_prompt_tuning_after_a_full_fine_tuning(kind, plain, make_model, tmp_path, caplog):
+    """The head's memory is used, and EWC's Fisher knows that PEFT repeats the prompt for every example."""
+    from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+
+    plain(make_model(), "a")
+    configs = {
+        "PROMPT_TUNING": PromptTuningConfig,
+        "P_TUNING": PromptEncoderConfig,
+        "PREFIX_TUNING": PrefixTuningConfig,
+    }
+    model = get_peft_model(classifier(tmp_path / "a"), configs[kind](task_type="SEQ_CLS", num_virtual_tokens=3))
+    plain(model, "b", callbacks=[ContinualCallback(method="ewc", memory=str(tmp_path / "a"))])
+    assert "it is used for 2 parameters" in caplog.text
+    fisher = ContinualMemory.load(tmp_path / "b").get("ewc.importance")
+    assert any(n.startswith("prompt_encoder.") for n in fisher) and all(f.isfinite().all() for f in fisher.values())
+
+
+def test_an_adapter_that_is_not_active_has_no_say(plain, make_model, tmp_path, caplog):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    config = LoraConfig(task_type="SEQ_CLS", r=2)
+    for name in ("first", "second"):
+        plain(get_peft_model(make_model(), config, adapter_name=name), name)
+    model = PeftModel.from_pretrained(make_model(), tmp_path / "first/first", "first", is_trainable=True)
+    model.load_adapter(str(tmp_path / "second/second"), "second")
+    caplog.clear()
+    plain(model, "third", callbacks=[ContinualCallback(memory=str(tmp_path / "first"))])
+    assert "it is used for 10 parameters" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "IA3", "VeRA"])
+def test_a_new_adapter_of_a_merged_model_has_no_memory_of_the_old_one(kind, plain, make_model, tmp_path, caplog):
+    from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
+
+    common = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
+    config = {
+        "LoRA": lambda: LoraConfig(r=2, **common),
+        "DoRA": lambda: LoraConfig(r=2, use_dora=True, **common),
+        "IA3": lambda: IA3Config(feedforward_modules=[], **common),
+        "VeRA": lambda: VeraConfig(r=2, **common),
+    }[kind]
+    model = get_peft_model(make_model(), config())
+    plain(model, "a")
+    plain(
+        get_peft_model(model.merge_and_unload(), config()),
+        "b",
+        callbacks=[ContinualCallback(memory=str(tmp_path / "a"))],
+    )
+    assert "it is used for 2 parameters" in caplog.text and "for that adapter is merged or new" in caplog.text
+
+
+def test_replay_of_tasks_with_other_columns_types_and_transforms(
+    make_model, make_args, make_tasks, collator, tmp_path
+):
+    from datasets import ClassLabel
+
+    def recast(task, names):
+        return replace(task, train_dataset=task.train_dataset.cast_column("labels", ClassLabel(names=names)))
+
+    def transformed(task):
+        return replace(task, train_dataset=task.train_dataset.with_transform(lambda rows: dict(rows)))
+
+    first, second = make_tasks(2)
+    named = [recast(first, ["a", "b", "c"]), recast(second, ["x", "y", "z"])]
+    columns = [
+        replace(t, train_dataset=t.train_dataset.add_column("idx", c * 64)) for t, c in ((first, ["u"]), (second, [1]))
+    ]
+    runs = []
+    for i, tasks in enumerate(([first, second], named, columns, [transformed(first), transformed(second)])):
+        args = make_args(output_dir=str(tmp_path / str(i)))
+        trainer = ContinualTrainer(make_model(), args, collator, method="replay")
+        runs.append(trainer.train_sequence(tasks)["accuracy_matrix"])
+    assert runs[0] == runs[1] == runs[2] == runs[3]
+
+
+def test_predict_with_generate_is_refused(make_model, tmp_path):
+    args = Seq2SeqTrainingArguments(str(tmp_path), predict_with_generate=True, use_cpu=True)
+    with pytest.raises(ValueError, match="predict_with_generate is Seq2SeqTrainer's"):
+        ContinualTrainer(make_model(), args)
+
+
+# ---- The launcher ----
+
+
+@pytest.mark.parametrize(
+    ("options", "own", "code", "message"),
+    [
+        (["--learning_rate", "1e-3"], True, 1, "--learning_rate given to classp_hf cannot be applied"),
+        (["--optim", "sgd"], True, 1, "--optim given to classp_hf cannot be applied"),
+        (["--optim_args", "density=0.1"], False, 1, "--optim_args mean nothing to adamw_torch"),
+        (["--optim", "classp", "--learning_rate", "1e-2"], None, 0, "had no effect: 'script.py' trained nothing"),
+        (["--optim", "sgd", "--learning_rate", "1e-2"], False, 0, "script.py True"),
+    ],
+)
+def test_options_that_cannot_be_applied(options, own, code, message, make_model, tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    script = f"""
+        import os
+        import torch
+        from transformers import BertForSequenceClassification, Trainer, TrainingArguments
+        os.mkdir("elsewhere"), os.chdir("elsewhere")
+        model, own = BertForSequenceClassification.from_pretrained("../model"), {own}
+        data = [{{"input_ids": [1, 2 + i % 3, 9], "labels": i % 3}} for i in range(8)]
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4) if own else None
+        args = TrainingArguments("out", use_cpu=True, max_steps=1, report_to="none", optim="adamw_torch")
+        trainer = Trainer(model, args, train_dataset=data, optimizers=(optimizer, None))
+        trainer.evaluate(data) if own is None else trainer.train()
+        print(os.path.basename(__file__), os.path.exists(__file__))
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    run = subprocess.run(
+        [python(), "-m", "classp_hf", *options, "script.py"], capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
+    assert run.returncode == code and message in run.stdout + run.stderr, run.stderr

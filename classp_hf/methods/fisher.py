@@ -122,7 +122,8 @@ def _layers(model: nn.Module, totals: Totals) -> Layers:
     owned = {m: {n: p for n, p in m.named_parameters(recurse=False) if p in totals} for m in model.modules()}
     layers = {m: own for m, own in owned.items() if own}
     plain = not any([*m.children()] or "forward" in vars(m) or getattr(m, "scale_grad_by_freq", False) for m in layers)
-    return layers if plain and sum(map(len, layers.values())) == len(totals) else {}
+    prompts = any("prompt_encoder" in n.split(".") for n, _ in model.named_modules())  # PEFT repeats them an example
+    return layers if plain and not prompts and sum(map(len, layers.values())) == len(totals) else {}
 
 
 def _add_together(model: nn.Module, batch: Batch, seeds: Sequence[int], totals: Totals, layers: Layers) -> bool:

@@ -134,12 +134,13 @@ class PseudoRehearsal(Method):
         room = rehearsal.readable(context.model, 2**31) - len(ends[0]) - len(ends[1])
         generator = torch.Generator().manual_seed(self.seed)
         known = [(counts, self.lengths[n]) for n, counts in self.tokens.items() if counts.any()]
-        if self.rehearse_counts == "off" and (rows := self._embedding_rows(context, special)) is not None:
+        drawn = self.rehearse_counts == "off" or not known  # nobody counted: CLASSP's memory knows some of it, too
+        if drawn and (rows := self._embedding_rows(context, special)) is not None:
             some = context.task_dataset[:COUNTED]
             known.append((rows, rehearsal.count_tokens(some, special, len(rows))[1]))
         known = [(counts, cut) for counts, own in known if (cut := _cut(own, room, bool(ends[0] or ends[1]))).any()]
         if not known:
-            if context.seen_tasks or self.rehearse_counts == "on":  # "off" is ClasspTrainer's own, at a first task too
+            if context.seen_tasks:
                 logger.warning("Nothing to rehearse yet: the memory says nothing of the tokens of earlier tasks.")
             return []
         tokens, lengths = zip(*known, strict=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch.utils.data import ConcatDataset
 
 from .base import Context, Method, flag
 
@@ -39,4 +40,6 @@ class Replay(Method):
             keep = max(1, round(self.replay_fraction * len(old)))
             chosen = np.random.default_rng([self.replay_seed, position]).permutation(len(old))[:keep]
             parts.append(old.select(sorted(chosen.tolist())))
-        return concatenate_datasets(parts)
+        if all(part.features == dataset.features and part.format == dataset.format for part in parts):
+            return concatenate_datasets(parts)
+        return ConcatDataset(parts)  # of other types, columns or transforms: row by row

@@ -87,6 +87,11 @@ def batches(params: list[Tensor], group: dict[str, Any], states: Mapping[Tensor,
     for p, cut in zip(params, cuts(params, group)):
         grad: Any = p.grad
         state = states[p]
+        if state["accumulator"].shape != p.shape:
+            raise ValueError(
+                f"A parameter of shape {tuple(p.shape)} had the shape {tuple(state['accumulator'].shape)} when CLASSP "
+                "began. Build a new optimizer, or a new Trainer, of the resized model."
+            )
         whole = _Piece(local(p), local(grad), local(state["accumulator"]), state.get("base"), 0, cut)
         in_place = fused and cut is None and whole.is_contiguous() and p.dtype == grad.dtype == torch.float32
         for piece in [whole] if in_place else whole.split(most):
