@@ -686,7 +686,7 @@ def test_methods_that_could_do_nothing_are_refused(make_model, make_args, collat
 
 
 def test_classp_trainer_rehearses_where_it_can(make_model, make_tasks, make_args, collator, tmp_path, monkeypatch):
-    """Texts that its memory draws: no count of the data is kept, but one that was kept before is used."""
+    """Texts of counted tokens; of a memory without counts those that CLASSP's memory of the embedding draws."""
     # special tokens beyond the model's vocabulary
     tokenizer = transformers.AutoTokenizer.from_pretrained(embedded.model_path())
     tasks, given = make_tasks(2), {"data_collator": collator, "processing_class": tokenizer}
@@ -703,8 +703,8 @@ def test_classp_trainer_rehearses_where_it_can(make_model, make_tasks, make_args
     bart = transformers.BartForSequenceClassification(transformers.BartConfig(**sizes))
     rows = [{"input_ids": [1, 2], "labels": 0}] * 8  # whose tokens are in no column
     stream = tasks[0].train_dataset.to_iterable_dataset()
-    assert names() == names(data=tasks[0].train_dataset) == ["pseudo_rehearsal"]
-    for cannot in (frozen, characters, bart, make_model(num_labels=1)):
+    assert names() == names(data=tasks[0].train_dataset) == names(frozen) == ["pseudo_rehearsal"]
+    for cannot in (characters, bart, make_model(num_labels=1)):
         assert names(cannot) == []
     assert names(data=rows) == names(data=stream, max_steps=2) == names(heads="per_task") == []
     trainer = ClasspTrainer(make_model(), make_args(), method="replay+ewc", **given)
@@ -715,14 +715,19 @@ def test_classp_trainer_rehearses_where_it_can(make_model, make_tasks, make_args
         trainer = ClasspTrainer(make_model(), args, pseudo_rehearsal=rehearses, **given)
         trainer.train_sequence(tasks)
         weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
-        assert trainer.continual_memory().kinds() == ["accumulator", "samples"]
+        counts = ["pseudo_rehearsal.lengths", "pseudo_rehearsal.tokens"] if rehearses is not False else []
+        assert trainer.continual_memory().kinds() == ["accumulator", *counts, "samples"]
     assert torch.equal(weights[0], weights[1]) and not torch.allclose(weights[1], weights[2])
-    args = make_args(max_steps=2, output_dir=str(tmp_path / "counted"))
-    ContinualTrainer(make_model(), args, collator, method="pseudo_rehearsal").train_sequence(tasks[:1])
-    args = make_args(max_steps=2, output_dir=str(tmp_path / "on"))
-    trainer = ClasspTrainer(make_model(), args, memory=tmp_path / "counted", **given)
-    trainer.train_sequence(tasks[1:])
-    assert trainer.continual_memory().get("pseudo_rehearsal.tokens").keys() == {"first", "second"}
+    for other, counted in (({"method": "pseudo_rehearsal"}, {"first", "second"}), ({"method": "none"}, {"second"})):
+        folder = tmp_path / other["method"]
+        args = make_args(max_steps=2, optim="classp", output_dir=str(folder))
+        ContinualTrainer(make_model(), args, collator, **other).train_sequence(tasks[:1])
+        args = make_args(max_steps=2, output_dir=str(tmp_path / f"{folder}-on"))
+        trainer, drawn = ClasspTrainer(make_model(), args, memory=folder, **given), []
+        method = trainer.methods[0]
+        monkeypatch.setattr(method, "before_step", lambda model, m=method, d=drawn: d.append(m.answers is not None))
+        trainer.train_sequence(tasks[1:])
+        assert trainer.continual_memory().get("pseudo_rehearsal.tokens").keys() == counted and drawn == [True, True]
 
 
 def _not_there():
