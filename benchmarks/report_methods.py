@@ -50,7 +50,8 @@ PAIRS = {  # what is said to work: the arm with it, the arm without it
     "LwF": ("lwf", BASELINE),
 }
 README_PAIRS = [  # what users of CLASSP and of rehearsal ask
-    *("CLASSP, its step and its memory", "the memory of CLASSP", "the step of CLASSP without a memory"),
+    *("CLASSP, its step and its memory", "the memory of CLASSP", "that memory being of the old task"),
+    "the step of CLASSP without a memory",
     *("rehearsal on AdamW", "rehearsal on AdamW, beyond its compute", "CLASSP beside rehearsal"),
     *("rehearsal beside CLASSP, of counted tokens", "rehearsal beside CLASSP, of texts that its memory draws"),
 ]
