@@ -147,13 +147,17 @@ class ContinualCallback(LiveMemory, TrainerCallback):
                     )
                 ContinualCallback.applied |= bool(other.options)
                 trainer.remove_callback(other)
-        given = [n for n in ("optim", "learning_rate", "optim_args") if n in self.options]
-        brings = self.args is None and (trainer.optimizer or getattr(trainer, "optimizer_cls_and_kwargs", None))
-        if brings and [n for n in given if self.options[n] != CLASSP_NAME]:  # of that one see `_check_optimizer`
-            raise ValueError(
-                f"--{', --'.join(given)} given to classp_hf cannot be applied: this script brings an optimizer of its "
-                "own. Leave them out, or the script's `optimizers`."
-            )
+        brought, described = trainer.optimizer, getattr(trainer, "optimizer_cls_and_kwargs", None)
+        if self.args is None and (brought is not None or described is not None):  # before the first training
+            kind, rate = (type(brought), first_rate(brought)) if described is None else described
+            wrong = {"learning_rate": rate.get("lr") != self.options.get("learning_rate")}
+            if self.options.get("optim") not in (None, CLASSP_NAME):  # of that one see `_check_optimizer`
+                wrong["optim"] = kind is not trainer.get_optimizer_cls_and_kwargs(trainer.args)[0]
+            if unused := [f"--{name}" for name, is_wrong in wrong.items() if is_wrong and name in self.options]:
+                raise ValueError(
+                    f"{', '.join(unused)} given to classp_hf cannot be applied: this script brings an optimizer of "
+                    f"its own ({kind.__name__}). Leave that out, or the script's `optimizers`."
+                )
         if self._in_use(trainer.args):
             scale_loss_once(trainer)
 
