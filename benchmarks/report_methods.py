@@ -48,6 +48,7 @@ PAIRS = {  # what is said to work: the arm with it, the arm without it
     "a second task at a tenth of the rate": ("adamw_1e-5", BASELINE),
     "EWC": ("ewc", BASELINE),
     "LwF": ("lwf", BASELINE),
+    "balanced EMA": ("ema_balanced", BASELINE),
 }
 README_PAIRS = [  # what users of CLASSP and of rehearsal ask
     *("CLASSP, its step and its memory", "the memory of CLASSP", "that memory being of the old task"),
