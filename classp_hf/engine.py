@@ -203,10 +203,11 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         elif isinstance(self.optimizer, CLASSP) and self.optimizer is not optimizer and self._pending is None:
             self._pending = dict(self.accumulators())  # this callback's last Trainer had an optimizer of its own
         elif isinstance(optimizer, CLASSP) and self.optimizer is optimizer and self._pending is None:
-            own = dict(self.accumulators())
-            resized = [(n, p) for n, p in trainable_parameters(model) if n in own and own[n].shape != p.shape]
-            self._pending = match_rows({n: own[n] for n, _ in resized}, model, zeros=True) if resized else None
-            for _, p in resized:
+            known = {n: p for n, p in trainable_parameters(model) if optimizer.state.get(p)}
+            resized = {n: p for n, p in known.items() if optimizer.state[p]["accumulator"].shape != p.shape}
+            own = {n: optimizer.accumulator(p) for n, p in resized.items()}
+            self._pending = match_rows(own, model, zeros=True) if own else None
+            for p in resized.values():
                 del optimizer.state[p]
         self.optimizer, self.args, self.model, self.samples = optimizer, args, model, None
         self.searching = state.is_hyper_param_search

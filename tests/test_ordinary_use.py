@@ -1193,7 +1193,7 @@ def test_replay_of_tasks_with_other_columns_types_and_transforms(
     runs = []
     for i, tasks in enumerate(([first, second], named, columns, [transformed(first), transformed(second)])):
         args = make_args(output_dir=str(tmp_path / str(i)))
-        trainer = ContinualTrainer(make_model(), args, collator, method="replay")
+        trainer = ContinualTrainer(make_model(), args, collator, method="replay+logit_adjustment+ewc")
         runs.append(trainer.train_sequence(tasks)["accuracy_matrix"])
     assert runs[0] == runs[1] == runs[2] == runs[3]
 

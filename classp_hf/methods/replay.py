@@ -10,6 +10,19 @@ from torch.utils.data import ConcatDataset
 from .base import Context, Method, flag
 
 
+class _RowByRow(ConcatDataset):
+    """Datasets whose types, columns or transforms differ, one after another."""
+
+    datasets: list[Any]
+
+    @property
+    def column_names(self) -> list[str]:
+        return [c for c in self.datasets[0].column_names if all(c in d.column_names for d in self.datasets)]
+
+    def __getitem__(self, key: Any) -> Any:
+        return [v for d in self.datasets for v in d[key][:]] if isinstance(key, str) else super().__getitem__(key)
+
+
 @dataclass
 class Replay(Method):
     """Experience replay with a fixed random buffer (Robins 1995): `replay_fraction` of each earlier task's examples.
@@ -42,4 +55,4 @@ class Replay(Method):
             parts.append(old.select(sorted(chosen.tolist())))
         if all(part.features == dataset.features and part.format == dataset.format for part in parts):
             return concatenate_datasets(parts)
-        return ConcatDataset(parts)  # of other types, columns or transforms: row by row
+        return _RowByRow(parts)
