@@ -27,7 +27,7 @@ from .memory import MEMORY_NAME, ContinualMemory, NoMemoryError
 from .names import mean_over_weights, samples
 from .rehearsal import kind_of_model, measure
 from .remember import load_saved
-from .report import markdown_table, new_figure, print_markdown, save_figure, series_style, write_json
+from .report import markdown_table, new_figure, save_figure, series_style, write_json
 from .tasks import Task, prepare_tasks
 
 logger = logging.get_logger(__name__)
@@ -284,4 +284,4 @@ def main(arguments: list[str] | None = None) -> None:
         results = blend(**vars(command.parse_args(arguments)))
     except (ValueError, OSError) as error:
         command.error(str(error))
-    print_markdown(format_blend(results))
+    print("\n" + format_blend(results))

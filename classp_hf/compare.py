@@ -205,7 +205,7 @@ def _run(trainers: list[ContinualTrainer]) -> None:
         title, parts = " -> ".join(given.tasks), tables(tuned, runs)
         with replacing(folder / "comparison.md") as path:
             path.write_text("\n\n".join([f"# {title}", *parts]) + "\n", encoding="utf-8")
-        report.print_markdown("\n\n".join(parts))
+        print("\n" + "\n\n".join(parts))
         with suppress(ImportError):  # of matplotlib: every run has said so
             report.plot_old_new(points, folder / "comparison.png", title)
         print(f"\nTable, figure and runs: {folder}")

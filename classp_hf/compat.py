@@ -7,7 +7,6 @@ import ast
 import dis
 import functools
 import inspect
-import json
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +15,11 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors.torch import load_model
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .files import sync_folder
 from .names import model_class, reshard
@@ -268,27 +267,20 @@ class PatchedTrainer(Trainer):
     _load_optimizer_and_scheduler = _explained(Trainer._load_optimizer_and_scheduler)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._loaded_from = Path(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_converted(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
+        self._loaded_from = Path(str(self.state.best_model_checkpoint))
         super()._load_best_model()
-        self._load_converted(Path(str(self.state.best_model_checkpoint)))
 
-    def _load_converted(self, folder: Path) -> None:
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
         # transformers 5.23: Trainer reads a checkpoint without the conversion of names that save_pretrained and
         # from_pretrained make (mixtures of experts); the weights under other names would stay as they are.
-        index, names = folder / SAFE_WEIGHTS_INDEX_NAME, set()
-        if not isinstance(self.model, PreTrainedModel) or reshard(self.model):
-            return
-        if index.is_file():
-            names = set(json.loads(index.read_text())["weight_map"])
-        elif (folder / SAFE_WEIGHTS_NAME).is_file():
-            with safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt") as weights:
-                names = set(weights.keys())
-        if names - self.model.state_dict().keys():
-            whole = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
-            self.model.load_state_dict(whole.state_dict())
+        if load_result.unexpected_keys and isinstance(self.model, PreTrainedModel):
+            load_whole(self.model, self._loaded_from)
+        else:
+            super()._issue_warnings_after_load(load_result)
 
     def _save_rng_state(self, output_dir: str) -> None:
         # The last file of every rank. `trainer_state.json`, which comes next and says that the checkpoint is complete
@@ -297,6 +289,15 @@ class PatchedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             sync_folder(Path(output_dir))
+
+
+def load_whole(model: Any, folder: Path) -> None:
+    """Read a model's weights as `save_pretrained` wrote them: from one file or several, also under names that
+    transformers 5 converts."""
+    try:
+        load_model(model, folder / SAFE_WEIGHTS_NAME)
+    except (FileNotFoundError, RuntimeError):
+        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
 
 
 def watch_saving(model: Any, then: Callable[[Any, str], None]) -> None:

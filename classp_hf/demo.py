@@ -223,8 +223,8 @@ def _run(trainers: list[ContinualTrainer]) -> None:
 
     if main_process:
         for arm, result in results.items():
-            report.print_markdown("\n\n".join([arm, *report.sequence_tables(result)]))
-        report.print_markdown(report.format_comparison(results))
+            print("\n" + "\n\n".join([arm, *report.sequence_tables(result)]))
+        print("\n" + report.format_comparison(results))
         with suppress(ImportError):  # of matplotlib: every arm has said so
             report.plot_retention(results, base / "retention.png")
         print(f"\nResults, figures, models and cards: {base}")

@@ -70,8 +70,9 @@ class ContinualCallback(LiveMemory, TrainerCallback):
     script: ClassVar[str | None] = None
     """The script that the launcher runs with them."""
     applied: ClassVar[bool] = False
-    reached: ClassVar[bool] = False
     """Whether any training of this process began with them."""
+    reached: ClassVar[bool] = False
+    """Whether any Trainer of this process was built with them."""
 
     def __init__(
         self,
@@ -124,7 +125,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             logger.warning(f"From the command line of classp_hf: {', '.join(f'{k}={v}' for k, v in given.items())}.")
         ContinualCallback.reached |= bool(self.options)
         if "optim_args" in given and args.optim in ("adamw_torch", "adamw_torch_fused"):
-            raise ValueError("--optim_args mean nothing to adamw_torch, this run's optimizer. Pass --optim classp.")
+            raise ValueError("--optim_args mean nothing to AdamW, this run's optimizer. Pass --optim classp.")
         if args.optim == CLASSP_NAME:
             self._read_old_keys(args)
         if model is not None and self._in_use(args):

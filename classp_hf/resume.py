@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_model
 from torch import Tensor, nn, no_grad
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .compat import load_whole
 from .methods.adapters import folded_state_dict
 from .names import (
     bare_model,
@@ -63,10 +63,7 @@ def load_weights(model: Any, folder: Path) -> None:
             for name, tensor in model.state_dict().items():
                 local(tensor).copy_(local(like_parameter(saved[canonical_name(name)], tensor, tensor.dtype)))
     elif not has_adapters(model):
-        try:
-            load_model(model, folder / "model.safetensors")
-        except (FileNotFoundError, RuntimeError):  # in several files, or under names that transformers 5 converts
-            model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+        load_whole(model, folder)
     elif adapters := [f for f in (folder, folder / model.active_adapter) if (f / "adapter_config.json").is_file()]:
         from peft import load_peft_weights, set_peft_model_state_dict
 

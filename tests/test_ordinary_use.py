@@ -1212,7 +1212,7 @@ def test_predict_with_generate_is_refused(make_model, tmp_path):
     [
         (["--learning_rate", "1e-3"], True, 1, "--learning_rate given to classp_hf cannot be applied"),
         (["--optim", "sgd"], True, 1, "--optim given to classp_hf cannot be applied"),
-        (["--optim_args", "density=0.1"], False, 1, "--optim_args mean nothing to adamw_torch"),
+        (["--optim_args", "density=0.1"], False, 1, "--optim_args mean nothing to AdamW"),
         (["--optim", "classp", "--learning_rate", "1e-2"], None, 0, "had no effect: 'script.py' trained nothing"),
         (["--optim", "sgd", "--learning_rate", "1e-2"], False, 0, "script.py True"),
     ],

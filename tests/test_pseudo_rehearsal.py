@@ -472,3 +472,23 @@ def test_ragged_texts_weigh_by_their_tokens_whatever_the_batches_and_ranks(causa
     assert torch.allclose(added(4, 1, 0), whole, atol=1e-5)
     assert torch.allclose((added(8, 2, 0) + added(8, 2, 1)) / 2, whole, atol=1e-5)
     assert whole.norm() > 0.1
+
+
+@pytest.mark.parametrize("counts", ["on", "off"])
+def test_an_embedding_that_is_no_parameter_draws_nothing(counts, make_model, make_args, make_tasks, collator):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="SEQ_CLS", r=2, trainable_token_indices=[3, 4])
+    trainer = ContinualTrainer(
+        get_peft_model(make_model(), config),
+        make_args(optim="classp"),
+        collator,
+        method=PseudoRehearsal(rehearse_counts=counts),
+    )
+    rehearsed, own = [], trainer.methods[0].before_step
+    trainer.methods[0].before_step = lambda model: (
+        rehearsed.append(trainer.methods[0].answers is not None),
+        own(model),
+    )
+    trainer.train_sequence(make_tasks(2))
+    assert any(rehearsed) == (counts == "on")

@@ -341,16 +341,3 @@ def test_one_bar_over_the_sequence(make_model, make_tasks, make_args, collator, 
     monkeypatch.setattr(sys, "stderr", Terminal())
     ClasspTrainer(make_model(), args, collator).train_sequence(make_tasks(2))
     assert "Task" not in sys.stderr.getvalue()
-
-
-def test_markdown_is_rendered_where_there_is_a_terminal_and_rich(monkeypatch):
-    text = report.markdown_table([["a", "b"], ["**1**", "2"]], "<>")
-    for terminal, rich, expected in ((True, True, "─"), (True, False, text), (False, True, text)):
-        with monkeypatch.context() as m:
-            m.setattr(sys, "stdout", Terminal() if terminal else io.StringIO())
-            if not rich:
-                m.setitem(sys.modules, "rich.console", None)
-            else:
-                pytest.importorskip("rich")
-            report.print_markdown(text)
-            assert expected in sys.stdout.getvalue()

@@ -168,10 +168,11 @@ class PseudoRehearsal(Method):
         return next((n for n in heads if known and n not in known), None) if base != "." else None
 
     def _embedding_rows(self, context: Context, special: list[int]) -> Tensor | None:
+        if not context.seen_tasks or not context.accumulators():
+            return None
         weight = bare_model(context.model).get_input_embeddings().weight
-        name = next(canonical_name(n) for n, p in context.model.named_parameters() if p is weight)
-        accumulator = context.accumulators().get(name)
-        if accumulator is None or not context.seen_tasks:
+        names = (canonical_name(n) for n, p in context.model.named_parameters() if p is weight)
+        if (accumulator := context.accumulators().get(next(names, ""))) is None:
             return None
         rows = full_tensor(accumulator).float().sum(-1).cpu()
         rows[[i for i in special if i < len(rows)]] = 0

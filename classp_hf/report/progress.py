@@ -2,9 +2,8 @@
 
 import logging
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -63,15 +62,3 @@ def showing_progress(trainer: Any, *args: Any) -> Iterator[SequenceProgress]:
             yield progress
     finally:
         trainer.remove_callback(progress)
-
-
-def print_markdown(text: str) -> None:
-    """Print Markdown after an empty line: in a terminal rendered by rich, where it is installed, else as it is."""
-    print()
-    if sys.stdout.isatty():
-        with suppress(ImportError):
-            from rich.console import Console
-            from rich.markdown import Markdown
-
-            return Console().print(Markdown(text))
-    print(text)
