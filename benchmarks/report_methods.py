@@ -81,10 +81,10 @@ class Source:
 
 
 def collect(lines: Lines, sequence: str) -> Runs:
-    """The runs of `sequence`, which a longer run that begins with it holds too."""
+    """The runs of `sequence`, which a longer run that begins with it holds too; one of its own counts more."""
     found: Runs = defaultdict(dict)
     tasks = sequence.split(">")
-    for line in lines:
+    for line in sorted(lines, key=lambda line: -len(line["sequence"])):
         done = line["sequence"].split(">")
         if line["arm"] == JOINT:
             if sorted(tasks) == sorted(done):

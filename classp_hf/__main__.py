@@ -33,7 +33,7 @@ from transformers.training_args import OptimizerNames
 from .engine import ContinualCallback
 from .guard import GuardCallback, LaunchedGuard
 from .launch import prepare_cpu_launch
-from .live import CLASSP_NAME, check_strength
+from .live import CLASSP_NAME, NONE, check_strength
 from .methods import METHODS, Elastic, Merge, Method, PseudoRehearsal, make_methods
 from .methods.base import flag
 from .optim_args import parse_optim_args
@@ -117,6 +117,10 @@ def for_register(own: argparse.Namespace, command: argparse.ArgumentParser) -> d
     """What `register` is given; a ValueError for what cannot work in a script nobody edits."""
     methods = {m.name: m for m in make_methods(own.method)}
     methods |= {cls.name: cls(v) for name, cls in SHORTCUTS.items() if (v := getattr(own, name)) is not None}
+    for name, cls in SHORTCUTS.items():
+        first = next(iter(cls().hyperparameters()))
+        if getattr(own, name) is not None and getattr(own, first) != command.get_default(first):
+            raise ValueError(f"--{name} and --{first} say the same: pass one of them")
     for name, method in methods.items():
         if method.needs_trainer():
             raise ValueError(f"the method {name!r} changes the data, the model or the loss: it needs ContinualTrainer")
@@ -134,7 +138,8 @@ def for_register(own: argparse.Namespace, command: argparse.ArgumentParser) -> d
         raise ValueError(f"--optim {own.optim} is unknown. Known: {', '.join(sorted(known))}")
     if own.learning_rate is not None and not 0 < own.learning_rate < float("inf"):
         raise ValueError(f"--learning_rate must be > 0 and finite, got {own.learning_rate}")
-    check_strength(own.memory_strength)
+    if check_strength(own.memory_strength) is not None and own.memory == NONE:
+        raise ValueError("--memory_strength is what a memory counts, and --memory none begins with an empty one")
     guard = {"texts": own.guard or None, "stop": own.guard_stop, "every": own.guard_every}
     GuardCallback(**guard)  # raises for bad values
     asked = any(getattr(own, name) is not None for name in GUARD)

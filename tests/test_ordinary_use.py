@@ -742,6 +742,13 @@ def test_options_of_a_method_that_was_not_asked_for_are_refused():
         for_register(command.parse_args(["--rehearse_texts", "a.txt"]), command)
     given = for_register(command.parse_args(["--rehearse_texts", "a.txt", "--rehearse", "0.5"]), command)
     assert (given["method"][0].rehearse_fraction, given["method"][0].rehearse_texts) == (0.5, "a.txt")
+    for words, message in (
+        ("--anchor 0.1 --anchor_strength 0.3", "--anchor and --anchor_strength say the same"),
+        ("--anchor inf", "anchor_strength must be >= 0, not infinite: got inf"),
+        ("--memory none --memory_strength 3", "--memory none begins with an empty one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            for_register(command.parse_args(words.split()), command)
 
 
 def test_a_memory_that_nothing_uses_is_refused(plain, make_model):

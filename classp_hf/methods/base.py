@@ -135,8 +135,9 @@ class Method:
 
     def __post_init__(self) -> None:
         for hyperparameter, (values, allowed) in self.ranges.items():
-            if not allowed(value := getattr(self, hyperparameter)):
-                raise ValueError(f"{hyperparameter} must be {values}, got {value!r}")
+            if not allowed(value := getattr(self, hyperparameter)) or value == float("inf"):
+                finite = ", not infinite:" if value == float("inf") else ","
+                raise ValueError(f"{hyperparameter} must be {values}{finite} got {value!r}")
 
     def parameters(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """`(canonical name, parameter)` of the trainable parameters that the tasks share."""
