@@ -197,7 +197,7 @@ def main() -> None:
     if given and not (ContinualCallback.applied or LaunchedGuard.applied):
         unused = ", ".join(f"--{k}" for k in given)
         if ContinualCallback.reached:  # it evaluates only
-            print(f"classp_hf: warning: {unused} had no effect: {sys.argv[0]!r} trained nothing", file=sys.stderr)
+            print(f"classp_hf: warning: {unused} had no effect: {sys.argv[0]!r} trained no Trainer", file=sys.stderr)
             return
         sys.exit(f"classp_hf: error: {unused} had no effect: {sys.argv[0]!r} trained no transformers.Trainer")
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .files import sync_folder
-from .names import model_class, reshard
+from .names import bare_model, model_class, reshard
 
 _FSDP_1 = "FSDP version 1 flattens parameters, and the memory is kept by parameter. Set fsdp_version: 2."
 
@@ -277,7 +277,7 @@ class PatchedTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # transformers 5.23: Trainer reads a checkpoint without the conversion of names that save_pretrained and
         # from_pretrained make (mixtures of experts); the weights under other names would stay as they are.
-        if load_result.unexpected_keys and isinstance(self.model, PreTrainedModel):
+        if load_result.unexpected_keys and load_result.missing_keys and isinstance(self.model, PreTrainedModel):
             load_whole(self.model, self._loaded_from)
         else:
             super()._issue_warnings_after_load(load_result)
@@ -297,7 +297,14 @@ def load_whole(model: Any, folder: Path) -> None:
     try:
         load_model(model, folder / SAFE_WEIGHTS_NAME)
     except (FileNotFoundError, RuntimeError):
-        model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+        model.load_state_dict(saved_weights(model, folder))
+
+
+def saved_weights(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """The weights that a model of this class has in `folder`, on the CPU, in a dtype that loses nothing of them."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    kind, dtype = type(bare_model(model)), dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return kind.from_pretrained(folder, dtype=dtype).state_dict()
 
 
 def watch_saving(model: Any, then: Callable[[Any, str], None]) -> None:

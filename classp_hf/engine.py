@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -16,9 +17,9 @@ from transformers.utils import logging
 from .compat import refuse_missing_weights, refuse_sharding, scale_loss_once, watch_saving
 from .live import BESIDE, CLASSP_LEARNING_RATE, CLASSP_NAME, NONE, LiveMemory, check_strength, first_rate
 from .matching import match_rows
-from .memory import MEMORY_NAME, ContinualMemory, warn_of_unused_memory
+from .memory import MEMORY_NAME, ContinualMemory, shorten, warn_of_unused_memory
 from .methods import Context, Elastic, Merge, Method, make_methods
-from .names import bare_model, model_source, samples, trainable_parameters, uncompiled_passes
+from .names import bare_model, full_tensor, local, samples, trainable_parameters, uncompiled_passes
 from .optim import CLASSP
 from .optim_args import parse_optim_args
 from .redaction import UNPRINTABLE
@@ -72,7 +73,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
     applied: ClassVar[bool] = False
     """Whether any training of this process began with them."""
     reached: ClassVar[bool] = False
-    """Whether any Trainer of this process was built with them."""
+    """Whether any Trainer of this process was built."""
 
     def __init__(
         self,
@@ -97,6 +98,8 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         """Weights that a training began with, on the CPU, for the methods that need them when it is resumed."""
         self.optimizer_file: Path | None = None
         """State of the optimizer at a task boundary, for the next training."""
+        self.brought: Any = None
+        """The optimizer that Trainer was given."""
         self.saves_at_end = True
         self.searching = False
         """Whether this training is a trial of a hyperparameter search, which writes no memory."""
@@ -117,13 +120,14 @@ class ContinualCallback(LiveMemory, TrainerCallback):
 
     # ---- Events of Trainer ----
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
+    def on_init_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.brought = optimizer
         given = {k: v for k, v in self.options.items() if k in ("optim", "learning_rate", "optim_args")}
         for name, value in given.items():
             setattr(args, name, value)
         if given and args.process_index == 0:
             logger.warning(f"From the command line of classp_hf: {', '.join(f'{k}={v}' for k, v in given.items())}.")
-        ContinualCallback.reached |= bool(self.options)
+        ContinualCallback.reached = True
         if "optim_args" in given and args.optim in ("adamw_torch", "adamw_torch_fused"):
             raise ValueError("--optim_args mean nothing to AdamW, this run's optimizer. Pass --optim classp.")
         if args.optim == CLASSP_NAME:
@@ -148,8 +152,8 @@ class ContinualCallback(LiveMemory, TrainerCallback):
                     )
                 ContinualCallback.applied |= bool(other.options)
                 trainer.remove_callback(other)
-        brought, described = trainer.optimizer, getattr(trainer, "optimizer_cls_and_kwargs", None)
-        if self.args is None and (brought is not None or described is not None):  # before the first training
+        brought, described = self.brought, getattr(trainer, "optimizer_cls_and_kwargs", None)
+        if brought is not None or described is not None:
             kind, rate = (type(brought), first_rate(brought)) if described is None else described
             wrong = {"learning_rate": rate.get("lr") != self.options.get("learning_rate")}
             if self.options.get("optim") not in (None, CLASSP_NAME):  # of that one see `_check_optimizer`
@@ -204,10 +208,18 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         elif isinstance(self.optimizer, CLASSP) and self.optimizer is not optimizer and self._pending is None:
             self._pending = dict(self.accumulators())  # this callback's last Trainer had an optimizer of its own
         elif isinstance(optimizer, CLASSP) and self.optimizer is optimizer and self._pending is None:
+            held = {p for group in optimizer.param_groups for p in group["params"]}
+            if zero is None and held - set(model.parameters()):
+                raise ValueError(
+                    "The optimizer holds parameters that the model has no more: it was resized, or got another head "
+                    "or adapter, and what took their place would not be trained. Build a new Trainer of it."
+                )
             known = {n: p for n, p in trainable_parameters(model) if optimizer.state.get(p)}
             resized = {n: p for n, p in known.items() if optimizer.state[p]["accumulator"].shape != p.shape}
             own = {n: optimizer.accumulator(p) for n, p in resized.items()}
             self._pending = match_rows(own, model, zeros=True) if own else None
+            if lost := sorted(own.keys() - (self._pending or {}).keys()):
+                logger.warning(f"{len(lost)} parameters were resized and begin without a memory ({shorten(lost, 2)}).")
             for p in resized.values():
                 del optimizer.state[p]
         self.optimizer, self.args, self.model, self.samples = optimizer, args, model, None
@@ -388,10 +400,12 @@ class ContinualCallback(LiveMemory, TrainerCallback):
     def _starting_weights(self) -> dict[str, Tensor]:
         if not any(m.needs_start for m in self.methods):
             return {}
-        source, checkpoint = model_source(self.model), self.checkpoint
-        late = checkpoint is not None and bool(source) and Path(source).resolve().parent == checkpoint.resolve().parent
-        if self.start is not None and not late:
-            return self.start
+        kept = self.start or {}
+        for n, p in trainable_parameters(self.model):  # as they are in the checkpoint
+            then = kept.get(n, p)  # whole, or, of a later task under FSDP2, sharded
+            now = p.detach() if isinstance(then, DTensor) else full_tensor(p)
+            if not torch.equal(local(now).cpu(), local(then.detach()).cpu()):
+                return kept
         raise ValueError(
             "A resumed run needs the weights it began with, which a callback added after Trainer was built has not "
             "seen, nor has one whose model was loaded from a checkpoint of the run. Build a new Trainer of the model "
@@ -403,6 +417,15 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         parts = [UNPRINTABLE.sub("?", part) for part in Path(args.output_dir).resolve().parts[1:]] or ["root"]
         names = ("/".join(parts[-i:]) for i in range(1, len(parts) + 1))
         return next((name for name in names if name not in self.tasks), f"{parts[-1]}-{len(self.tasks) + 1}")
+
+
+class TrainersEngine(ContinualCallback):
+    """[`ContinualTrainer`]'s own: of two callbacks of one class, the other that of `register`, Trainer would warn."""
+
+    def refuse_others(self, callbacks: Sequence[Any]) -> None:
+        for other in callbacks:
+            if issubclass(other if isinstance(other, type) else type(other), ContinualCallback) and other is not self:
+                raise ValueError("ContinualTrainer has a ContinualCallback. Pass it method= and memory= instead.")
 
 
 def engine_of(model: Any) -> ContinualCallback | None:

@@ -61,8 +61,8 @@ class TaskHeads:
             optimizer.state.pop(p, None)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        own = self._copy() if self.active is not None else self.initial
-        if self.active is not None and any(not torch.equal(t, self.initial[n]) for n, t in own.items()):  # trained
+        own = self._copy() if self.active is not None else {}
+        if self.active and any(not torch.equal(t, self.initial[n]) for n, t in own.items()):  # trained
             self.saved[self.active] = own
         return dict(self.saved)
 

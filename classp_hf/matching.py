@@ -41,8 +41,8 @@ def named_as_in(model: nn.Module, memory: ContinualMemory) -> ContinualMemory:
     tensors = {}
     for key, t in memory.tensors.items():
         kind, _, name = key.partition("/")
-        name = canonical_name(name)  # version 0.2 had others under prompt tuning
-        tensors[f"{kind}/{new_names.get(name) or new_names.get(before.sub('', name), name)}"] = t
+        own_name = canonical_name(name)  # version 0.2 had others under prompt tuning; some are a task's
+        tensors[f"{kind}/{new_names.get(own_name) or new_names.get(before.sub('', own_name), name)}"] = t
     return ContinualMemory(tensors, memory.metadata)
 
 
@@ -81,11 +81,12 @@ def match_accumulators(
         needed += 0 if adapter and n in result.kept else t.numel()
     own = {n for n, p in parameters.items() if p.requires_grad} - excluded
     if used < 0.1 * needed:
+        begun = f"; {len(replaced)} of the model's parameters were initialised again" if replaced else ""
         raise ValueError(
             f"The continual memory does not fit this model: of its {len(stored)} tensors "
             f"({shorten(sorted(stored), 2)}) {len(result.accumulators)} have the name and shape of a parameter that "
-            f"is trained ({shorten(sorted(own), 2)}). It belongs to another model; start without a memory, or load "
-            "that model."
+            f"is trained ({shorten(sorted(own), 2)}){begun}. It belongs to another model or adapter; start without a "
+            "memory, or load that one."
         )
     empty = sorted(own - result.accumulators.keys()) if stored else []
     anew, kept, trained = sorted(replaced - stored.keys()), len(result.kept), len(changed.keys() - replaced)
@@ -140,7 +141,8 @@ def _is_adapter(name: str) -> bool:
 
 
 def _is_fresh(name: str, parameters: Mapping[str, nn.Parameter]) -> bool:
-    """Whether the adapter is not in the model, or has not learned yet: one that begins as the identity does."""
+    """Whether the adapter is not in the model, or has not learned yet: a LoRA, DoRA, VeRA or IA3 that still is what
+    such a one begins as. Of other kinds it is not known."""
     if name not in parameters:
         return True
     first = re.sub(r"lora_(?:(embedding_)?[AB]|magnitude_vector)\b", r"lora_\1B", name)

@@ -11,10 +11,9 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn, no_grad
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .compat import load_whole
+from .compat import load_whole, saved_weights
 from .methods.adapters import folded_state_dict
 from .names import (
-    bare_model,
     canonical_name,
     full_tensor,
     has_adapters,
@@ -32,7 +31,7 @@ def optimizer_state(optimizer: Any, model: nn.Module, keep: bool = True) -> dict
     that does not `keep` it holds a single whole tensor at a time."""
     state: dict[str, Any] = {}
     for n, p in trainable_parameters(model):
-        for k, v in optimizer.state[p].items() if p in optimizer.state else ():
+        for k, v in optimizer.state.get(p, {}).items():
             whole = full_tensor(v).cpu() if isinstance(v, Tensor) else v
             if keep:
                 state.setdefault(n, {})[k] = whole
@@ -58,7 +57,7 @@ def load_optimizer_state(optimizer: Any, model: nn.Module, state: dict[str, Any]
 def load_weights(model: Any, folder: Path) -> None:
     """Read back what `save_model` wrote into `folder`: adapters or a whole model, sharded files or one."""
     if not has_adapters(model) and reshard(model):  # the same trainer once more, after an error
-        saved = type(bare_model(model)).from_pretrained(folder, dtype=model.dtype).state_dict()
+        saved = saved_weights(model, folder)
         with no_grad():
             for name, tensor in model.state_dict().items():
                 local(tensor).copy_(local(like_parameter(saved[canonical_name(name)], tensor, tensor.dtype)))
@@ -69,7 +68,7 @@ def load_weights(model: Any, folder: Path) -> None:
 
         set_peft_model_state_dict(model, load_peft_weights(str(adapters[0]), device="cpu"), model.active_adapter)
     else:  # a whole model, whose adapters were folded into it
-        saved = type(bare_model(model)).from_pretrained(folder, dtype=model.dtype).state_dict()
+        saved = saved_weights(model, folder)
         with no_grad():
             for name, tensor in folded_state_dict(model).items():
                 tensor.copy_(saved[name])

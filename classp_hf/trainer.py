@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .classification import accuracy, classification_loss, is_single_label_classifier
 from .compat import PatchedTrainer, scale_loss_once, sums_own_loss
-from .engine import ContinualCallback, engine_of
+from .engine import ContinualCallback, TrainersEngine, engine_of
 from .files import explaining_full_disks
 from .guard import guards
 from .heads import TaskHeads
@@ -118,7 +118,7 @@ class ContinualTrainer(PatchedTrainer):
         gathering = {"gather": args.gather_memory, "power": args.memory_power}
         gathering["memory_strength"] = args.memory_strength
         gathering["revision"] = args.memory_revision
-        self.engine = ContinualCallback(make_methods(method), args.memory or NONE, **gathering)
+        self.engine = TrainersEngine(make_methods(method), args.memory or NONE, **gathering)
         self.engine.folder = lambda args: Path(self._get_output_dir(None))
         self.run_folder: Path | None = None
         """Where the present task of a sequence writes. None: `args.output_dir`."""
@@ -130,10 +130,7 @@ class ContinualTrainer(PatchedTrainer):
         self.given_optimizers = kwargs.get("optimizers", (None, None))
         self.task_metric = task_metric
         callbacks = kwargs.get("callbacks") or []
-        if any(ContinualCallback in (callback, type(callback)) for callback in callbacks):
-            raise ValueError(
-                "ContinualTrainer has a ContinualCallback. Pass it method= and memory= instead of another."
-            )
+        self.engine.refuse_others(callbacks)
         kwargs["callbacks"] = [self.engine, *callbacks]
         saves_on_sigterm, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
@@ -299,6 +296,7 @@ class ContinualTrainer(PatchedTrainer):
             self.engine.keep_start(self.model)
         if self.args.eval_strategy != "no" and self.eval_dataset == {}:
             raise ValueError("eval_strategy needs an eval_dataset, and the trainer was given none.")
+        self.engine.refuse_others(self.callback_handler.callbacks)
         for guard in guards(self):
             guard.folder = self.engine.folder
         for method in self.methods:

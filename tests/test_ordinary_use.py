@@ -43,7 +43,7 @@ from classp_hf import (
     LogitAdjustment,
     embedded,
 )
-from classp_hf.compat import averages_loss
+from classp_hf.compat import averages_loss, load_whole
 from classp_hf.engine import write_beside
 from classp_hf.memory import MEMORY_NAME, OLD_NAME
 from classp_hf.sequence import SequenceRun
@@ -948,6 +948,18 @@ def test_a_loss_of_its_own_refuses_methods_that_it_would_switch_off(
     cls(make_model(), make_args(max_steps=1), collator, data, method="ewc").train()
 
 
+def test_a_rate_of_the_launcher_in_a_scripts_own_groups(make_model, collator, make_tasks, tmp_path, monkeypatch):
+    """An optimizer that a script builds of the training arguments, once they hold the launcher's rate."""
+    classp_hf.register()
+    monkeypatch.setattr(ContinualCallback, "launched", {"optim": "sgd", "learning_rate": 1e-3})
+    args = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1, report_to="none", save_strategy="no")
+    trainer = Trainer(make_model(), args, collator, make_tasks(1)[0].train_dataset)
+    groups = [{"params": [p], "lr": args.learning_rate * 0.9**i} for i, p in enumerate(trainer.model.parameters(), 1)]
+    trainer.optimizer = torch.optim.SGD(groups)
+    trainer.train()
+    assert args.learning_rate == 1e-3
+
+
 def test_options_of_the_launcher_do_not_reach_a_continual_trainer(make_model, make_args, collator, monkeypatch):
     classp_hf.register(optim="adamw_torch")
     try:
@@ -1081,6 +1093,62 @@ def test_a_run_is_not_resumed_with_a_model_of_the_checkpoint(plain, make_model, 
     plain(make_model(), "a", num_train_epochs=2, resume_from_checkpoint=str(checkpoint), **given)
 
 
+def test_a_run_is_resumed_with_a_base_model_that_lies_beside_the_checkpoints(plain, make_model, tmp_path):
+    make_model().save_pretrained(tmp_path / "a/base")
+    given = {"optim": "adamw_torch", "num_train_epochs": 2, "save_strategy": "epoch"}
+    whole = plain(classifier(tmp_path / "a/base"), "a", callbacks=[ContinualCallback(method="interpolate")], **given)
+    checkpoint = str(min(tmp_path.glob("a/checkpoint-*"), key=lambda path: int(path.name[11:])))
+    again = plain(
+        classifier(tmp_path / "a/base"),
+        "a",
+        callbacks=[ContinualCallback(method="interpolate")],
+        resume_from_checkpoint=checkpoint,
+        **given,
+    )
+    assert all(torch.equal(w, weights(again.model)[n]) for n, w in weights(whole.model).items())
+
+
+def test_a_run_is_not_resumed_with_the_checkpoints_adapter(plain, make_model, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    given = {"optim": "adamw_torch", "num_train_epochs": 2, "save_strategy": "epoch"}
+    model = get_peft_model(make_model(), LoraConfig(task_type="SEQ_CLS", r=2))
+    plain(model, "a", callbacks=[ContinualCallback(method="merge")], **given)
+    checkpoint = str(min(tmp_path.glob("a/checkpoint-*"), key=lambda path: int(path.name[11:])))
+    late = PeftModel.from_pretrained(make_model(), checkpoint, is_trainable=True)
+    with pytest.raises(ValueError, match="loaded from a checkpoint of the run"):
+        plain(late, "a", callbacks=[ContinualCallback(method="merge")], resume_from_checkpoint=checkpoint, **given)
+
+
+class WithExtra(BertForSequenceClassification):
+    def __init__(self, config, extra):
+        super().__init__(config)
+
+
+def test_a_checkpoint_with_weights_too_many_is_read(make_model, make_args, collator, make_tasks, tmp_path):
+    data = make_tasks(1)[0].train_dataset
+    model = WithExtra(make_model().config, None)
+    model.probe = nn.Linear(2, 2).requires_grad_(False)
+    trainer = ContinualTrainer(model, make_args(save_strategy="steps", save_steps=1, max_steps=2), collator, data)
+    trainer.train()
+    again = ContinualTrainer(WithExtra(model.config, None), make_args(max_steps=2), collator, data)
+    again.train(resume_from_checkpoint=str(next(tmp_path.glob("run/checkpoint-2"))))
+    assert all(torch.equal(w, weights(model)[n]) for n, w in weights(again.model).items())
+
+
+def test_weights_are_read_in_the_dtypes_that_they_have(tmp_path):
+    config = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**config)).to(torch.bfloat16)
+    model.lm_head.float()
+    nn.init.normal_(model.lm_head.weight)
+    head = model.lm_head.weight.detach().clone()
+    model.save_pretrained(tmp_path)
+    nn.init.zeros_(model.lm_head.weight)
+    load_whole(model, tmp_path)
+    assert torch.equal(model.lm_head.weight, head)
+
+
 def test_a_memory_has_heads_of_trained_tasks_alone(make_model, make_args, make_tasks, collator, tmp_path):
     args = make_args(heads="per_task", keep_task_models=True)
     ContinualTrainer(make_model(), args, collator).train_sequence(make_tasks(3))
@@ -1089,9 +1157,21 @@ def test_a_memory_has_heads_of_trained_tasks_alone(make_model, make_args, make_t
     assert heads == [{"first"}, {"first", "second"}, {"first", "second", "third"}]
 
 
-def test_a_trainer_has_one_engine(make_model, make_args, collator):
+def test_a_trainer_has_one_engine(make_model, make_args, make_tasks, collator):
     with pytest.raises(ValueError, match="Pass it method= and memory= instead"):
         ContinualTrainer(make_model(), make_args(), collator, callbacks=[ContinualCallback(method="ewc")])
+    with pytest.raises(ValueError, match="Pass it method= and memory= instead"):
+        ContinualTrainer(make_model(), make_args(), collator, callbacks=[type("Own", (ContinualCallback,), {})()])
+    trainer = ContinualTrainer(make_model(), make_args(), collator, make_tasks(1)[0].train_dataset)
+    trainer.add_callback(ContinualCallback(method="ewc"))
+    with pytest.raises(ValueError, match="Pass it method= and memory= instead"):
+        trainer.train()
+
+
+def test_a_trainer_does_not_warn_of_its_own_engine(make_model, make_args, collator, caplog):
+    classp_hf.register()
+    ContinualTrainer(make_model(), make_args(), collator)
+    assert "there is already one" not in caplog.text
 
 
 def test_methods_see_the_tokenizer_of_a_processor(make_model, make_args, make_tasks, collator):
@@ -1115,6 +1195,31 @@ def test_a_trainer_goes_on_after_its_model_was_resized(state_dtype, plain, make_
     after = ContinualMemory.load(tmp_path / "a").get("accumulator")[name]
     assert after.shape == (VOCABULARY + 3, 32) and not any(w.isnan().any() for w in weights(model).values())
     assert after[:VOCABULARY].sum() > 1.1 * before.sum()  # a byte a weight is rounded anew
+
+
+def test_a_trainer_does_not_go_on_with_an_optimizer_of_other_parameters(plain, make_model, tmp_path):
+    """An output layer that is not tied to the embedding is a new parameter, when the vocabulary has grown."""
+    config = {"vocab_size": 40, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    data = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 16
+    trainer = plain(model, "a", dataset=data)
+    model.resize_token_embeddings(43)
+    with pytest.raises(ValueError, match="holds parameters that the model has no more"):
+        trainer.train()
+    again = plain(model, "b", dataset=data)
+    assert ContinualMemory.load(tmp_path / "b").get("accumulator")["lm_head.weight"].shape == (43, 8)
+    assert again.model is model
+
+
+def test_what_a_resized_parameter_loses_is_said(plain, make_model, caplog):
+    model = make_model()
+    trainer = plain(model, "a")
+    model.classifier.bias.data = torch.zeros(4)
+    model.classifier.weight.data = torch.zeros(4, 32)
+    model.num_labels = model.config.num_labels = 4
+    trainer.train()
+    assert "2 parameters were resized and begin without a memory (classifier.bias, classifier.weight)" in caplog.text
 
 
 def test_the_optimizer_refuses_a_parameter_that_was_resized():
@@ -1220,7 +1325,7 @@ def test_predict_with_generate_is_refused(make_model, tmp_path):
         (["--learning_rate", "1e-3"], True, 1, "--learning_rate given to classp_hf cannot be applied"),
         (["--optim", "sgd"], True, 1, "--optim given to classp_hf cannot be applied"),
         (["--optim_args", "density=0.1"], False, 1, "--optim_args mean nothing to AdamW"),
-        (["--optim", "classp", "--learning_rate", "1e-2"], None, 0, "had no effect: 'script.py' trained nothing"),
+        (["--optim", "classp", "--learning_rate", "1e-2"], None, 0, "had no effect: 'script.py' trained no Trainer"),
         (["--optim", "sgd", "--learning_rate", "1e-2"], False, 0, "script.py True"),
     ],
 )

@@ -384,6 +384,17 @@ def test_a_template_that_wants_more_than_a_users_turn_gives_no_chats(causal_mode
     assert "a system prompt is needed" in caplog.text
 
 
+def test_counts_keep_the_name_of_their_task(make_model, make_args, make_tasks, collator, tmp_path):
+    """Which may look like a parameter's under a wrapper."""
+    model, memory = make_model(), "none"
+    for task, name in zip(make_tasks(2), ("base_model.nyt", "nyt")):
+        args = make_args(output_dir=str(tmp_path / name))
+        trainer = ContinualTrainer(model, args, collator, method="pseudo_rehearsal", memory=memory)
+        trainer.train_sequence([dataclasses.replace(task, name=name)])
+        memory = tmp_path / name
+    assert trainer.continual_memory().get("pseudo_rehearsal.tokens").keys() == {"base_model.nyt", "nyt"}
+
+
 def test_without_counts_none_are_taken_over(make_model):
     state = {"tokens": {"a": torch.tensor([1, 2])}, "lengths": {"a": torch.tensor([0, 3])}}
     method = PseudoRehearsal(rehearse_counts="off")
