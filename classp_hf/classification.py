@@ -30,7 +30,8 @@ def classification_loss(
 
 
 def is_single_label_classifier(model: nn.Module) -> bool:
-    bare, kind = bare_model(model), model_class(model)  # a user's own class may have a loss of its own
+    bare, kind = bare_model(model), model_class(model)
+    kind = next(cls for cls in kind.__mro__ if "forward" in vars(cls))  # a user's own may have a loss of its own
     if not (kind.__module__.startswith("transformers.") and kind.__name__.endswith("ForSequenceClassification")):
         return False
     return bare.config.num_labels > 1 and bare.config.problem_type in (None, "single_label_classification")

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .files import sync_folder
-from .names import bare_model, model_class, reshard
+from .names import bare_model, forward_class, reshard
 
 _FSDP_1 = "FSDP version 1 flattens parameters, and the memory is kept by parameter. Set fsdp_version: 2."
 
@@ -96,19 +96,30 @@ def set_default_callback(callback: type[TrainerCallback], wanted: bool) -> None:
 
 
 def averages_loss(model: Any) -> bool:
-    """Whether a class of transformers averages its loss over the micro-batch, whatever `num_items_in_batch` says.
+    """Whether a model averages its loss over the micro-batch, whatever `num_items_in_batch` says.
 
     Trainer takes every model whose `forward` has `**kwargs` to sum it over the accumulated batch, and multiplies by
     ranks and accumulation steps (transformers 4.57 to 5.24): of encoders hardly any does, nor do sequence-to-sequence
-    models that call `CrossEntropyLoss` themselves.
+    models that call `CrossEntropyLoss` themselves, nor several labels an example and regression by
+    `ForSequenceClassificationLoss`. A `forward` outside of transformers that hands `**kwargs` on is believed to.
     """
-    kind = model_class(model)
-    if not kind.__module__.startswith("transformers."):  # a user's own may have a loss of its own
+    kind = forward_class(model)
+    try:
+        source = textwrap.dedent(inspect.getsource(kind.forward))
+    except OSError:  # typed in where no source is kept
         return False
-    source = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
-    calls = [node for node in ast.walk(source) if isinstance(node, ast.Call)]
-    losses = [call for call in calls if getattr(call.func, "attr", "") == "loss_function"]
-    return not any(keyword.arg in (None, "num_items_in_batch") for call in losses for keyword in call.keywords)
+    if "num_items_in_batch" in source:
+        return False
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    if kind.__module__.startswith("transformers."):
+        calls = [call for call in calls if getattr(call.func, "attr", "") == "loss_function"]
+    if not any(keyword.arg is None for call in calls for keyword in call.keywords):
+        return True
+    bare = bare_model(model)
+    loss, config = getattr(bare, "loss_function", None), getattr(bare, "config", None)
+    problem, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", 0)
+    several = problem in ("regression", "multi_label_classification") or (problem is None and labels == 1)
+    return several and getattr(loss, "__name__", "") == "ForSequenceClassificationLoss"
 
 
 def sums_own_loss(kind: type) -> bool | None:

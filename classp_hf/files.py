@@ -15,12 +15,16 @@ READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".pa
 def read_table(path: str | os.PathLike, *config: str) -> Any:
     """The splits of a file of rows. "null" and "NA" in it are texts, not missing values."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     suffix = Path(path).suffix
     if suffix not in READERS:
         raise ValueError(f"Cannot read rows from {path}: give a file that ends in {', '.join(READERS)}.")
     settings = {"keep_default_na": False, "sep": "\t" if suffix == ".tsv" else ","} if "sv" in suffix else {}
-    return load_dataset(READERS[suffix], *config, data_files=str(path), **settings)
+    try:
+        return load_dataset(READERS[suffix], *config, data_files=str(path), **settings)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{path} cannot be read ({error.__cause__}). Save it in UTF-8, all rows alike.") from error
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Parameters by canonical name, whole or sharded, and the model inside its wrappers."""
 
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -99,6 +100,13 @@ def bare_model(model: Any) -> Any:
 def model_class(model: Any) -> Any:
     """The class of the bare model; FSDP2 puts one of its own before it."""
     return next(cls for cls in type(bare_model(model)).__mro__ if not issubclass(cls, FSDPModule))
+
+
+def forward_class(model: Any) -> Any:
+    """The class, of the bare model or a base of it, that says what `forward` does: not by calling `super()`."""
+    owners = [cls for cls in model_class(model).__mro__ if "forward" in vars(cls)]
+    codes = (getattr(inspect.unwrap(cls.forward), "__code__", None) for cls in owners)
+    return next(cls for cls, code in zip(owners, codes) if "super" not in getattr(code, "co_names", ()))
 
 
 def has_adapters(model: Any) -> bool:

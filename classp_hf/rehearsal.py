@@ -30,14 +30,15 @@ def kind_of_model(model: Any) -> str:
     """`"causal"`, `"masked"`, `"sequence"` (a label a text) or `"token"` (a label a token). ValueError: others."""
     bare = bare_model(model)
     config, name = getattr(bare, "config", None), type(bare).__name__
+    names = [cls.__name__ for cls in type(bare).__mro__]  # a user's own inherits from one of Transformers
     if config is not None and not getattr(config, "is_encoder_decoder", False):
         if is_language_model(bare):
             return "causal"
         for ending, kind in (("MaskedLM", "masked"), ("TokenClassification", "token")):
-            if ending in name:
+            if any(ending in n for n in names):
                 return kind
         several, one = getattr(config, "num_labels", 0) > 1, (None, "single_label_classification")
-        if several and "SequenceClassification" in name and config.problem_type in one:
+        if several and any("SequenceClassification" in n for n in names) and config.problem_type in one:
             return "sequence"
     raise ValueError(
         f"{name} cannot be rehearsed: supported are causal and masked language models, and classifiers of texts or "

@@ -139,6 +139,11 @@ def load_task(
         made = ["validation", "test"] if task.test_dataset is None else ["validation"]
         logger.info(f"Task {task.name}: no {' and '.join(made)} split; cut 10% each from train with seed {seed}.")
         parts = _cut(train, task.label_column, [max(1, round(0.1 * len(train)))] * len(made), seed)
+        if not all(map(len, parts)):
+            raise ValueError(
+                f"Task {task.name!r}: {len(train)} rows are too few to cut {' and '.join(made)} from. Give more, or "
+                "the splits."
+            )
         task = replace(task, **dict(zip(("train_dataset", "eval_dataset", "test_dataset"), parts)))
     validate_tasks([task])
     for split, dataset in task.splits.items():
@@ -269,10 +274,13 @@ def _named_labels(task: Task) -> tuple[list[str], dict[str, list[str]]]:
             known = {name: name for name in names or values if name}
         for row, value in enumerate(values):
             if isinstance(value, (float, list, dict)) or value not in known:
-                raise ValueError(
-                    f"Task {task.name!r}: {split}, row {row}: the label {value!r} is none of the names {names}. Drop "
-                    "what has no label; name integers: names=a|b|c or Task(label_names=[...]) (index = id). " + PREPARE
-                )
+                remedy = "Drop such rows, or name it in label_names." if value else "Drop what has no label."
+                if isinstance(value, int):
+                    remedy = "Name integers: names=a|b|c or Task(label_names=[...]) (index = id)."
+                elif isinstance(value, (float, list, dict)):
+                    remedy = PREPARE
+                where = f"Task {task.name!r}: {split}, row {row}"
+                raise ValueError(f"{where}: the label {value!r} is none of the names {names}. {remedy}")
         rows[split] = [known[value] for value in values]
     own += sorted({name for names in rows.values() for name in names}.difference(own))
     if unknown := [name for name in mapping if name not in own]:

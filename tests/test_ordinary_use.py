@@ -471,12 +471,57 @@ def test_micro_batches_have_the_memory_of_the_whole_batch(method, kind, make_mod
     ],
 )
 def test_which_models_average_their_loss(model, averages):
-    class Own(getattr(transformers, model)):  # may have a loss of its own
-        def __init__(self):
-            nn.Module.__init__(self)
+    base = getattr(transformers, model)
 
-    nn.Module.__init__(made := Own.__base__.__new__(Own.__base__))
-    assert averages_loss(made) is averages and not averages_loss(Own())
+    class Inherits(base):
+        pass
+
+    class Wraps(base):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    class Own(base):
+        def forward(self, input_ids, labels=None, **kwargs):
+            return {"loss": F.cross_entropy(self.logits(input_ids), labels)}
+
+    class Sums(base):
+        def forward(self, input_ids, labels=None, num_items_in_batch=None, **kwargs):
+            return {"loss": F.cross_entropy(self.logits(input_ids), labels, reduction="sum") / num_items_in_batch}
+
+    class HandsOn(base):
+        def forward(self, input_ids, **kwargs):
+            return self.inner(input_ids, **kwargs)
+
+    for cls, expected in {base: averages, Inherits: averages, Wraps: averages, Own: True, Sums: False}.items():
+        nn.Module.__init__(made := cls.__new__(cls))
+        assert averages_loss(made) is expected
+    nn.Module.__init__(made := HandsOn.__new__(HandsOn))
+    assert not averages_loss(made)
+
+
+@pytest.mark.parametrize("kind", ["multi_label_classification", "regression", "single_label_classification"])
+def test_an_image_classifiers_memory_does_not_grow_with_the_accumulation_steps(kind, tmp_path):
+    classp_hf.register()
+    labels = {"regression": torch.randn(16), "single_label_classification": torch.arange(16) % 3}
+    labels = labels.get(kind, torch.randint(2, (16, 3)).float())
+    images = torch.randn(16, 3, 8, 8)
+    data = [{"pixel_values": x, "labels": y} for x, y in zip(images, labels)]
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ViTConfig(
+        image_size=8, patch_size=4, num_labels=1 if kind == "regression" else 3, problem_type=kind, **sizes
+    )
+    found = []
+    for size in (16, 4):
+        transformers.set_seed(0)
+        args = TrainingArguments(
+            str(tmp_path / str(size)), optim="classp", learning_rate=1e-3, max_steps=1, max_grad_norm=0, use_cpu=True,
+            per_device_train_batch_size=size, gradient_accumulation_steps=16 // size, report_to="none",
+            save_strategy="no",
+        )  # fmt: skip
+        Trainer(transformers.ViTForImageClassification(config), args, train_dataset=data).train()
+        accumulators = ContinualMemory.load(args.output_dir).get("accumulator")
+        found.append(sum(float(t.sum()) for t in accumulators.values()))
+    assert found[1] == pytest.approx(found[0], rel=0.05)
 
 
 @pytest.mark.parametrize("method", ["elastic", "merge", "interpolate"])
@@ -849,6 +894,35 @@ def test_replay_refuses_a_head_a_task(make_model, make_args, make_tasks, collato
     trainer = ContinualTrainer(make_model(), make_args(heads="per_task"), collator, method="replay")
     with pytest.raises(ValueError, match="'replay' mixes earlier tasks' examples into the new task's"):
         trainer.train_sequence(make_tasks(2))
+
+
+class Mine(BertForSequenceClassification):
+    """As in many projects: with a method more, and the loss of its base."""
+
+
+def test_a_users_own_classifier_is_one(make_model, make_args, make_tasks, collator):
+    transformers.set_seed(0)
+    model = Mine(make_model().config)
+    tokenizer = SimpleNamespace(all_special_ids=[0, 1, 9], pad_token_id=0, save_pretrained=lambda folder: None)
+    trainer = ClasspTrainer(model, make_args(), collator, processing_class=tokenizer)
+    assert [m.name for m in trainer.methods] == ["pseudo_rehearsal"] and trainer.args.sequence_metric == "accuracy"
+    results = trainer.train_sequence(make_tasks(2))
+    assert results["metric"] == "accuracy" and results["metrics"]["average_accuracy"] > 0
+
+
+def test_counts_of_tokens_that_the_vocabulary_has_no_more(make_model, make_args, make_tasks, collator, tmp_path):
+    trainer = ContinualTrainer(make_model(), make_args(), collator, method="pseudo_rehearsal")
+    trainer.train_sequence(make_tasks(2)[:1])
+    model = classifier(tmp_path / "run")
+    model.resize_token_embeddings(VOCABULARY - 3)
+    task = make_tasks(2)[1]
+    splits = {
+        split: data.filter(lambda row: max(row["input_ids"]) < VOCABULARY - 3) for split, data in task.splits.items()
+    }
+    args = make_args(output_dir=str(tmp_path / "b"))
+    trainer = ContinualTrainer(model, args, collator, method="pseudo_rehearsal", memory=tmp_path / "run")
+    trainer.train_sequence([replace(task, **splits)])
+    assert int(trainer.methods[0].pool == {}) and trainer.seen_tasks == ["first", "second"]
 
 
 @pytest.mark.parametrize("chosen", [False, True])

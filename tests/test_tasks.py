@@ -348,8 +348,8 @@ def names(*labels, **fields):
     return label_names([make(labels=labels, **fields)])
 
 
-def load(path: Path, text: str, name: str = "a") -> Task:
-    path.write_text(text)
+def load(path: Path, text: str, name: str = "a", encoding: str = "utf-8") -> Task:
+    path.write_text(text, encoding)
     return load_task(f"{name}:{path.parent if path.name == 'test.csv' else path}")
 
 
@@ -381,8 +381,9 @@ ERRORS = [
     (lambda p: load_task(f"imdb:{p}/x"), "{p}/x"),
     (lambda p: load(p / "x.csv", "text,y\n" + "b,1\n" * 20), "'label'; ['text', 'y']; label=COL"),
     (lambda p: load(p / "x.csv", "txt,label\n" + "b,1\n" * 20), "'text'; ['txt', 'label']; text=COL"),
-    (lambda p: load(p / "x.csv", "text,label\nb,1\nc,1"), "train_dataset; num_rows: 0; with rows"),
+    (lambda p: load(p / "x.csv", "text,label\nb,1\nc,1"), "2 rows are too few to cut validation and test from"),
     (lambda p: load(p / "test.csv", "text,label\nb,1"), "['test']; Task("),
+    (lambda p: load(p / "x.csv", "text,label\nd\xe9,1\n" * 9, encoding="latin-1"), "{p}/x.csv cannot be read; UTF-8"),
     (lambda p: load_task("icwsm14/nyt", max_train_samples=0), "max_train_samples=0; positive"),
     (lambda p: names(0, 2, 0), "'a'; train_dataset; row 0; the label 0; names=a|b|c"),
     (lambda p: names(0, 2, 0, label_names=["n", "p"]), "row 1; the label 2; ['n', 'p']"),

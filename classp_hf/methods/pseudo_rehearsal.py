@@ -123,6 +123,7 @@ class PseudoRehearsal(Method):
         if self.kind == "causal":
             ids, sizes = (self.pool[part].tolist() if "ids" in self.pool else [] for part in ("ids", "lengths"))
             texts = [row[:length] for row, length in zip(ids, sizes, strict=True)][-3 * count :]
+            texts = [text for text in texts if max(text) < _vocabulary(context.model)]  # which may have shrunk
             if texts and context.fisher_steps and len(context.seen_tasks) == 1:  # of `remember`, of this very model
                 return texts
             return texts + rehearsal.draw_samples(context.model, tokenizer, count, most, self.seed)
@@ -133,7 +134,9 @@ class PseudoRehearsal(Method):
         ends = rehearsal.frame(context.task_dataset[0]["input_ids"], special, padding)
         room = rehearsal.readable(context.model, 2**31) - len(ends[0]) - len(ends[1])
         generator = torch.Generator().manual_seed(self.seed)
-        known = [(counts, self.lengths[n]) for n, counts in self.tokens.items() if counts.any()]
+        vocabulary = _vocabulary(context.model)  # which may have shrunk
+        known = [(counts[:vocabulary], self.lengths[n]) for n, counts in self.tokens.items()]
+        known = [(counts, own) for counts, own in known if counts.any()]
         drawn = self.rehearse_counts == "off" or not known  # nobody counted: CLASSP's memory knows some of it, too
         if drawn and (rows := self._embedding_rows(context, special)) is not None:
             some = context.task_dataset[:COUNTED]
@@ -222,15 +225,16 @@ class PseudoRehearsal(Method):
         right = tokens.keys() == lengths.keys() and all(
             _integers(t, (None,)) for t in (*tokens.values(), *lengths.values())
         )
-        right = right and all(len(t) <= vocabulary for t in tokens.values())
         if pool and right:
             ids, sizes, values, indices = (
                 pool.get(part, torch.empty(0)) for part in ("ids", "lengths", "values", "indices")
             )
             right = _integers(sizes, (None,)) and int(sizes.min()) > 0 and _integers(pool.get("steps", sizes[0]), ())
+            answered = not pool.keys() <= {"ids", "lengths", "steps"}
             if right and "ids" in pool:
-                right = _integers(ids, (len(sizes), None), vocabulary) and int(sizes.max()) <= ids.shape[1]
-            if right and not pool.keys() <= {"ids", "lengths", "steps"}:
+                below = vocabulary if answered else 2**31
+                right = _integers(ids, (len(sizes), None), below) and int(sizes.max()) <= ids.shape[1]
+            if right and answered:
                 outcomes = max(vocabulary, getattr(bare_model(model).config, "num_labels", 0))
                 right = values.shape == indices.shape and _integers(indices, indices.shape, outcomes)
                 right = right and values.shape[:-1] in ((len(sizes),), (len(sizes), int(sizes.max())))
