@@ -19,10 +19,12 @@ from safetensors.torch import load_model
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .files import sync_folder
 from .names import bare_model, forward_class, reshard
+
+logger = logging.get_logger(__name__)
 
 _FSDP_1 = "FSDP version 1 flattens parameters, and the memory is kept by parameter. Set fsdp_version: 2."
 
@@ -130,15 +132,26 @@ def sums_own_loss(kind: type) -> bool | None:
     codes = [getattr(inspect.unwrap(f), "__code__", None) for f in own if not f.__module__.startswith("classp_hf.")]
     for code in codes:
         if code is not None and "compute_loss" not in code.co_names:
-            loads = (i for i in dis.get_instructions(code) if i.opname.startswith("LOAD"))
-            return any("num_items_in_batch" in str(i.argval) for i in loads)
+            return _reads_count(code)
     return None
+
+
+def _reads_count(code: Any) -> bool:
+    loads = (i for i in dis.get_instructions(code) if i.opname.startswith("LOAD"))
+    return any("num_items_in_batch" in str(i.argval) for i in loads)
 
 
 def scale_loss_once(trainer: Trainer) -> None:
     """Have Trainer divide such a loss by the accumulation steps, and multiply it by nothing."""
     if trainer.compute_loss_func is None and trainer.label_smoother is None and not sums_own_loss(type(trainer)):
         trainer.model_accepts_loss_kwargs &= not averages_loss(trainer.model)
+    code = getattr(trainer.compute_loss_func, "__code__", None)
+    times = trainer.args.gradient_accumulation_steps * trainer.args.world_size
+    if code is not None and times > 1 and not _reads_count(code):
+        logger.warning_once(
+            f"compute_loss_func does not read num_items_in_batch, so gradients are {times} times what they should be, "
+            f"and a memory of their squares {times**2} times. Return the sum over the items divided by it."
+        )
 
 
 def _announced(train: Callable[..., Any]) -> Callable[..., Any]:

@@ -41,6 +41,7 @@ from classp_hf import (
     ContinualTrainer,
     EWCTrainer,
     LogitAdjustment,
+    compat,
     embedded,
 )
 from classp_hf.compat import averages_loss, load_whole
@@ -1004,6 +1005,21 @@ def test_a_loss_of_its_own_gives_the_memory_that_it_gives_in_a_plain_trainer(
         engine = classp_hf.engine.engine_of(trainer.model)
         sums.append(sum(float(s.sum()) for s in engine.accumulators().values()))
     assert sums[0] == pytest.approx(sums[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(("reads", "steps"), [(False, 2), (False, 1), (True, 2)])
+def test_a_loss_function_that_is_not_the_sum_is_warned_of(reads, steps, plain, make_model, caplog):
+    def mean(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs["logits"], labels)
+
+    def summed(outputs, labels, num_items_in_batch=None):
+        return F.cross_entropy(outputs["logits"], labels, reduction="sum") / num_items_in_batch
+
+    compat.logger.warning_once.cache_clear()
+    trainer = plain(make_model(), "a")
+    trainer.compute_loss_func, trainer.args.gradient_accumulation_steps = summed if reads else mean, steps
+    trainer.train()
+    assert ("a memory of their squares 4 times" in caplog.text) is (not reads and steps == 2)
 
 
 @pytest.mark.parametrize("cls", [OwnLoss, SummedLoss, Mixed])
