@@ -102,13 +102,13 @@ ARMS: dict[str, Arm] = {
     "ema_balanced": Arm(f"{AT} --ema_balanced True", EMA_DECAY, "ema"),
     "logit_adjustment": Arm(AT, PRIOR, "logit_adjustment"),
     "pseudo_rehearsal": Arm(AT, PSEUDO[1:], TEXTS),
-    "data_removal": Arm(AT, FEWER),
     "classp": Arm(CLASSP, CLASSP_LR),
     "classp_pseudo_rehearsal": Arm(KEPT, PSEUDO[:-1], TEXTS),
+    "classp_pseudo_rehearsal_full": Arm(f"{KEPT} --rehearse_fraction 1", PSEUDO[:3], TEXTS),
     "classp_pseudo_rehearsal_no_counts": Arm(OWN, PSEUDO[1:], TEXTS),
     "classp_pseudo_rehearsal_no_counts_ema": Arm(f"{OWN} --rehearse_lambda 2", EMA_DECAY, f"{TEXTS}+ema"),
     **{f"classp_{TEXTS}_{name}": Arm(KEPT, settings, f"{TEXTS}+{name}") for name, settings in MORE.items()},
-    "classp_data_removal": Arm(KEPT, FEWER),
+    **{f"{on}data_removal": Arm(flags, FEWER) for on, flags in (("", AT), ("classp_", KEPT))},
     "classp_elastic": Arm(KEPT, grid("anchor_strength", *LAMBDA), "elastic"),
     "classp_logit_adjustment": Arm(KEPT, PRIOR, "logit_adjustment"),
     f"classp_logit_adjustment_{TEXTS}": Arm(f"{KEPT} {PRIOR[0]}", PSEUDO[1:4], f"{TEXTS}+logit_adjustment"),
@@ -116,7 +116,7 @@ ARMS: dict[str, Arm] = {
     "classp_other_memory": Arm(CLASSP, CLASSP_LR, "none", "classp", "control", memory="amazon"),
     "pseudo_rehearsal_new_counts": Arm(AT, PSEUDO[1:], TEXTS, TEXTS, "control", memory="new"),
 }
-for steps in ("110", "70", "60", "50"):  # what rehearsal costs; as few as data removal takes, of any examples
+for steps in ("160", "110", "70", "60", "50"):  # what rehearsal costs; as few as data removal takes, of any examples
     ARMS[f"adamw_{steps}_steps"] = Arm(f"{ADAMW} --max_steps {steps}", ADAMW_LR, "none", "adamw", "control")
 for rate in ("1e-5", "2e-5", "5e-5", "2e-4"):  # of the second task, after the same first one as `adamw`'s 1e-4
     ARMS[f"adamw_{rate}"] = Arm(ADAMW, [f"--learning_rate {rate}"], kind="control", first="--learning_rate 1e-4")
