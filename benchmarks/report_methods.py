@@ -296,22 +296,24 @@ def readme_block(source: Source, said: str) -> str:
     said = said.partition(" Not run with")[0].replace(f", {seeds})", ")")
     text = (
         f"{seeds}, {source.examples} test examples a task. G: share of the gap between AdamW and joint training that "
-        f"is recovered. {on_four_tasks(source)}Paired differences of ACC. {said}"
+        f"is recovered. Paired differences of ACC. {said} {on_four_tasks(source)}"
     )
     return f"{report.markdown_table([header, *rows], '<>>>')}\n\n{wrapped(text)}"
 
 
 def on_four_tasks(source: Source) -> str:
-    """G of `README_ARMS` on the sequences of four tasks that `source` has, as a sentence."""
+    """Gain over AdamW, and G, of `README_ARMS` on the sequences of four tasks that `source` has, as a sentence."""
     long = sorted({line["sequence"] for line in source.lines if line["sequence"].count(">") == 3})
     found = [runs for runs in (collect(source.lines, s) for s in long) if JOINT in runs and BASELINE in runs]
-    gaps = {NAMES[arm]: [g[0] for runs in found if (g := gap([runs], arm))] for arm in NAMES if arm in README_ARMS}
-    known = {
-        name: " and ".join(f"{g:.2f}" for g in of) for name, of in gaps.items() if found and len(of) == len(found)
-    }
-    seeds = min((len(runs[BASELINE]) for runs in found), default=0)
-    shown = ", ".join(f"{name} {of}" for name, of in known.items())
-    return f"G on {len(found)} sequences of four tasks ({seeds} seeds): {shown}. " if shown else ""
+    base, shown = over_sequences(found, BASELINE) if found else {}, []
+    for arm in (arm for arm in NAMES if arm in README_ARMS and len(base) >= ENOUGH):
+        if (g := gap(found, arm)) and (acc := over_sequences(found, arm)).keys() == base.keys():
+            shown.append(f"{NAMES[arm]} {interval([acc[seed] - base[seed] for seed in base])} (G {g[0]:.2f})")
+    return (
+        f"On {len(found)} sequences of four tasks, {len(base)} seeds, above AdamW: {', '.join(shown)}. "
+        if shown
+        else ""
+    )
 
 
 def figures(source: Source, images: Path) -> list[str]:
