@@ -42,6 +42,11 @@ PAIRS = {  # what is said to work: the arm with it, the arm without it
     "rehearsal beside CLASSP, of texts that its memory draws": ("classp_pseudo_rehearsal_no_counts", "classp"),
     "such texts, in place of counted tokens": ("classp_pseudo_rehearsal_no_counts", "classp_pseudo_rehearsal"),
     "rehearsal beside CLASSP, of counted tokens": ("classp_pseudo_rehearsal", "classp"),
+    "as many such texts as the batch has, in place of a quarter": (
+        "classp_pseudo_rehearsal_full",
+        "classp_pseudo_rehearsal",
+    ),
+    "both, beyond AdamW with twice the steps": ("classp_pseudo_rehearsal", "adamw_160_steps"),
     "CLASSP beside rehearsal": ("classp_pseudo_rehearsal", "pseudo_rehearsal"),
     "logit adjustment beside CLASSP": ("classp_logit_adjustment", "classp"),
     "a second task at a fifth of the rate": ("adamw_2e-5", BASELINE),
@@ -244,7 +249,7 @@ PROTOCOL = (
     "Controls take over the setting of what they control and are not tuned themselves. `classp_dropped` goes on from "
     "the same first task as `classp` with an empty memory, `classp_other_memory` with that of a training on amazon; "
     "`pseudo_rehearsal_new_counts` draws texts with the new task's token frequencies; `adamw_110_steps` trains the "
-    "second task for what rehearsal costs; `adamw_1e-5` and so on train the second task at that rate, after the same "
+    "second task for what rehearsal costs, `adamw_160_steps` for twice the steps; `adamw_1e-5` and so on train the second task at that rate, after the same "
     "first task as `adamw`. `joint` trains on all tasks' data together, with as many steps as the sequence has. "
     "`classp_pseudo_rehearsal` is what `ClasspTrainer` does by itself.",
     "ACC: mean accuracy at the end. LA: mean accuracy right after each task's training. BWT: change since, negative = "

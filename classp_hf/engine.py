@@ -249,7 +249,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
             link(zero)
         self.stop()  # what an interrupted training of another model left
         self.find(previous, args, state, getattr(processing_class, "tokenizer", processing_class))
-        self.put(resumed and isinstance(optimizer, CLASSP) and any(optimizer.state.values()))
+        self.put(args, resumed and isinstance(optimizer, CLASSP) and any(optimizer.state.values()))
         if self.optimizer_file is not None and not resumed:
             load_optimizer_state(optimizer, model, torch.load(self.optimizer_file, "cpu", weights_only=True))
             if self.heads is not None:
@@ -341,9 +341,9 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best is not None and (Path(best) / MEMORY_NAME).is_file():  # it comes back with the weights it belongs to
             self.load(ContinualMemory.load(best), model, args, same_run=True)
-            self.put(False)
+            self.put(args, False)
         started = time.monotonic()
-        for method in self.methods:
+        for method in sorted(self.methods, key=lambda m: m.end_order):
             method.after_task(self.context)
         self.seconds += time.monotonic() - started
         if self.context.task not in self.tasks:

@@ -18,8 +18,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .files import replacing
-from .names import bare_model, reshard, samples, trainable_parameters
-from .rehearsal import Answers, answer, draw_samples, kind_of_model, measure, padded, read_texts, readable
+from .names import bare_model, is_language_model, reshard, samples, trainable_parameters
+from .rehearsal import Answers, answer, draw_samples, measure, padded, read_texts, readable
 
 logger = logging.get_logger(__name__)
 
@@ -31,7 +31,7 @@ SHARE = 0.03  # of the training's time, for all evaluations
 
 
 def check_causal(model: Any) -> None:
-    if kind_of_model(model) != "causal":
+    if not is_language_model(model) or bare_model(model).config.is_encoder_decoder:
         name = type(bare_model(model)).__name__
         raise ValueError(f"The guard measures causal language models, and {name} is none: leave the guard out.")
 
@@ -76,7 +76,8 @@ class GuardCallback(TrainerCallback):
             time to draw the samples is not counted.
         stop: end the training when the loss has risen by more than this share, > 0 (0.1: 10%), and restore the trained
             weights of the previous evaluation, of which the CPU's memory holds one copy (of a sharded model every rank
-            its part). The memory of gradients and the optimizer are not restored. Default: never.
+            its part). The memory of gradients and the optimizer are not restored. A resumed training restores no
+            weights from before its checkpoint. Default: never.
         samples: number of texts at most, of `texts` or drawn, >= 1.
         length: tokens of a text at most, >= 8.
 
@@ -133,6 +134,11 @@ class GuardCallback(TrainerCallback):
         self.model, started = model, _now(model)
         self._take(state)
         self.seconds = _now(model) - started
+        if self._is_beyond():
+            raise ValueError(
+                f"The guard's loss of the resumed checkpoint is beyond stop={self.stop:g} already. Resume from an "
+                "earlier one, or start again."
+            )
         self._keep(args, state)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -143,17 +149,18 @@ class GuardCallback(TrainerCallback):
             step, least = (_now(model) - self.clock) / 3, 0 if self.stop is None else 9
             found = spacing(state.max_steps - self.first, step, self.seconds, least)
             self.spacing = broadcast_object_list([found])[0]  # clocks of ranks differ
-        if not (last or control.should_training_stop) and (self.spacing is None or done % self.spacing):
+        counted = done if self.every is None else state.global_step  # a resumed run's steps are the same
+        if not (last or control.should_training_stop) and (self.spacing is None or counted % self.spacing):
             return
         self.pending, control.should_log = self._take(state), True
-        if self.stop is None or self.pending["guard_loss"] <= (1 + self.stop) * self.known["history"][0]["guard_loss"]:
+        if not self._is_beyond():
             return self._keep(args, state)
         self._restore()
         self.stopped, control.should_training_stop = state.global_step, True
         if args.process_index == 0:
             logger.warning(
                 f"The guard stopped the training at step {self.stopped}: the loss on general text had risen by more "
-                f"than {100 * self.stop:g} %. The weights are those of step {self.good_step}."
+                f"than {100 * (self.stop or 0):g} %. The weights are those of step {self.good_step}."
             )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -182,6 +189,10 @@ class GuardCallback(TrainerCallback):
         self.measured = samples(self.model)
         self.known["history"].append({"training": self.known["training"], "step": state.global_step, **values})
         return values
+
+    def _is_beyond(self) -> bool:
+        first, last = (self.known["history"][i]["guard_loss"] for i in (0, -1))
+        return last > (1 + (torch.inf if self.stop is None else self.stop)) * first
 
     def _keep(self, args: Any, state: Any) -> None:
         self.good_step = state.global_step

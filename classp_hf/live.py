@@ -71,6 +71,7 @@ class LiveMemory:
         self._pending: dict[str, Tensor] | None = None
         self._gathered: dict[str, Tensor] = {}
         self._kept: dict[str, Tensor] = {}
+        self._kept_samples: dict[str, Tensor] = {}
         self._description: dict[str, Any] = {}
 
     @property
@@ -175,6 +176,9 @@ class LiveMemory:
         # as they are, pages of the file; those kept are copied, for another file may take its place
         self._pending = {n: t if scale == 1 else t * scale for n, t in match.accumulators.items()}
         self._kept = {n: t * scale for n, t in match.kept.items()}
+        self._kept_samples = {n: t for n, t in memory.get("samples").items() if n in match.kept}
+        if self.memory_strength and not (steps or same_run):
+            logger.warning("memory_strength is not used: this memory is not one of `remember`, which has a strength.")
         is_fisher = memory.metadata.get("optimizer", {}).get("power") == 2
         self.fisher_steps = steps * scale if steps and is_fisher else None
         self._description = memory.metadata.get("optimizer", {})
@@ -183,7 +187,7 @@ class LiveMemory:
         self.loaded = True
         if where and args.process_index == 0:
             used = f"{len(match.accumulators)} parameters"
-            if not match.accumulators:
+            if not match.accumulators or (self.adds_to(args) is None and not self.fisher_steps):
                 used = "the method" if known else "nothing"
             # what they know of a task is set when it ends
             learn = [m.name for m in self.methods if m.learns_at_end and type(m).after_task is not Method.after_task]
@@ -209,7 +213,8 @@ class LiveMemory:
 
     def reset(self) -> None:
         """Forget all that is known of a model: another one is going to be trained."""
-        self.loaded, self.tasks, self._pending, self._gathered, self._kept = False, [], None, {}, {}
+        self.loaded, self.tasks, self._pending, self._gathered = False, [], None, {}
+        self._kept, self._kept_samples = {}, {}
         for method in self.methods:
             method.load_state_dict({})
 
@@ -236,6 +241,7 @@ class LiveMemory:
             parts += [(f"head.{task.replace('/', '%2F')}", head) for task, head in self.heads.state_dict().items()]
             parts.append(("initial_head", self.heads.initial))
         if any(tensors for _, tensors in parts) and self.model is not None:
+            parts.append(("samples", self._kept_samples))
             parts.append(("samples", samples(self.model) if self.samples is None else self.samples))
         return parts
 
@@ -262,7 +268,7 @@ class LiveMemory:
         if parts or self.tasks or self.context is not None:
             write_memory(folder, parts, self._metadata(args), args is None or args.should_save)
 
-    def put(self, in_optimizer: bool) -> None:
+    def put(self, args: Any, in_optimizer: bool) -> None:
         """Put what was loaded into the optimizer, or beside it, now that every wrapper (DDP, FSDP2, PEFT) is on.
 
         Args:
@@ -277,8 +283,11 @@ class LiveMemory:
             return
         is_classp = isinstance(self.optimizer, CLASSP)
         self._gathered = {}
+        carried = not is_classp and self.adds_to(args) is None  # nothing is added to it: the device keeps none
         for n, p in trainable_parameters(self.model) if not (is_classp and in_optimizer) else ():
-            if n in pending:
+            if carried and n in pending:
+                self._gathered[n] = pending.pop(n).clone()
+            elif n in pending:
                 s = like_parameter(pending.pop(n), p.detach(), torch.float32)
                 if is_classp:
                     self.optimizer.set_accumulator(p, s)

@@ -17,7 +17,7 @@ from .optim.shards import local as local
 # What wrappers put into parameter names: DDP, torch.compile, activation checkpointing, FSDP, PEFT.
 _WRAPPERS = re.compile(
     r"^(?:module\.)+|\b_orig_mod\.|\b_checkpoint_wrapped_module\.|\b_fsdp_wrapped_module\.|^base_model\.(?:model\.)?"
-    r"|\bbase_layer\.|\bmodules_to_save\.[^.]+\."
+    r"|\bbase_layer\.(?!lora_)|\bmodules_to_save\.[^.]+\."
 )
 
 

@@ -25,10 +25,18 @@ def register(**options: Any) -> None:
 
     Raises:
         TypeError: an option of another name.
+        ValueError: an option in a script that the launcher runs, whose own options stay.
         ImportError: the installed version of transformers lacks the private names that this needs.
     """
     if unknown := sorted(options.keys() - OPTIONS):
         raise TypeError(f"register() knows {', '.join(sorted(OPTIONS))}; got {', '.join(unknown)}.")
+    if ContinualCallback.script is not None:  # in a script that the launcher runs
+        if options:
+            raise ValueError(
+                f"register({', '.join(options)}) stands in a script that `python -m classp_hf` runs, whose options "
+                "come before the script's name. Leave one of them out."
+            )
+        return register_optimizer()
     guard = options.pop("guard", None)
     ContinualCallback.launched = {k: v for k, v in options.items() if v is not None}
     register_optimizer()

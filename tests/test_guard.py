@@ -13,7 +13,7 @@ import torch
 from conftest import weights
 from datasets import Dataset
 from test_language import make_causal, tokenizer  # noqa: F401  (fixtures)
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
 from warm_python import python
 
 from classp_hf import ContinualTrainer, GuardCallback, Task, embedded, guard, register
@@ -168,6 +168,16 @@ def test_a_resumed_run_goes_on_from_the_same_start(train, tmp_path):
     assert resumed.known["history"][-1]["guard_kl_new"] == pytest.approx(whole.known["history"][-1]["guard_kl_new"])
 
 
+def test_a_resumed_run_measures_at_the_same_steps_and_is_not_resumed_beyond_its_limit(train, tmp_path):
+    train(tiny(every=4), save_strategy="steps", save_steps=6)
+    checkpoint = str(tmp_path / "run" / "checkpoint-6")
+    resumed = tiny(every=4)
+    train(resumed, resume=checkpoint)
+    assert [h["step"] for h in resumed.known["history"]] == [0, 4, 6, 8, 12]
+    with pytest.raises(ValueError, match="of the resumed checkpoint is beyond stop=0.0001 already"):
+        train(tiny(every=4, stop=1e-4), resume=checkpoint)
+
+
 def test_a_damaged_file_is_refused(train, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -188,6 +198,9 @@ def test_other_models_and_bad_arguments_are_refused(make_model, tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match="BertForSequenceClassification is none"):
         Trainer(make_model(), args, callbacks=[GuardCallback()])
+    t5 = T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is none"):
+        Trainer(T5ForConditionalGeneration(t5), args, callbacks=[GuardCallback()])
     for wrong in ({"stop": 0}, {"every": 0}, {"samples": 0}, {"length": 2}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             GuardCallback(**wrong)

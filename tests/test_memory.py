@@ -216,7 +216,7 @@ def test_neither_a_checkpoint_nor_a_start_holds_the_memory_a_second_time(tmp_pat
         from classp_hf import ContinualMemory
         resource.setrlimit(resource.RLIMIT_DATA, (room + 321 * 2**20, -1))
         engine.load(ContinualMemory.load(folder), model, args)
-        engine.put(False)
+        engine.put(engine.args, False)
         assert before > 0 and engine.accumulators()["layers.7.weight"].sum() == before
         print("done")
     """

@@ -1270,6 +1270,83 @@ def test_methods_see_the_tokenizer_of_a_processor(make_model, make_args, make_ta
     assert trainer.context().processing_class == "inside"
 
 
+# ---- Several methods, and what a memory is not used for ----
+
+
+@pytest.mark.parametrize("first", ["merge", "interpolate", "ema"])
+def test_what_looks_at_the_end_of_a_task_sees_its_last_weights(first, make_model, make_tasks, make_args, collator):
+    """In either order: a method that replaces the weights, or averages them, comes before one that looks at them."""
+    found = []
+    for method in (f"ewc+{first}", f"{first}+ewc"):
+        trainer = ContinualTrainer(make_model(), make_args(), collator, method=method)
+        trainer.train_sequence(make_tasks(2))
+        shutil.rmtree(trainer.args.output_dir)
+        anchor = next(m for m in trainer.methods if m.name == "ewc").anchor
+        assert all(torch.equal(anchor[n], p) for n, p in trainer.model.named_parameters())
+        found.append(weights(trainer.model))
+    assert all(torch.equal(w, found[1][n]) for n, w in found[0].items())
+
+
+def test_a_merge_is_not_undone_by_an_average(make_model, make_tasks, make_args, collator):
+    found = []
+    for method in ("ema", "ema+interpolate", "interpolate+ema"):
+        trainer = ContinualTrainer(make_model(), make_args(), collator, method=method)
+        trainer.train_sequence(make_tasks(2))
+        shutil.rmtree(trainer.args.output_dir)
+        found.append(weights(trainer.model)["classifier.weight"])
+    assert torch.equal(found[1], found[2]) and not torch.equal(found[0], found[1])
+
+
+def test_a_memory_that_is_carried_along_is_not_used(plain, make_model, tmp_path, caplog):
+    plain(make_model(), "a")
+    callback = ContinualCallback(method="l2sp", memory_strength=3)
+    plain(classifier(tmp_path / "a"), "b", callbacks=[callback], optim="adamw_torch")
+    assert "it is used for nothing" in caplog.text and "memory_strength is not used" in caplog.text
+    before, after = (ContinualMemory.load(tmp_path / run).get("accumulator") for run in "ab")
+    assert before.keys() == after.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
+
+
+def test_a_head_that_was_away_for_a_while_is_not_taken_for_the_old_one(plain, make_model, tmp_path, caplog):
+    """Its samples stay in the file with its accumulators."""
+    plain(make_model(), "a")
+    labelled = [{"input_ids": [1, 5, 6, 9], "labels": [-100, 5, 6, -100]}] * 16
+    pad = {"data_collator": transformers.default_data_collator}
+    masked = BertForMaskedLM.from_pretrained(tmp_path / "a")
+    args = TrainingArguments(str(tmp_path / "b"), optim="classp", learning_rate=1e-2, use_cpu=True, max_steps=1)
+    args.report_to = []
+    Trainer(masked, args, train_dataset=labelled, **pad).train()
+    masked.save_pretrained(tmp_path / "b")
+    caplog.clear()
+    torch.manual_seed(7)
+    plain(classifier(tmp_path / "b"), "c")
+    assert "used for 37 parameters; 4 parameters begin without a memory (bert.pooler" in caplog.text
+
+
+def test_adapters_of_experts_keep_their_memory(plain, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    config = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**config))
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts, task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
+    data = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 16
+    plain(model, "a", dataset=data)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert len(ContinualMemory.load(tmp_path / "a").get("accumulator")) == len(trained)
+    plain(model, "b", dataset=data)
+
+
+def test_register_in_a_script_keeps_the_launchers_options(monkeypatch):
+    monkeypatch.setattr(ContinualCallback, "script", "script.py")
+    monkeypatch.setattr(ContinualCallback, "launched", {"optim": "sgd"})
+    classp_hf.register()
+    assert ContinualCallback.launched == {"optim": "sgd"}
+    with pytest.raises(ValueError, match="register.memory. stands in a script that `python -m classp_hf` runs"):
+        classp_hf.register(memory="none")
+
+
 # ---- Models that change between trainings ----
 
 

@@ -117,6 +117,10 @@ class Method:
     folds_adapters: ClassVar[bool] = False
     """Whether a task's PEFT adapter is merged into the base weights when the task ends: a plain model is saved."""
 
+    end_order: ClassVar[int] = 2
+    """Where its `after_task` stands among those of others, lowest first: 0 replaces the weights, 1 averages them with
+    earlier ones, 2 looks at what they are then."""
+
     learns_at_end: ClassVar[bool] = True
     """Whether what it knows of a task is complete only after `after_task`."""
 

@@ -25,6 +25,7 @@ class EMA(Method):
 
     name = "ema"
     learns_at_end = False
+    end_order = 0
     parts = per_parameter = ("average", "gradients")
     ranges = {"ema_decay": ("in [0, 1)", lambda v: 0 <= v < 1)}
 

@@ -19,6 +19,7 @@ class Interpolate(Method):
     name = "interpolate"
     learns_at_end = False
     needs_start = True
+    end_order = 1
     ranges = {"interpolation_weight": ("in [0, 1]", lambda v: 0 <= v <= 1)}
 
     interpolation_weight: float = flag(0.5, "alpha: 0 keeps the old weights, 1 the new ones.")

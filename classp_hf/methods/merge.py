@@ -26,6 +26,7 @@ class Merge(Method):
     learns_at_end = False
     uses_accumulators = True
     needs_start = True
+    end_order = 1
     parts = per_parameter = ("memory",)
     ranges = {"merge_weight": (">= 0", lambda v: v >= 0)}
 
