@@ -249,9 +249,9 @@ PROTOCOL = (
     "Controls take over the setting of what they control and are not tuned themselves. `classp_dropped` goes on from "
     "the same first task as `classp` with an empty memory, `classp_other_memory` with that of a training on amazon; "
     "`pseudo_rehearsal_new_counts` draws texts with the new task's token frequencies; `adamw_110_steps` trains the "
-    "second task for what rehearsal costs, `adamw_160_steps` for twice the steps; `adamw_1e-5` and so on "
-    "train the second task at that rate, after the same first task as `adamw`. `joint` trains on all tasks' data together, with as many steps as the sequence has. "
-    "`classp_pseudo_rehearsal` is what `ClasspTrainer` does by itself.",
+    "second task for what rehearsal costs, `adamw_160_steps` for twice the steps; `adamw_1e-5` and so on train the "
+    "second task at that rate, after the same first task as `adamw`. `joint` trains on all tasks' data together, with "
+    "as many steps as the sequence has. `classp_pseudo_rehearsal` is what `ClasspTrainer` does by itself.",
     "ACC: mean accuracy at the end. LA: mean accuracy right after each task's training. BWT: change since, negative = "
     "forgetting. G: share of the gap between `adamw` and `joint` that is recovered, of the means over seeds, with a "
     "95% interval from a bootstrap of the seeds, which is too narrow for few ([metrics.md](metrics.md)). What the "
