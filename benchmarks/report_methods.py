@@ -55,12 +55,6 @@ PAIRS = {  # what is said to work: the arm with it, the arm without it
     "LwF": ("lwf", BASELINE),
     "balanced EMA": ("ema_balanced", BASELINE),
 }
-README_PAIRS = [  # what users of CLASSP and of rehearsal ask
-    *("CLASSP, its step and its memory", "the memory of CLASSP", "that memory being of the old task"),
-    "the step of CLASSP without a memory",
-    *("rehearsal on AdamW", "rehearsal on AdamW, beyond its compute", "CLASSP beside rehearsal"),
-    *("rehearsal beside CLASSP, of counted tokens", "rehearsal beside CLASSP, of texts that its memory draws"),
-]
 MARKS = ("<!-- results: written by benchmarks/report_methods.py -->", "<!-- end of results -->")
 
 
@@ -285,40 +279,71 @@ def section(source: Source) -> list[str]:
     return [*parts, "### Settings", tuning(source.tuned, source.frozen)]
 
 
-def readme_block(source: Source, said: str) -> str:
-    """A table of seven of `README_ARMS`, and what is separated from its control, or not; all of it is in the page."""
+def readme_block(source: Source) -> str:
+    """A table of seven of `README_ARMS`, and what each part of them gains; all of it is in the page."""
     header = ["", *(f"{s.replace('>', ', ')}: old / new / ACC" for s in REPORTED), "G"]
     shown = [arm for arm in README_ARMS if len(source.seeds(arm)) >= ENOUGH][:7]
     rows = []
     for arm in (arm for arm in NAMES if arm in shown):
         ends = [np.array(list(at_the_end(runs[arm]).values())) for runs in source.found]
-        cells = [
-            f"{100 * x:.1f} / {100 * y:.1f} / {interval(list(of[:, 2]))}" for of in ends for x, y, _ in [of.mean(0)]
-        ]
+        cells = [" / ".join(interval(list(of[:, i])).split(" ")[0] for i in (0, 1)) for of in ends]
+        cells = [f"{cell} / {interval(list(of[:, 2]))}" for cell, of in zip(cells, ends)]
         g = gap(source.found, arm)
         rows.append([NAMES[arm], *cells, f"{g[0]:.2f}" if g else {BASELINE: "0", JOINT: "1"}[arm]])
-    seeds = f"{len(source.seeds(BASELINE))} seeds"
-    said = said.partition(" Not run with")[0].replace(f", {seeds})", ")")
     text = (
-        f"{seeds}, {source.examples} test examples a task. G: share of the gap between AdamW and joint training that "
-        f"is recovered. Paired differences of ACC. {said} {on_four_tasks(source)}"
+        f"Short trainings: 640 examples and 80 steps a task; {len(source.seeds(BASELINE))} seeds, {source.examples} "
+        "test examples. G: share of the gap between AdamW and joint training that is recovered, over both sequences. "
+        "Paired differences of ACC:"
     )
-    return f"{report.markdown_table([header, *rows], '<>>>')}\n\n{wrapped(text)}"
+    points = [text_of(source) for text_of in (of_classp, of_rehearsal, on_four_tasks)]
+    points = [wrapped(f"- {point}", subsequent_indent="  ") for point in points if point]
+    return "\n\n".join([report.markdown_table([header, *rows], "<>>>"), wrapped(text), "\n".join(points)])
+
+
+def gained(found: list[Runs], arm: str, base: str) -> str:
+    """Paired difference of ACC over the sequences, with its interval, and whether that holds 0."""
+    ours, others = over_sequences(found, arm), over_sequences(found, base)
+    both = [ours[seed] - others[seed] for seed in ours if seed in others]
+    if len(both) < ENOUGH:
+        return "not known"
+    return interval(both) + ("" if abs(np.mean(both)) > half_width(both) else " (not separated)")
+
+
+def of_classp(source: Source) -> str:
+    all_of_it, step, memory, other = (
+        gained(source.found, *PAIRS[what])
+        for what in (
+            *("CLASSP, its step and its memory", "the step of CLASSP without a memory", "the memory of CLASSP"),
+            "that memory being of the old task",
+        )
+    )
+    text = f"CLASSP against AdamW {all_of_it}: its step alone gives {step}, its memory {memory}. That memory against"
+    return f"{text} one of another task: {other}."
+
+
+def of_rehearsal(source: Source) -> str:
+    adamw, compute, classp, counts, beside = (
+        gained(source.found, *PAIRS[what])
+        for what in (
+            *("rehearsal on AdamW", "rehearsal on AdamW, beyond its compute"),
+            *("rehearsal beside CLASSP, of counted tokens", "rehearsal beside CLASSP, of texts that its memory draws"),
+            "CLASSP beside rehearsal",
+        )
+    )
+    text = f"Rehearsal on AdamW {adamw}, against AdamW with as much compute {compute}. Beside CLASSP {classp}, without"
+    return f"{text} counts {counts}. CLASSP beside rehearsal {beside}."
 
 
 def on_four_tasks(source: Source) -> str:
-    """Gain over AdamW, and G, of `README_ARMS` on the sequences of four tasks that `source` has, as a sentence."""
+    """Gain over AdamW, and G, of `README_ARMS` on the sequences of four tasks that `source` has."""
     long = sorted({line["sequence"] for line in source.lines if line["sequence"].count(">") == 3})
     found = [runs for runs in (collect(source.lines, s) for s in long) if JOINT in runs and BASELINE in runs]
     base, shown = over_sequences(found, BASELINE) if found else {}, []
     for arm in (arm for arm in NAMES if arm in README_ARMS and len(base) >= ENOUGH):
-        if (g := gap(found, arm)) and (acc := over_sequences(found, arm)).keys() == base.keys():
-            shown.append(f"{NAMES[arm]} {interval([acc[seed] - base[seed] for seed in base])} (G {g[0]:.2f})")
-    return (
-        f"On {len(found)} sequences of four tasks, {len(base)} seeds, above AdamW: {', '.join(shown)}. "
-        if shown
-        else ""
-    )
+        if (g := gap(found, arm)) and over_sequences(found, arm).keys() == base.keys():
+            shown.append(f"{NAMES[arm]} {gained(found, arm, BASELINE)}, G {g[0]:.2f}")
+    what = f"{len(found)} sequences of four tasks, {len(base)} seeds, against AdamW"
+    return f"{what}: {'; '.join(shown)}." if shown else ""
 
 
 def figures(source: Source, images: Path) -> list[str]:
@@ -363,7 +388,7 @@ def main() -> None:
     parts += [*map(wrapped, PROTOCOL), *(part for source in sources for part in section(source))]
     options.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     before, mark, rest = options.readme.read_text(encoding="utf-8").partition(MARKS[0])
-    block = readme_block(shown, controls(sources, README_PAIRS)[0])
+    block = readme_block(shown)
     text = f"{before}{mark}\n\n{block}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}"
     options.readme.write_text(text, encoding="utf-8")
     print(f"{options.output}: {', '.join(f'{len(source.lines)} of {source}' for source in sources)}")

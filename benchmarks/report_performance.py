@@ -16,9 +16,9 @@ from classp_hf import report
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def wrapped(text: str) -> str:
+def wrapped(text: str, **how: Any) -> str:
     """A paragraph of Markdown in lines of at most 100 characters."""
-    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False, **how)
 
 
 def load(name: str, results: Path) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ class ClasspTrainer(ContinualTrainer):
         merge_weight: weight of the new task in the merge, >= 0. Default: that of `Merge`.
         pseudo_rehearsal: whether to hold the model to its own answers to random texts of the tokens that earlier tasks
             had, whose counts the memory keeps ([`~classp_hf.PseudoRehearsal`] with `rehearse_lambda=0.25`). A step
-            takes 1.4 times as long. Default: True for single-label classification of texts with one shared head, a
+            takes 1.3 times as long. Default: True for single-label classification of texts with one shared head, a
             `processing_class`, data with `input_ids` and a length, and without `replay`.
         logit_adjustment: whether to correct for labels that are rarer in the new task
             ([`~classp_hf.LogitAdjustment`]). Default: False.
