@@ -202,6 +202,8 @@ def read_texts(source: str, tokenizer: Any, count: int, length: int, seed: int =
     found = [encoded[i] for i in order if len(encoded[i]) > 1][:count]
     if not found:
         raise ValueError(f"{source!r} holds no texts.")
+    if len(found) == 1 and suffix in (".txt", ".md"):
+        logger.warning(f"{name} holds one text: what stands between empty lines is one, of {length} tokens at most.")
     return found
 
 

@@ -145,8 +145,13 @@ def pretrained_memory(model: Any, tokenizer: Any, power: float, writes: bool = T
     `ValueError` for another kind of model and for adapters.
     """
     by_hand = "run `python -m classp_hf remember MODEL --output_dir DIR` and pass --memory DIR"
-    if has_adapters(model) or kind_of_model(model) != "causal":
-        raise ValueError(f"memory='pretrained' is of causal language models without adapters; else {by_hand}.")
+    if has_adapters(model):
+        raise ValueError(
+            "memory='pretrained' is of causal language models without adapters, which gain nothing by it: the weights "
+            "it is of are frozen. Hold the model to its answers instead: --rehearse 0.25."
+        )
+    if kind_of_model(model) != "causal":
+        raise ValueError(f"memory='pretrained' is of causal language models; else {by_hand}.")
     trained = {n: str(p.dtype) for n, p in trainable_parameters(model)}
     settings = ["2", remember.__kwdefaults__, power, str(getattr(tokenizer, "chat_template", "")), trained]
     digest = hashlib.sha256(json.dumps(settings).encode())

@@ -367,7 +367,7 @@ def test_foreign_memories_and_set_ups_are_refused(small, make_model, tokenizer, 
     from peft import LoraConfig, get_peft_model
 
     lora = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="causal language models without adapters"):
+    with pytest.raises(ValueError, match="causal language models without adapters, which gain nothing by it"):
         pretrained_memory(lora, tokenizer, 2.0)
     with pytest.raises(ValueError, match="python -m classp_hf remember MODEL"):
         pretrained_memory(make_model(), tokenizer, 2.0)
