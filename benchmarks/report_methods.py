@@ -55,6 +55,14 @@ PAIRS = {  # what is said to work: the arm with it, the arm without it
     "LwF": ("lwf", BASELINE),
     "balanced EMA": ("ema_balanced", BASELINE),
 }
+README_POINTS = (  # with names of `PAIRS`
+    "CLASSP against AdamW {CLASSP, its step and its memory}: its step alone gives {the step of CLASSP without a "
+    "memory}, its memory {the memory of CLASSP}. That memory against one of another task: {that memory being of the "
+    "old task}.",
+    "Rehearsal on AdamW {rehearsal on AdamW}, against AdamW with as much compute {rehearsal on AdamW, beyond its "
+    "compute}. Beside CLASSP {rehearsal beside CLASSP, of counted tokens}, without counts {rehearsal beside CLASSP, "
+    "of texts that its memory draws}. CLASSP beside rehearsal {CLASSP beside rehearsal}.",
+)
 MARKS = ("<!-- results: written by benchmarks/report_methods.py -->", "<!-- end of results -->")
 
 
@@ -295,7 +303,8 @@ def readme_block(source: Source) -> str:
         "test examples. G: share of the gap between AdamW and joint training that is recovered, over both sequences. "
         "Paired differences of ACC:"
     )
-    points = [text_of(source) for text_of in (of_classp, of_rehearsal, on_four_tasks)]
+    known = {what: gained(source.found, *pair) for what, pair in PAIRS.items()}
+    points = [*(point.format_map(known) for point in README_POINTS), on_four_tasks(source)]
     points = [wrapped(f"- {point}", subsequent_indent="  ") for point in points if point]
     return "\n\n".join([report.markdown_table([header, *rows], "<>>>"), wrapped(text), "\n".join(points)])
 
@@ -307,31 +316,6 @@ def gained(found: list[Runs], arm: str, base: str) -> str:
     if len(both) < ENOUGH:
         return "not known"
     return interval(both) + ("" if abs(np.mean(both)) > half_width(both) else " (not separated)")
-
-
-def of_classp(source: Source) -> str:
-    all_of_it, step, memory, other = (
-        gained(source.found, *PAIRS[what])
-        for what in (
-            *("CLASSP, its step and its memory", "the step of CLASSP without a memory", "the memory of CLASSP"),
-            "that memory being of the old task",
-        )
-    )
-    text = f"CLASSP against AdamW {all_of_it}: its step alone gives {step}, its memory {memory}. That memory against"
-    return f"{text} one of another task: {other}."
-
-
-def of_rehearsal(source: Source) -> str:
-    adamw, compute, classp, counts, beside = (
-        gained(source.found, *PAIRS[what])
-        for what in (
-            *("rehearsal on AdamW", "rehearsal on AdamW, beyond its compute"),
-            *("rehearsal beside CLASSP, of counted tokens", "rehearsal beside CLASSP, of texts that its memory draws"),
-            "CLASSP beside rehearsal",
-        )
-    )
-    text = f"Rehearsal on AdamW {adamw}, against AdamW with as much compute {compute}. Beside CLASSP {classp}, without"
-    return f"{text} counts {counts}. CLASSP beside rehearsal {beside}."
 
 
 def on_four_tasks(source: Source) -> str:

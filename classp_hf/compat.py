@@ -105,19 +105,18 @@ def averages_loss(model: Any) -> bool:
     models that call `CrossEntropyLoss` themselves, nor several labels an example and regression by
     `ForSequenceClassificationLoss`. A `forward` outside of transformers that hands `**kwargs` on is believed to.
     """
-    kind = forward_class(model)
+    kind, bare = forward_class(model), bare_model(model)
     try:
         source = textwrap.dedent(inspect.getsource(kind.forward))
-    except OSError:  # typed in where no source is kept
+        calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    except (OSError, TypeError, SyntaxError):  # no function, or typed in where no source is kept
         return False
-    if "num_items_in_batch" in source:
+    if "num_items_in_batch" in source or getattr(bare, "accepts_loss_kwargs", False):  # its author says so
         return False
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     if kind.__module__.startswith("transformers."):
         calls = [call for call in calls if getattr(call.func, "attr", "") == "loss_function"]
     if not any(keyword.arg is None for call in calls for keyword in call.keywords):
         return True
-    bare = bare_model(model)
     loss, config = getattr(bare, "loss_function", None), getattr(bare, "config", None)
     problem, labels = getattr(config, "problem_type", None), getattr(config, "num_labels", 0)
     several = problem in ("regression", "multi_label_classification") or (problem is None and labels == 1)

@@ -107,6 +107,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         """Spent on methods before and after tasks."""
         self.args: Any = None
         self._hooks: list[Any] = []
+        self._not_models: set[Any] = set()
         self._density: float | None = None
         self._written: set[Path] = set()
 
@@ -208,8 +209,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
         elif isinstance(self.optimizer, CLASSP) and self.optimizer is not optimizer and self._pending is None:
             self._pending = dict(self.accumulators())  # this callback's last Trainer had an optimizer of its own
         elif isinstance(optimizer, CLASSP) and self.optimizer is optimizer and self._pending is None:
-            held = {p for group in optimizer.param_groups for p in group["params"]}
-            if zero is None and held - set(model.parameters()):
+            if zero is None and _not_of(model, optimizer) - self._not_models:
                 raise ValueError(
                     "The optimizer holds parameters that the model has no more: it was resized, or got another head "
                     "or adapter, and what took their place would not be trained. Build a new Trainer of it."
@@ -222,6 +222,7 @@ class ContinualCallback(LiveMemory, TrainerCallback):
                 logger.warning(f"{len(lost)} parameters were resized and begin without a memory ({shorten(lost, 2)}).")
             for p in resized.values():
                 del optimizer.state[p]
+        self._not_models = _not_of(model, optimizer)
         self.optimizer, self.args, self.model, self.samples = optimizer, args, model, None
         self.searching = state.is_hyper_param_search
         if previous is not None and self.options and previous.options is self.options:
@@ -426,6 +427,11 @@ class TrainersEngine(ContinualCallback):
         for other in callbacks:
             if issubclass(other if isinstance(other, type) else type(other), ContinualCallback) and other is not self:
                 raise ValueError("ContinualTrainer has a ContinualCallback. Pass it method= and memory= instead.")
+
+
+def _not_of(model: Any, optimizer: Any) -> set[Any]:
+    """Parameters that the optimizer holds and the model has not, such as those of a loss."""
+    return {p for group in optimizer.param_groups for p in group["params"]} - set(model.parameters())
 
 
 def engine_of(model: Any) -> ContinualCallback | None:

@@ -192,7 +192,7 @@ class GuardCallback(TrainerCallback):
 
     def _is_beyond(self) -> bool:
         first, last = (self.known["history"][i]["guard_loss"] for i in (0, -1))
-        return last > (1 + (torch.inf if self.stop is None else self.stop)) * first
+        return self.stop is not None and bool(last > (1 + self.stop) * first)
 
     def _keep(self, args: Any, state: Any) -> None:
         self.good_step = state.global_step

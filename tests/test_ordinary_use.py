@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import pickle
@@ -496,8 +497,19 @@ def test_which_models_average_their_loss(model, averages):
     for cls, expected in {base: averages, Inherits: averages, Wraps: averages, Own: True, Sums: False}.items():
         nn.Module.__init__(made := cls.__new__(cls))
         assert averages_loss(made) is expected
-    nn.Module.__init__(made := HandsOn.__new__(HandsOn))
-    assert not averages_loss(made)
+
+    class Says(Own):
+        accepts_loss_kwargs = True
+
+    class Typed(base):
+        exec("def forward(self, input_ids, **kwargs): return input_ids")
+
+    class Partial(base):
+        forward = functools.partial(print)
+
+    for cls in (HandsOn, Says, Typed, Partial):  # believed, for want of better knowledge
+        nn.Module.__init__(made := cls.__new__(cls))
+        assert not averages_loss(made)
 
 
 @pytest.mark.parametrize("kind", ["multi_label_classification", "regression", "single_label_classification"])
@@ -1377,6 +1389,16 @@ def test_a_trainer_does_not_go_on_with_an_optimizer_of_other_parameters(plain, m
     again = plain(model, "b", dataset=data)
     assert ContinualMemory.load(tmp_path / "b").get("accumulator")["lm_head.weight"].shape == (43, 8)
     assert again.model is model
+
+
+def test_a_trainer_goes_on_with_an_optimizer_that_also_has_a_losss_parameters(plain, make_model, tmp_path):
+    """As that of sentence-transformers, whose losses may have layers."""
+    model, layer = make_model(), nn.Linear(2, 2)
+    layer.weight.grad = torch.zeros(2, 2)
+    optimizer = classp_hf.CLASSP([*model.parameters(), *layer.parameters()], lr=1e-2)
+    trainer = plain(model, "a", optimizers=(optimizer, None))
+    trainer.train()
+    assert float(optimizer.accumulator(model.classifier.bias).sum()) > 0
 
 
 def test_what_a_resized_parameter_loses_is_said(plain, make_model, caplog):
